@@ -1,0 +1,121 @@
+"""The table of our configuration keys: name, kind, default, range and one line of help each."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Key(NamedTuple):
+    """One configuration key.
+
+    Attributes:
+        kind (type): int, float, bool or str; decides the type check and the text of its error.
+        default (Any): Value in stage 2 where neither the recipe nor the user gives one.
+        help (str): One line for the guide and the recipes.
+        low (float): Least valid value of a number.
+        high (float): Greatest valid value of a number.
+        above (bool): True where `low` itself is invalid.
+        choices (tuple[str, ...]): Valid values of a str.
+    """
+
+    kind: type
+    default: Any
+    help: str
+    low: float = 0
+    high: float = float("inf")
+    above: bool = False
+    choices: tuple[str, ...] = ()
+
+
+KEYS: dict[str, Key] = {
+    "stage": Key(int, None, "1: ordinary detection training of the few-shot head; 2: episodes", 1, 2),
+    "n_way": Key(int, 16, "classes drawn per episode", 1),
+    "k_shot": Key(int, 1, "support pictures per drawn class", 1),
+    "n_query": Key(int, 1, "query pictures per drawn class", 1),
+    "episodes": Key(int, 500, "episodes, each one optimizer step, per epoch", 1),
+    "wide": Key(bool, True, "every class that has a support object is a way, not only the drawn ones"),
+    "supcon": Key(float, 1.2, "gain of the supervised contrastive term"),
+    "supcon_tau": Key(float, 0.1, "temperature of the supervised contrastive term", above=True),
+    "cpe": Key(float, 0.6, "gain of the contrastive proposal encoding term"),
+    "cpe_tau": Key(float, 0.2, "temperature of the contrastive proposal encoding term", above=True),
+    "cpe_iou": Key(float, 0.5, "least IoU of an anchor in the contrastive proposal encoding term", high=1),
+    "cpe_weight": Key(str, "none", "weight of such an anchor by its IoU", choices=("none", "linear", "exp")),
+    "triplet": Key(float, 0.3, "gain of the triplet term"),
+    "triplet_margin": Key(float, 0.3, "margin of the triplet term, in cosine distance"),
+    "triplet_soft": Key(bool, False, "soft margin, log(1 + e^x), instead of the hinge in the triplet term"),
+    "dfl_side_max": Key(float, 20.0, "clamp of the DFL of one side of a box", above=True),
+    "dfl_mean_max": Key(float, 15.0, "clamp of the mean DFL of a batch, four sides summed", above=True),
+    "dfl_clamp_mode": Key(str, "hard", "gradient above a clamp: zero, or scaled down", choices=("hard", "rescale")),
+    "grad_clip": Key(float, 5.0, "greatest gradient norm of the loss itself, not multiplied by batch size", above=True),
+}
+
+# Ultralytics' own gains, which it leaves unchecked.
+STOCK_GAINS = ("box", "cls", "dfl")
+
+
+def used(args: dict[str, Any]) -> list[str]:
+    """Return which of our keys a configuration sets, that is, gives a value other than None.
+
+    Args:
+        args (dict[str, Any]): A configuration or overrides.
+
+    Returns:
+        (list[str]): Names in the order of the table.
+    """
+    return [k for k in KEYS if args.get(k) is not None]
+
+
+def check(args: dict[str, Any]) -> None:
+    """Check the ranges of our keys and of the gains; types are checked by Ultralytics' `check_cfg`.
+
+    Args:
+        args (dict[str, Any]): A configuration; keys with the value None are skipped.
+
+    Raises:
+        ValueError: If a value is out of its range, in the words of Ultralytics' own checks.
+    """
+    for k in STOCK_GAINS:
+        if args.get(k) is not None and args[k] < 0:
+            raise ValueError(f"'{k}={args[k]}' is an invalid value. '{k}' must be >= 0.")
+    for k in used(args):
+        key, v = KEYS[k], args[k]
+        if key.choices and v not in key.choices:
+            raise ValueError(f"'{k}={v}' is an invalid value. Valid '{k}' values are {', '.join(key.choices)}.")
+        if key.kind not in {int, float}:
+            continue
+        if key.high < float("inf") and not key.low <= v <= key.high:
+            raise ValueError(f"'{k}={v}' is an invalid value. Valid '{k}' values are between {key.low} and {key.high}.")
+        if not (v > key.low if key.above else v >= key.low) or v == float("inf"):
+            sign = ">" if key.above else ">="
+            raise ValueError(f"'{k}={v}' is an invalid value. '{k}' must be finite and {sign} {key.low}.")
+
+
+def resolve(args: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of our keys that a training run uses.
+
+    The stage is the given one, else 2 if any other key of ours is set, else 1. Stage 2 takes the table's default for
+    every key not given. Stage 1 has no episodes, so there the keys stay as they are.
+
+    Args:
+        args (dict[str, Any]): A configuration that passed `check`.
+
+    Returns:
+        (dict[str, Any]): A value (or None) for every key of the table.
+    """
+    given = {k: args.get(k) for k in KEYS}
+    stage = given["stage"] or (2 if used(args) else 1)
+    if stage == 2:
+        given = {k: key.default if given[k] is None else given[k] for k, key in KEYS.items()}
+    return {**given, "stage": stage}
+
+
+def episode_size(args: dict[str, Any]) -> int:
+    """Return the pictures of an episode, n_way x (k_shot + n_query).
+
+    Args:
+        args (dict[str, Any]): A resolved configuration of stage 2.
+
+    Returns:
+        (int): Support and query pictures together.
+    """
+    return args["n_way"] * (args["k_shot"] + args["n_query"])

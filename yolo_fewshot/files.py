@@ -1,0 +1,59 @@
+"""Files that are never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class AtomicPath(type(Path())):
+    """A path whose `write_bytes` replaces the file at once, so that a reader sees the old or the new content."""
+
+    def write_bytes(self, data: bytes) -> int:
+        """Write to a temporary file beside this one, then rename it.
+
+        Args:
+            data (bytes): New content.
+
+        Returns:
+            (int): Bytes written.
+
+        Raises:
+            OSError: If the disk is full, for instance; the file keeps its old content.
+        """
+        part = Path(f"{self}.part")
+        try:
+            with open(part, "wb") as f:
+                n = f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, self)
+        finally:
+            part.unlink(missing_ok=True)
+        return n
+
+
+@contextlib.contextmanager
+def restored_on_failure(*files: Path) -> Iterator[None]:
+    """Keep a copy, `<name>.bak`, of files that are rewritten in place, and put it back if that fails or is interrupted.
+
+    Args:
+        *files (Path): The files; those that do not exist are ignored.
+
+    Yields:
+        (None): Control, while the copies exist.
+    """
+    copies = {f: Path(f"{f}.bak") for f in map(Path, files) if f.exists()}
+    for f, copy in copies.items():
+        shutil.copy2(f, copy)
+    try:
+        yield
+    except BaseException:
+        for f, copy in copies.items():
+            os.replace(copy, f)
+        raise
+    for copy in copies.values():
+        copy.unlink(missing_ok=True)

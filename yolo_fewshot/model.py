@@ -1,0 +1,107 @@
+"""The few-shot detection model: a stock network whose head has been upgraded."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.nn.modules.head import Detect
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import LOGGER
+from ultralytics.utils.loss import E2ELoss
+from ultralytics.utils.torch_utils import initialize_weights
+
+from yolo_fewshot.criterion import FewShotLoss
+from yolo_fewshot.head import Embedding, FewShotDetect
+
+FEWSHOT = {"embed": 128, "proj": 128}  # defaults of the YAML's `fewshot` section
+
+
+class FewShotDetectionModel(DetectionModel):
+    """YOLO detection model with a few-shot head.
+
+    Built from any detection YAML; the section `fewshot: {embed: 128, proj: 128}` sets the size of the embedding and of
+    the projection for the contrastive terms.
+
+    Examples:
+        >>> model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=20)
+        >>> model.load(YOLO("yolo11n.pt").model)  # backbone, neck, box branch and class stems
+    """
+
+    def __init__(self, cfg: str | dict = "fewshot.yaml", ch: int = 3, nc: int | None = None, verbose: bool = True):
+        """Initialize the model.
+
+        Args:
+            cfg (str | dict): Model YAML or its content.
+            ch (int): Channels of the pictures.
+            nc (int, optional): Number of classes, overriding the YAML.
+            verbose (bool): Whether to log the layers.
+
+        Raises:
+            TypeError: If the head is not `Detect`.
+        """
+        super().__init__(cfg, ch=ch, nc=nc, verbose=verbose)
+        self.yaml["fewshot"] = {**FEWSHOT, **(self.yaml.get("fewshot") or {})}
+        self.model[-1] = FewShotDetect.upgrade(self.model[-1], **self.yaml["fewshot"])
+        if verbose:
+            size = self.yaml["fewshot"]
+            LOGGER.info(f"Upgraded head: Detect -> FewShotDetect(embed={size['embed']}, proj={size['proj']})\n")
+
+    def init_criterion(self) -> FewShotLoss | E2ELoss:
+        """Return the loss, one for each branch of the head."""
+        return E2ELoss(self, FewShotLoss) if len(self.model[-1].branches) > 1 else FewShotLoss(self)
+
+    def load(self, weights: dict | nn.Module, verbose: bool = True) -> None:
+        """Load the weights of a stock or few-shot model; prototypes follow their class by name.
+
+        Where the class names of either model are placeholders, prototypes follow their index if the class counts agree.
+
+        Args:
+            weights (dict | nn.Module): Model or checkpoint.
+            verbose (bool): Whether to log what was transferred.
+        """
+        source = (weights.get("ema") or weights["model"]) if isinstance(weights, dict) else weights
+        head, src_head = self.model[-1], getattr(source, "model", [None])[-1]
+        if isinstance(src_head, Detect):
+            self._adopt_stems(head, src_head)
+        super().load(weights, verbose)
+        if isinstance(src_head, FewShotDetect) and src_head.embed == head.embed:
+            self._copy_prototypes(source, src_head, verbose)
+
+    @staticmethod
+    def _adopt_stems(head: FewShotDetect, src_head: Detect) -> None:
+        """Give the class stems the widths of the source's, which depend on its class count, so that they transfer."""
+        widths, src_widths = ([m[0].conv.in_channels for m in h.cv2 or h.one2one_cv2] for h in (head, src_head))
+        if widths != src_widths:  # another model scale
+            return
+        for branch in head.branches:
+            src_stems = getattr(src_head, f"{branch}cv3", None) or []
+            for stem, src_stem in zip(getattr(head, f"{branch}cv3"), src_stems):
+                if src_stem[-1].in_channels != stem[-1].in_channels:
+                    for i in range(len(stem) - 1):
+                        stem[i] = deepcopy(src_stem[i]).requires_grad_(True)
+                    stem[-1] = Embedding(src_stem[-1].in_channels, head.embed)
+        initialize_weights(head)
+
+    def _copy_prototypes(self, source: Any, src_head: FewShotDetect, verbose: bool) -> None:
+        """Copy the rows of the prototypes whose class the source has too."""
+        names, src_names = ({i: str(n).strip().lower() for i, n in m.names.items()} for m in (self, source))
+        if any(all(str(i) == n for i, n in x.items()) for x in (names, src_names)):
+            index = {i: i for i in names} if len(names) == len(src_names) else {}
+        else:
+            lookup = {n: i for i, n in src_names.items()}
+            index = {i: lookup[n] for i, n in names.items() if n in lookup}
+        if not index:
+            return
+        dst, src = list(index), list(index.values())
+        for bank, src_bank in zip(self.model[-1].banks, src_head.banks):
+            fresh = torch.randn_like(bank.weight)
+            rest = [i for i in range(len(bank.weight)) if i not in index]
+            bank.weight.data[rest] = fresh[rest] / fresh[rest].norm(dim=1, keepdim=True)
+            bank.frozen[rest] = 0
+            bank.weight.data[dst] = src_bank.weight.data[src].to(bank.weight)
+            bank.frozen[dst] = src_bank.frozen[src].to(bank.frozen)
+        if verbose:
+            LOGGER.info(f"Transferred {len(index)}/{len(names)} prototypes by class name")

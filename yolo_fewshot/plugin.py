@@ -1,0 +1,292 @@
+"""Hooks into Ultralytics: the only file that changes its behaviour, and the list of what the plugin relies on.
+
+Four small changes make the stock `yolo` command drive few-shot models: our configuration keys are known (default None,
+so a stock run is untouched), bare names like `fewshot.yaml` resolve to the files that ship with the plugin, models with
+a `fewshot` section get our classes, and few-shot checkpoints pass the restricted loader. Each is made when Ultralytics
+imports the module concerned, so registering imports nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from yolo_fewshot import args as table
+
+TESTED = "8.4.190"  # newest Ultralytics version the tests ran on
+
+# What the plugin uses of each Ultralytics module. Checked when the module is imported; one missing switches us off.
+SYMBOLS: dict[str, tuple[str, ...]] = {
+    "ultralytics.utils": ("DEFAULT_CFG_DICT", "DEFAULT_CFG", "LOGGER"),
+    "ultralytics.utils.checks": ("check_file", "check_yaml"),
+    "ultralytics.cfg": ("get_cfg", "CFG_INT_KEYS", "CFG_FLOAT_KEYS", "CFG_BOOL_KEYS", "CFG_STR_KEYS"),
+    "ultralytics.utils.tal": ("TaskAlignedAssigner.forward", "make_anchors"),
+    "ultralytics.utils.loss": (
+        "v8DetectionLoss.get_assigned_targets_and_loss",
+        "v8DetectionLoss.loss",
+        "E2ELoss",
+        "BboxLoss.forward",
+    ),
+    "ultralytics.nn.modules.conv": ("Conv",),
+    "ultralytics.nn.modules.head": (
+        "Detect.forward_head",
+        "Detect.one2many",
+        "Detect.one2one",
+        "Detect.bias_init",
+        "Detect.fuse",
+    ),
+    "ultralytics.nn.tasks": ("DetectionModel.init_criterion", "DetectionModel.load", "yaml_model_load"),
+    "ultralytics.engine.model": ("Model._smart_load",),
+    "ultralytics.data.build": ("InfiniteDataLoader", "seed_worker"),
+    "ultralytics.data.dataset": ("YOLODataset.collate_fn",),
+    "ultralytics.engine.trainer": (
+        "BaseTrainer.optimizer_step",
+        "BaseTrainer.resume_training",
+        "BaseTrainer.save_metrics",
+        "BaseTrainer.final_eval",
+        "BaseTrainer.run_callbacks",
+    ),
+    "ultralytics.models.yolo.detect.train": ("DetectionTrainer.get_model", "DetectionTrainer.get_dataloader"),
+}
+
+_undo: list[Callable[[], None]] = []  # what unregister() calls, last change first
+
+
+def cfg_dir() -> Path:
+    """Return the folder of our model configs and recipes: inside the package in a wheel, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return here / "cfg" if (here / "cfg").is_dir() else here.parent / "cfg"
+
+
+def register() -> None:
+    """Hook into Ultralytics; calling it again changes nothing, and `YOLO_FEWSHOT_DISABLE=1` switches it off.
+
+    Modules that Ultralytics has not imported yet are changed when it imports them.
+    """
+    if _undo or os.environ.get("YOLO_FEWSHOT_DISABLE", "").lower() in {"1", "true", "yes"}:
+        return
+    finder = _PostImport()
+    sys.meta_path.insert(0, finder)
+    _undo.append(lambda: sys.meta_path.remove(finder))
+    for name in SYMBOLS:
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _on_import(name, module)
+
+
+def unregister() -> None:
+    """Restore Ultralytics to what it was before `register`."""
+    while _undo:
+        _undo.pop()()
+
+
+class _PostImport(importlib.abc.MetaPathFinder):
+    """Calls `_on_import` right after one of the modules in `SYMBOLS` has been imported."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """Return the module's ordinary spec with a loader that reports the end of its execution."""
+        if fullname not in SYMBOLS:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                break
+        else:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            if self in sys.meta_path:  # not unregistered meanwhile
+                _on_import(fullname, module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _on_import(name: str, module: Any) -> None:
+    """Check the symbols of one module, then make the change that concerns it."""
+    for symbol in SYMBOLS[name]:
+        try:
+            functools.reduce(getattr, symbol.split("."), module)
+        except AttributeError:
+            import logging
+
+            unregister()
+            logging.getLogger("ultralytics").warning(
+                f"WARNING ⚠️ yolo-fewshot is off: this Ultralytics version has no '{name}.{symbol}'. "
+                f"Install ultralytics=={TESTED} or a newer yolo-fewshot."
+            )
+            return
+    if name in _CHANGES:
+        _CHANGES[name](module)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute and note how to restore it."""
+    old = owner.__dict__[name]
+    setattr(owner, name, value)
+    _undo.append(lambda: setattr(owner, name, old))
+
+
+def _add_keys(utils: Any) -> None:
+    """Make our configuration keys known, with the default None, by changing the shared objects in place."""
+    for k in table.KEYS:
+        if k not in utils.DEFAULT_CFG_DICT:
+            utils.DEFAULT_CFG_DICT[k] = None
+            setattr(utils.DEFAULT_CFG, k, None)
+            _undo.append(functools.partial(utils.DEFAULT_CFG_DICT.pop, k, None))
+            _undo.append(functools.partial(utils.DEFAULT_CFG.__dict__.pop, k, None))
+
+
+def _add_types(cfg: Any) -> None:
+    """Let Ultralytics' own checks and tuner know the types of our keys."""
+    for name, kind in (("INT", int), ("FLOAT", float), ("BOOL", bool), ("STR", str)):
+        keys = getattr(cfg, f"CFG_{name}_KEYS")
+        _replace(cfg, f"CFG_{name}_KEYS", keys | {k for k, key in table.KEYS.items() if key.kind is kind})
+
+
+def _resolve_names(checks: Any) -> None:
+    """Resolve bare file names: the working directory first, then the files that ship with us, then stock."""
+    stock = checks.check_file
+
+    @functools.wraps(stock)
+    def check_file(file: Any, *args: Any, **kwargs: Any) -> Any:
+        name = str(file).strip()
+        if name.endswith((".yaml", ".yml")) and name == os.path.basename(name) and not os.path.exists(name):
+            ours = cfg_dir() / name
+            file = str(ours) if ours.is_file() else file
+        return stock(file, *args, **kwargs)
+
+    _swap(stock, check_file)
+    _undo.append(lambda: _swap(check_file, stock))
+
+
+def _swap(old: Any, new: Any) -> None:
+    """Replace a function of Ultralytics in every one of its modules that holds it by its name."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("ultralytics") and vars(module).get(old.__name__) is old:
+            setattr(module, old.__name__, new)
+
+
+def _route_models(engine: Any) -> None:
+    """Give few-shot models our classes wherever Ultralytics asks for the class of a mode."""
+    stock = engine.Model._smart_load
+
+    @functools.wraps(stock)
+    def _smart_load(self: Any, key: str) -> Any:
+        return route(self, key, stock(self, key))
+
+    _replace(engine.Model, "_smart_load", _smart_load)
+
+
+def _allow_loading(tasks: Any) -> None:
+    """Let the restricted checkpoint loader (`ULTRALYTICS_SAFE_LOAD=1`) rebuild our model classes."""
+    import torch
+
+    if hasattr(torch.serialization, "add_safe_globals"):
+        from yolo_fewshot.head import Embedding, FewShotDetect, Prototypes
+        from yolo_fewshot.model import FewShotDetectionModel
+
+        torch.serialization.add_safe_globals([FewShotDetectionModel, FewShotDetect, Embedding, Prototypes])
+
+
+_CHANGES: dict[str, Callable[[Any], None]] = {
+    "ultralytics.utils": _add_keys,
+    "ultralytics.utils.checks": _resolve_names,
+    "ultralytics.cfg": _add_types,
+    "ultralytics.engine.model": _route_models,
+    "ultralytics.nn.tasks": _allow_loading,
+}
+
+
+def is_fewshot(model: Any) -> bool:
+    """Return whether an Ultralytics `Model` holds, or is about to build, a few-shot model.
+
+    Args:
+        model (ultralytics.engine.model.Model): Any of Ultralytics' model wrappers.
+
+    Returns:
+        (bool): True if the YAML of its network has a `fewshot` section.
+    """
+    yaml = getattr(model.model, "yaml", None)
+    if yaml is None and model.cfg:  # Model._new builds the network from the YAML at `cfg`
+        from ultralytics.nn.tasks import yaml_model_load
+
+        yaml = yaml_model_load(model.cfg)
+    return isinstance(yaml, dict) and "fewshot" in yaml
+
+
+def route(model: Any, key: str, stock: type) -> Any:
+    """Return the class for one mode of a model: ours for few-shot models, else the stock one.
+
+    Args:
+        model (ultralytics.engine.model.Model): The model that asks.
+        key (str): 'model', 'trainer', 'validator' or 'predictor'.
+        stock (type): What Ultralytics would use.
+
+    Returns:
+        (type | Callable): For the trainer of a stock model, a factory that looks at the overrides: the stock trainer
+            if they set none of our keys, ours (which upgrades the head) if they do.
+    """
+    if key == "model" and is_fewshot(model):
+        from yolo_fewshot.model import FewShotDetectionModel
+
+        return FewShotDetectionModel
+    if key != "trainer":
+        return stock
+    if is_fewshot(model):
+        from yolo_fewshot.trainer import FewShotTrainer
+
+        return FewShotTrainer
+
+    def trainer(*args: Any, overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        keys = table.used(overrides or {})
+        if not keys:
+            return stock(*args, overrides=overrides, **kwargs)
+        check_upgradable(model, stock, keys)
+        from yolo_fewshot.trainer import FewShotTrainer
+
+        return FewShotTrainer(*args, overrides=overrides, **kwargs)
+
+    return trainer
+
+
+def check_upgradable(model: Any, stock: type, keys: list[str]) -> None:
+    """Refuse a few-shot recipe on a model whose head cannot become a few-shot head.
+
+    Args:
+        model (ultralytics.engine.model.Model): The model to train.
+        stock (type): The trainer class that Ultralytics would use for it.
+        keys (list[str]): The few-shot keys that were set.
+
+    Raises:
+        TypeError: If the model is not an ordinary YOLO detection model; the text says what to use instead.
+    """
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    if stock is not DetectionTrainer:
+        raise TypeError(
+            f"model='{model.model_name}' is a {type(model).__name__} model for task '{model.task}', and the few-shot "
+            f"settings {', '.join(f'{k}=' for k in keys)} need a YOLO detection model. Use a detection model, i.e. "
+            "'yolo train model=yolo11n.pt cfg=stage1.yaml', or leave out these settings and the stage recipe."
+        )
+
+
+def warn_untested() -> None:
+    """Warn, once per process, where Ultralytics is newer than the newest version the plugin was tested with."""
+    import ultralytics
+    from ultralytics.utils import LOGGER
+
+    number = [int("".join(filter(str.isdigit, x)) or 0) for x in ultralytics.__version__.split(".")[:3]]
+    if number > [int(x) for x in TESTED.split(".")] and not getattr(warn_untested, "done", False):
+        warn_untested.done = True
+        LOGGER.warning(f"yolo-fewshot was tested up to ultralytics {TESTED}, this is {ultralytics.__version__}.")

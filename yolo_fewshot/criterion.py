@@ -114,7 +114,7 @@ class FewShotLoss(v8DetectionLoss):
         n_max = max(self.assigner.n_max_boxes, 1)
         objects, valid = pool_objects(embeds, fg, gt_idx[fg], target_scores[fg].sum(-1), n_max)
         y = objects.new_full((len(objects),), -1, dtype=torch.long)
-        y[fg[0] * n_max + gt_idx[fg]] = labels[fg].long()
+        y[fg[0] * n_max + gt_idx[fg].long()] = labels[fg].long()
         y = torch.where(valid, y, -1)
         # Prototypes: class means over the support objects; in a narrow episode, of the drawn classes only.
         support = batch["support"].to(embeds.device)

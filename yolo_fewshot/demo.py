@@ -104,8 +104,8 @@ GLYPHS: dict[str, list[Part]] = {
 
 def _crop(ink: np.ndarray, least: float) -> np.ndarray:
     """Cut an ink map down to the rows and columns that hold ink of at least the given amount."""
-    ys, xs = np.nonzero(ink >= least)
-    return ink[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    x, y, w, h = cv2.boundingRect((ink >= least).astype(np.uint8))
+    return ink[y : y + h, x : x + w]
 
 
 def draw_glyph(name: str, long_side: int, rng: np.random.Generator, jitter: float = 1.0) -> np.ndarray:
@@ -120,7 +120,7 @@ def draw_glyph(name: str, long_side: int, rng: np.random.Generator, jitter: floa
     Returns:
         (np.ndarray): Ink amounts, 0 to 1, cropped to the ink.
     """
-    canvas, unit, shift = 320, 160, 80
+    canvas, unit, shift = 240, 120, 60
     mask = np.zeros((canvas, canvas), np.uint8)
     thick = round(unit * (0.13 + 0.04 * jitter * rng.uniform(-1, 1)))
     for kind, points in GLYPHS[name]:
@@ -145,7 +145,7 @@ def _colours(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[np.ndar
     """Pick the two ends of a background gradient and `n` inks that stand out from it, all BGR."""
     dark = rng.random() < 0.5
     tint = rng.uniform(15, 85, 3) if dark else rng.uniform(170, 240, 3)
-    ends = tint + rng.uniform(-15, 15, (2, 3))
+    ends = (tint + rng.uniform(-15, 15, (2, 3))).astype(np.float32)
     inks = []
     while len(inks) < n:
         ink = rng.uniform(0, 255, 3)
@@ -164,24 +164,24 @@ def draw_scene(names: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarr
     Returns:
         (tuple[np.ndarray, np.ndarray]): Picture (BGR, uint8) and boxes (N, 4) as x1, y1, x2, y2 in pixels.
     """
-    boxes: list[np.ndarray] = []
+    boxes: list[tuple[int, int, int, int]] = []
     while len(boxes) < len(names):  # sizes are drawn anew whenever the objects do not fit
         boxes, glyphs = [], [draw_glyph(n, int(rng.integers(36, 65)), rng) for n in names]
         for h, w in (g.shape for g in glyphs):
             for _ in range(50):
-                x, y = rng.integers(2, SIZE - 1 - w), rng.integers(2, SIZE - 1 - h)
+                x, y = rng.integers(2, (SIZE - 1 - w, SIZE - 1 - h)).tolist()
                 if all(x > b[2] + GAP or b[0] > x + w + GAP or y > b[3] + GAP or b[1] > y + h + GAP for b in boxes):
-                    boxes.append(np.array([x, y, x + w, y + h]))
+                    boxes.append((x, y, x + w, y + h))
                     break
     ends, inks = _colours(rng, len(names))
     heading = rng.uniform(0, 2 * math.pi)
-    grid = np.linspace(-0.5, 0.5, SIZE)
+    grid = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
     slope = np.clip(0.5 + grid[None] * math.cos(heading) + grid[:, None] * math.sin(heading), 0, 1)[..., None]
-    image = ends[0] * (1 - slope) + ends[1] * slope
+    image = ends[0] + (ends[1] - ends[0]) * slope
     for (x1, y1, x2, y2), glyph, ink in zip(boxes, glyphs, inks, strict=True):
         image[y1:y2, x1:x2] += glyph[..., None] * (ink - image[y1:y2, x1:x2])
-    image += rng.normal(0, rng.uniform(1, 5), image.shape)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8), np.array(boxes)
+    image += rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, 5))
+    return cv2.convertScaleAbs(np.maximum(image, 0)), np.array(boxes)
 
 
 def _write_split(root: Path, split: str, first: int, counts: np.ndarray, classes: range, seed: Sequence[int]) -> None:
@@ -227,7 +227,11 @@ def build(root: str | Path, seed: int = 0) -> Path:
         for half in range(2):
             _write_split(new, "novel_support", 12 * half, np.resize([2, 4, 4], 12), novel, (seed, 3 + half))
         (new / "novel_5shot.txt").write_text("".join(f"./images/novel_support/{i:04d}.jpg\n" for i in range(12)))
-        if root.exists():
-            root.rmdir()  # Windows does not rename onto an existing folder
-        os.rename(new, root)
+        try:
+            if root.exists():
+                root.rmdir()  # Windows does not rename onto an existing folder
+            os.rename(new, root)
+        except OSError:
+            if not (root / "novel_5shot.txt").is_file():  # else another process built it meanwhile
+                raise
     return root

@@ -78,6 +78,8 @@ def register() -> None:
         module = sys.modules.get(name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             _on_import(name, module)
+        if finder not in sys.meta_path:  # the self-check has switched us off
+            return
 
 
 def unregister() -> None:
@@ -118,16 +120,23 @@ def _on_import(name: str, module: Any) -> None:
         try:
             functools.reduce(getattr, symbol.split("."), module)
         except AttributeError:
-            import logging
-
-            unregister()
-            logging.getLogger("ultralytics").warning(
-                f"WARNING ⚠️ yolo-fewshot is off: this Ultralytics version has no '{name}.{symbol}'. "
-                f"Install ultralytics=={TESTED} or a newer yolo-fewshot."
-            )
+            _switch_off(f"has no '{name}.{symbol}'")
             return
-    if name in _CHANGES:
-        _CHANGES[name](module)
+    try:
+        _CHANGES.get(name, lambda _: None)(module)
+    except (AttributeError, ImportError) as e:  # raised here it would break the stock command
+        _switch_off(f"does not fit: {e}")
+
+
+def _switch_off(reason: str) -> None:
+    """Unregister, and say why."""
+    import logging
+
+    unregister()
+    logging.getLogger("ultralytics").warning(
+        f"WARNING ⚠️ yolo-fewshot is off: this Ultralytics version {reason}. "
+        f"Install ultralytics=={TESTED} or a newer yolo-fewshot."
+    )
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
@@ -183,13 +192,22 @@ def _route_models(engine: Any) -> None:
 
     @functools.wraps(stock)
     def _smart_load(self: Any, key: str) -> Any:
-        return route(self, key, stock(self, key))
+        try:
+            cls = stock(self, key)
+        except NotImplementedError as e:  # its text names the calling function, which was this one
+            mode = sys._getframe(1).f_code.co_name
+            raise NotImplementedError(str(e).replace("'_smart_load'", f"'{mode}'")) from e
+        return route(self, key, cls)
 
     _replace(engine.Model, "_smart_load", _smart_load)
+    _allow_loading()
 
 
-def _allow_loading(tasks: Any) -> None:
-    """Let the restricted checkpoint loader (`ULTRALYTICS_SAFE_LOAD=1`) rebuild our model classes."""
+def _allow_loading() -> None:
+    """Let the restricted checkpoint loader (`ULTRALYTICS_SAFE_LOAD=1`) rebuild our model classes.
+
+    Imports them, so it must not happen at the end of an import of theirs, such as `ultralytics.nn.tasks`.
+    """
     import torch
 
     if hasattr(torch.serialization, "add_safe_globals"):
@@ -204,7 +222,6 @@ _CHANGES: dict[str, Callable[[Any], None]] = {
     "ultralytics.utils.checks": _resolve_names,
     "ultralytics.cfg": _add_types,
     "ultralytics.engine.model": _route_models,
-    "ultralytics.nn.tasks": _allow_loading,
 }
 
 

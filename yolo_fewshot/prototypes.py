@@ -29,11 +29,12 @@ def pool_objects(
             no anchor.
         valid (torch.Tensor): Which objects have one, (B * n_max,) bool.
     """
-    index = fg[0] * n_max + gt_idx
-    rows = embeds[fg].float() * weight.float()[:, None]
+    index = fg[0] * n_max + gt_idx.long()  # an assignment without objects is float
+    weight = weight.float().clamp(min=1e-3)  # untrained models fit their objects with weights of almost zero
+    rows = embeds[fg].float() * weight[:, None]
     pooled = rows.new_zeros(len(embeds) * n_max, rows.shape[1]).index_add(0, index, rows)
-    total = weight.new_zeros(len(embeds) * n_max, dtype=torch.float32).index_add(0, index, weight.float())
-    return F.normalize(pooled, dim=1), total > 0
+    valid = torch.zeros(len(pooled), dtype=torch.bool, device=pooled.device).index_fill(0, index, True)
+    return F.normalize(pooled, dim=1), valid
 
 
 def class_means(objects: torch.Tensor, labels: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,8 @@ def runs_yolo(argv):
     for previous, arg in zip(argv, argv[1:]):
         if previous in {"-W", "-X", "--check-hash-based-pycs"} or (arg.startswith("-") and arg != "-"):
             continue
+        if previous == "-c":  # the argument is code
+            return False
         program = arg.split(".")[0] if previous == "-m" else arg.replace("\\", "/").rpartition("/")[2]
         return program.lower() in {"yolo", "ultralytics", "yolo.exe", "ultralytics.exe"}
     return False

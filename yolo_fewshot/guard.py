@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -38,14 +39,16 @@ class Guard:
         Returns:
             (bool): False, after a warning that names the cause, if the loss or the gradient is not finite.
         """
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm * scale)
-        value, finite_loss = torch.stack([norm.detach().float(), loss.detach().float().to(norm.device)]).tolist()
-        ok = all(x - x == 0 for x in (value, finite_loss))
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm, value = torch.stack([total.float(), loss.detach().float().to(total.device)]).tolist()  # the only sync
+        ok = math.isfinite(norm) and math.isfinite(value)
         if ok:
-            self.norms.append(value / scale)
-        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm * scale, total)
+            self.norms.append(norm / scale)
+        else:  # gradients are as they were, so that the first bad one can be named
             self.skipped += 1
-            what = describe_nonfinite(model.named_parameters()) or f"loss={finite_loss}"
+            what = describe_nonfinite(model.named_parameters()) or f"loss={value}"
             LOGGER.warning(f"Non-finite {what}. Skipping this optimizer step ({self.skipped} skipped in this epoch).")
         return ok
 

@@ -212,7 +212,7 @@ def test_embedding_loss_equals_loops(case, dtype, seed):
 
 def test_embedding_gradient_equals_finite_differences(case):
     loss, naive = case
-    x, labels, ious = batch(n=9, dim=4, seed=5)
+    x, labels, ious = batch(n=7, dim=3, seed=5)
     expected = numeric_grad(lambda v: naive(v, labels, ious), x)
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(call(loss, x, labels, ious)[1].double(), expected, rtol=1e-3, atol=2e-5)
@@ -495,6 +495,14 @@ def test_triplet_counts_easy_anchors():
     labels = torch.tensor([1, 1, 0, 0, 5])
     value, _ = run(TripletLoss(1.0, "euclidean"), x, labels)
     assert value.item() == pytest.approx((1 + 0 + 0 + 1) / 4)
+
+
+def test_triplet_euclidean_is_exact_far_from_the_origin():
+    x, labels, _ = batch()
+    x = (x * 64).round() / 64 + 4096
+    value, _ = run(TripletLoss(1.0, "euclidean"), x, labels)
+    expected = naive_triplet(x.double(), labels, margin=1.0, distance="euclidean")
+    assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
 PROTOTYPES = torch.tensor([[1.0, 0.0, 0.2], [0.3, 1.0, 0.0], [0.0, 0.0, 0.0], [-1.0, 0.4, 2.0]])

@@ -388,6 +388,6 @@ class TripletLoss(nn.Module):
             return 1 - _unit(a) @ _unit(b).T
         a, b = (x.float().clamp(-_MAX_VALUE, _MAX_VALUE) for x in (a, b))
         # Squares overflow above about 1e19; the distance scales with its inputs, so the factor needs no gradient.
-        scale = torch.maximum(a.detach().abs().amax(), b.detach().abs().amax()).clamp_min(1.0)
+        scale = (torch.maximum(a.detach().abs().amax(), b.detach().abs().amax()) / 1e15).clamp_min(1.0)
         # The direct form is exact for close rows, and its gradient at distance zero is zero.
         return scale * torch.cdist(a / scale, b / scale, compute_mode="donot_use_mm_for_euclid_dist")

@@ -42,7 +42,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "Detect.fuse",
     ),
     "ultralytics.nn.tasks": ("DetectionModel.init_criterion", "DetectionModel.load", "yaml_model_load"),
-    "ultralytics.engine.model": ("Model._smart_load",),
+    "ultralytics.engine.model": ("Model._smart_load", "Model.tune"),
     "ultralytics.data.build": ("InfiniteDataLoader", "seed_worker"),
     "ultralytics.data.dataset": ("YOLODataset.collate_fn",),
     "ultralytics.engine.trainer": (
@@ -134,7 +134,7 @@ def _switch_off(reason: str) -> None:
 
     unregister()
     logging.getLogger("ultralytics").warning(
-        f"WARNING ⚠️ yolo-fewshot is off: this Ultralytics version {reason}. "
+        f"yolo-fewshot is off: this Ultralytics version {reason}. "
         f"Install ultralytics=={TESTED} or a newer yolo-fewshot."
     )
 
@@ -199,7 +199,14 @@ def _route_models(engine: Any) -> None:
             raise NotImplementedError(str(e).replace("'_smart_load'", f"'{mode}'")) from e
         return route(self, key, cls)
 
+    stock_tune = engine.Model.tune
+
+    @functools.wraps(stock_tune)
+    def tune(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock_tune(self, *args, **tune_settings(self, kwargs))
+
     _replace(engine.Model, "_smart_load", _smart_load)
+    _replace(engine.Model, "tune", tune)
     _allow_loading()
 
 
@@ -275,6 +282,31 @@ def route(model: Any, key: str, stock: type) -> Any:
         return FewShotTrainer(*args, overrides=overrides, **kwargs)
 
     return trainer
+
+
+def tune_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `model.tune` with the recipe at `cfg` merged in and our keys given their defaults.
+
+    Ultralytics' tuner starts from the present value of every key that it tunes, so that None will not do.
+
+    Args:
+        model (ultralytics.engine.model.Model): The model to tune.
+        kwargs (dict[str, Any]): Arguments of `tune`.
+
+    Returns:
+        (dict[str, Any]): The arguments as they are, unless the model is a few-shot model or a key of ours is set.
+    """
+    recipe: dict[str, Any] = {}
+    if kwargs.get("cfg"):
+        from ultralytics.utils import YAML, checks
+
+        recipe = YAML.load(checks.check_yaml(kwargs["cfg"]))
+    given = {**recipe, **kwargs}
+    tuned = {k: table.KEYS[k].default for k in table.used(given.get("space") or {})}
+    if not (is_fewshot(model) or tuned or table.used(given)):
+        return kwargs
+    given.pop("cfg", None)
+    return {**table.resolve({**tuned, **given}), **given}
 
 
 def check_upgradable(model: Any, stock: type, keys: list[str]) -> None:

@@ -1,0 +1,302 @@
+import csv
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.utils import YAML
+
+from yolo_fewshot import FewShotTrainer
+from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.plugin import cfg_dir
+
+QUICK = {
+    "imgsz": 64, "workers": 0, "plots": False, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0, "verbose": False,
+}  # fmt: skip
+EPISODIC = {**QUICK, "n_way": 3, "k_shot": 1, "n_query": 1, "episodes": 4}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a tiny model and a data set of 4 classes, 8 pictures of 64 px each."""
+    root = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (root / "images" / split).mkdir(parents=True)
+        (root / "labels" / split).mkdir(parents=True)
+        for i in range(32):
+            picture = rng.integers(180, 220, (64, 64, 3), dtype=np.uint8)
+            x, y, s = rng.integers((4, 4, 20), (28, 28, 32)).tolist()
+            colour = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)][i % 4]
+            cv2.rectangle(picture, (x, y), (x + s, y + s), colour, -1)
+            cv2.imwrite(str(root / f"images/{split}/{i:02}.png"), picture)
+            box = [(x + s / 2) / 64, (y + s / 2) / 64, s / 64, s / 64]
+            (root / f"labels/{split}/{i:02}.txt").write_text(" ".join(map(str, [i % 4, *box])))
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [blue, green, red, black]\n")
+    for family in ("yolo11", "yolo26"):
+        text = (cfg_dir() / f"{family}-fewshot.yaml").read_text()
+        text = text.replace("n: [0.50, 0.25, 1024]", "n: [0.50, 0.125, 1024]")
+        (root / f"{family}n-tiny.yaml").write_text(text)
+    return root
+
+
+def train(tiny, name, cfg="stage2.yaml", **overrides):
+    overrides = {"model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml"), **overrides}
+    trainer = FewShotTrainer(cfg=cfg, overrides={**overrides, "project": str(tiny), "name": name, "exist_ok": True})
+    trainer.train()
+    return trainer
+
+
+def rows(trainer):
+    with open(trainer.csv) as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+@pytest.fixture(scope="module")
+def stage1(tiny):
+    return train(tiny, "stage1", "stage1.yaml", **QUICK, epochs=2, batch=8, nbs=8)
+
+
+@pytest.fixture(scope="module")
+def stage2(tiny, stage1):
+    return train(tiny, "stage2", **EPISODIC, epochs=3, model=str(stage1.best))
+
+
+def test_stage_one_trains_with_stock_terms(stage1):
+    assert type(torch.load(stage1.best, weights_only=False)["model"]) is FewShotDetectionModel
+    assert [k for k in rows(stage1)[0] if k.startswith("train/")] == [
+        "train/box_loss", "train/cls_loss", "train/dfl_loss", "train/grad_norm", "train/skipped",
+    ]  # fmt: skip
+    assert len(rows(stage1)) == 2 and rows(stage1)[0]["train/grad_norm"] > 0
+
+
+def test_stage_two_has_all_terms_as_columns_of_the_results(stage2):
+    row = rows(stage2)[-1]
+    for term in ("box", "cls", "dfl", "epi", "sup", "cpe", "tri"):
+        assert np.isfinite(row[f"train/{term}_loss"]) and f"val/{term}_loss" in row
+    assert row["train/sup_loss"] > 0 and row["train/epi_loss"] > 0 and row["train/skipped"] == 0
+    assert len(stage2.train_loader) == 4
+
+
+def test_settings_are_recorded_in_args_yaml(stage2):
+    recorded = YAML.load(stage2.save_dir / "args.yaml")
+    assert recorded["stage"] == 2 and recorded["n_way"] == 3 and recorded["supcon"] == 1.2
+    assert recorded["batch"] == recorded["nbs"] == 6 and recorded["mosaic"] == 0 and recorded["dfl"] == 0.15
+
+
+def test_prototypes_are_frozen_at_the_start_of_stage_two(stage1, stage2):
+    first = torch.load(stage1.best, weights_only=False)["model"].model[-1].prototypes
+    last = torch.load(stage2.best, weights_only=False)["model"].model[-1].prototypes
+    assert not first.frozen.any()
+    expected = torch.nn.functional.normalize(first.weight.float()[..., 0], dim=1)
+    torch.testing.assert_close(last.frozen.float(), expected, atol=2e-3, rtol=0)
+    assert not torch.equal(last.weight, first.weight)
+
+
+def test_trained_models_load_validate_and_predict_through_the_stock_class(tiny, stage2):
+    model = YOLO(stage2.best)
+    assert model.names == {0: "blue", 1: "green", 2: "red", 3: "black"}
+    metrics = model.val(data=str(tiny / "data.yaml"), imgsz=64, workers=0, plots=False, project=str(tiny))
+    assert 0 <= metrics.box.map50 <= 1
+    assert len(model.predict(str(tiny / "images/val/00.png"), imgsz=64, verbose=False)) == 1
+
+
+def test_an_interrupted_run_draws_the_same_episodes_as_an_uninterrupted_one(tiny, stage1, monkeypatch):
+    seen = []
+    original = FewShotTrainer.preprocess_batch
+
+    def spy(self, batch):
+        seen.append((self.epoch, batch["im_file"], batch["img"].float().sum().item()))
+        return original(self, batch)
+
+    monkeypatch.setattr(FewShotTrainer, "preprocess_batch", spy)
+    settings = {**EPISODIC, "epochs": 3, "model": str(stage1.best)}
+    train(tiny, "whole", **settings)
+    whole, seen[:] = list(seen), []
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(self, metrics):
+        if self.epoch == 1:
+            raise Stop  # before the second epoch is saved
+        return save_metrics(self, metrics)
+
+    save_metrics = FewShotTrainer.save_metrics
+    with monkeypatch.context() as m, pytest.raises(Stop):
+        m.setattr(FewShotTrainer, "save_metrics", interrupt)
+        train(tiny, "cut", **settings)
+    seen.clear()
+    last = tiny / "cut" / "weights" / "last.pt"
+    YOLO(last).train(resume=True)
+    assert [s[0] for s in seen] == [1] * 4 + [2] * 4
+    assert seen == [s for s in whole if s[0] >= 1]
+
+
+def test_ctrl_c_or_a_full_disk_while_saving_leaves_the_last_checkpoint_readable(tiny, monkeypatch):
+    import os
+
+    fsync, calls = os.fsync, []
+
+    def fail_later(fd):
+        calls.append(fd)
+        if len(calls) > 2:  # the first epoch writes last.pt and best.pt
+            raise OSError(28, "No space left on device")
+        return fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fail_later)
+    with pytest.raises(OSError, match="No space"):
+        train(tiny, "full", **{**EPISODIC, "epochs": 2})
+    ckpt = torch.load(tiny / "full/weights/last.pt", weights_only=False)
+    assert ckpt["epoch"] == 0 and ckpt["optimizer"] is not None
+    assert sorted(f.name for f in (tiny / "full/weights").iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_a_non_finite_loss_skips_its_step_and_the_run_goes_on(tiny, monkeypatch):
+    original = FewShotTrainer.preprocess_batch
+    count = []
+
+    def poison(self, batch):
+        batch = original(self, batch)
+        count.append(1)
+        if len(count) in {1, 4}:  # the first batch of the run and the last one of an epoch
+            batch["bboxes"] = batch["bboxes"] * float("nan")
+            batch["bboxes"][0] = 0.5
+            self.model.model[-1].prototypes.bias.register_hook(lambda g: g * float("nan"))
+        else:
+            self.model.model[-1].prototypes.bias._backward_hooks = None
+        return batch
+
+    monkeypatch.setattr(FewShotTrainer, "preprocess_batch", poison)
+    trainer = train(tiny, "nan", **{**EPISODIC, "epochs": 2})
+    assert [r["train/skipped"] for r in rows(trainer)] == [2, 0]
+    assert all(torch.isfinite(v).all() for v in trainer.model.state_dict().values() if v.is_floating_point())
+
+
+def test_dual_heads_train_both_branches(tiny):
+    trainer = train(tiny, "dual", **{**EPISODIC, "epochs": 1}, model=str(tiny / "yolo26n-tiny.yaml"))
+    row = rows(trainer)[0]
+    assert "train/l1_loss" in row and "train/dfl_loss" not in row and row["train/epi_loss"] > 0
+    before = FewShotDetectionModel(str(tiny / "yolo26n-tiny.yaml"), nc=4, verbose=False).model[-1]
+    after = trainer.model.model[-1]
+    assert len(after.banks) == len(before.banks) == 2
+    assert not torch.equal(*[bank.weight.cpu() for bank in after.banks])
+
+
+def test_a_stock_checkpoint_is_upgraded(tiny):
+    stock = YOLO("yolo11n.yaml")
+    stock.save(tiny / "stock.pt")
+    model = YOLO(tiny / "stock.pt")
+    settings = {**QUICK, "epochs": 1, "lr0": 1e-9, "batch": 8, "data": str(tiny / "data.yaml"), "project": str(tiny)}
+    model.train(cfg="stage1.yaml", name="upgrade", **settings)
+    trained = torch.load(tiny / "upgrade/weights/best.pt", weights_only=False)["model"]
+    assert type(trained) is FewShotDetectionModel
+    source = torch.load(tiny / "stock.pt", weights_only=False)["model"].state_dict()
+    kept = [k for k in source if k.startswith("model.0.conv") or (".cv2." in k and k.endswith("conv.weight"))]
+    ours = trained.state_dict()
+    assert kept and all(torch.allclose(ours[k].float(), source[k].float(), atol=1e-3) for k in kept)
+
+
+def test_a_stock_run_without_our_keys_is_stock(tiny):
+    model = YOLO("yolo11n.yaml")
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    trainer = model._smart_load("trainer")(
+        overrides={**QUICK, "model": "yolo11n.yaml", "data": str(tiny / "data.yaml"), "project": str(tiny), "name": "s"}
+    )
+    assert type(trainer) is DetectionTrainer
+    assert YAML.load(trainer.save_dir / "args.yaml")["n_way"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"n_wya": 3}, SyntaxError, "n_way"),
+        ({"n_way": "two"}, TypeError, "'n_way' must be an int"),
+        ({"wide": 3}, TypeError, "'wide' must be a bool"),
+        ({"supcon": -1.0}, ValueError, "'supcon' must be finite and >= 0"),
+        ({"box": -1.0}, ValueError, "'box' must be >= 0"),
+        ({"k_shot": 0}, ValueError, "'k_shot' must be finite and >= 1"),
+        ({"n_query": 0}, ValueError, "'n_query' must be finite and >= 1"),
+        ({"supcon_tau": 0.0}, ValueError, "'supcon_tau' must be finite and > 0"),
+        ({"cpe_iou": 1.5}, ValueError, "between 0 and 1"),
+        ({"dfl_clamp_mode": "soft"}, ValueError, "hard, rescale"),
+        ({"stage": 4}, ValueError, "between 1 and 2"),
+    ],
+)
+def test_bad_settings_are_errors_before_a_run_folder_is_made(tiny, overrides, error, message):
+    with pytest.raises(error, match=message):
+        train(tiny, "bad", **{**EPISODIC, **overrides})
+    assert not (tiny / "bad").exists()
+
+
+def test_more_ways_than_classes_is_an_error_before_training(tiny):
+    with pytest.raises(ValueError, match="'n_way=5' needs 5 classes"):
+        train(tiny, "ways", **{**EPISODIC, "n_way": 5, "epochs": 1})
+
+
+def test_an_empty_train_split_is_an_error_before_training(tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data.yaml").write_text(f"train: empty\nval: {tiny}/images/val\nnames: [a, b, c]\n")
+    with pytest.raises(FileNotFoundError, match="Error loading data"):
+        train(tiny, "empty", **{**EPISODIC, "data": str(tmp_path / "data.yaml")})
+
+
+def test_a_corrupt_checkpoint_is_an_error_before_training(tiny):
+    (tiny / "corrupt.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(TypeError, match="not a loadable checkpoint"):
+        train(tiny, "corrupt", **{**EPISODIC, "model": str(tiny / "corrupt.pt")})
+
+
+def test_mixing_augmentation_is_refused_in_stage_two(tiny):
+    overrides = {**EPISODIC, "mosaic": 1.0, "mixup": 0.5, "batch": 32, "model": str(tiny / "yolo11n-tiny.yaml")}
+    trainer = FewShotTrainer("stage2.yaml", {**overrides, "data": str(tiny / "data.yaml"), "project": str(tiny)})
+    assert trainer.args.mosaic == trainer.args.mixup == 0 and trainer.args.batch == 6
+
+
+def test_the_literal_seed_recipe_differs_only_in_the_width_of_episodes():
+    ours, seed = YAML.load(cfg_dir() / "stage2.yaml"), YAML.load(cfg_dir() / "stage2-seed.yaml")
+    assert {k for k in ours if ours[k] != seed[k]} == {"n_way", "wide"}
+    assert seed["n_way"] == 2 and seed["wide"] is False
+    recipe = {"dfl": 0.15, "grad_clip": 5.0, "lr0": 2e-5, "epochs": 150, "episodes": 500, "box": 7.5, "cls": 0.5,
+              "supcon": 1.2, "cpe": 0.6, "triplet": 0.3, "dfl_side_max": 20.0, "dfl_mean_max": 15.0}  # fmt: skip
+    assert {k: seed[k] for k in recipe} == recipe and seed["optimizer"] == "AdamW"
+
+
+def test_the_recipe_carries_every_key_that_resuming_from_a_best_checkpoint_resets():
+    from yolo_fewshot.args import KEYS
+
+    assert set(KEYS) <= set(YAML.load(cfg_dir() / "stage2.yaml"))
+
+
+def test_the_trainer_can_be_sent_to_other_processes(tiny, stage2):
+    """What Ultralytics' multi-GPU launcher does: pickle class and arguments, rebuild the trainer in a new process."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    state = {"trainer": FewShotTrainer, "args": {**vars(stage2.args), "name": "ddp", "save_dir": str(tiny / "ddp")}}
+    (tiny / "state.pkl").write_bytes(cloudpickle.dumps(state))
+    code = f"""
+import pickle
+state = pickle.load(open({str(tiny / "state.pkl")!r}, "rb"))
+from ultralytics.utils import DEFAULT_CFG_DICT
+cfg = DEFAULT_CFG_DICT.copy()
+cfg.update(save_dir="")
+trainer = state["trainer"](cfg=cfg, overrides=state["args"])
+print("OK", trainer.args.n_way, trainer.args.stage, trainer.args.batch)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.home())
+    assert "OK 3 2 6" in out.stdout, out.stderr
+    assert pickle.loads(pickle.dumps(FewShotTrainer)) is FewShotTrainer
+
+
+def test_gains_can_be_tuned(tiny, stage1):
+    model = YOLO(stage1.best)
+    space = {"supcon": (0.1, 2.0), "n_way": (2, 4)}
+    settings = {**EPISODIC, "cfg": "stage2.yaml", "epochs": 1, "data": str(tiny / "data.yaml"), "project": str(tiny)}
+    del settings["n_way"]
+    model.tune(space=space, iterations=1, val=True, save=False, name="tune", n_way=3, **settings)
+    assert list((tiny / "tune").rglob("best_hyperparameters.yaml"))

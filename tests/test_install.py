@@ -188,12 +188,21 @@ def test_the_stock_command_trains_a_fewshot_model(wheel_install: Install, tmp_pa
         [
             *wheel_install.yolo,
             *("train", "model=tiny.yaml", "cfg=stage1.yaml", f"data={make_data(tmp_path / 'data')}", "epochs=1"),
-            *("imgsz=64", "batch=4", "workers=0", "device=cpu", "amp=False", "plots=False", "project=out", "name=run"),
+            *(
+                "imgsz=64",
+                "batch=4",
+                "workers=0",
+                "device=cpu",
+                "amp=False",
+                "plots=False",
+                f"project={tmp_path}",
+                "name=run",
+            ),
         ],
         tmp_path,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (best,) = tmp_path.rglob("best.pt")
+    best = tmp_path / "run" / "weights" / "best.pt"
     recorded = yaml.safe_load((best.parents[1] / "args.yaml").read_text())
     assert (recorded["stage"], recorded["n_way"], recorded["epochs"]) == (1, None, 1)
     assert "train/grad_norm" in (best.parents[1] / "results.csv").read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,6 +16,15 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 UNIT = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]])
 UNIT_LABELS = torch.tensor([0, 0, 1, 1])
 HALF_MAX = 65504.0
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Handing these tiny tensors to several threads takes longer than computing them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # Plain loops over Python floats: the independent reference.

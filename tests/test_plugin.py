@@ -245,6 +245,7 @@ def test_the_working_directory_wins(cwd: Path):
 
 def test_only_bare_names_resolve(cwd: Path):
     assert checks.check_file("sub/stage2.yaml", hard=False) == []
+    assert checks.check_file("./stage2.yaml", hard=False) == []
     assert checks.check_file("stage2.txt", hard=False) == []
 
 

@@ -132,7 +132,7 @@ class FewShotTrainer(DetectionTrainer):
         a = self.args
         dataset = EpisodicDataset(loader.dataset)
         sampler = EpisodeSampler(
-            dataset.labels, self.data["names"], a.n_way, a.k_shot, a.n_query, a.episodes, a.seed, max(rank, 0)
+            dataset.labels, self.data["names"], a.n_way, a.k_shot, a.n_query, a.episodes, a.seed, max(RANK, 0)
         )
         workers = min(os.cpu_count() // max(self.world_size, 1), a.workers, a.episodes)
         return InfiniteDataLoader(
@@ -154,6 +154,7 @@ class FewShotTrainer(DetectionTrainer):
         """
         if event == "on_train_epoch_start":
             self.guard.reset()
+            self._finite_tloss = None
             if self.episodic:  # an interrupted run and an uninterrupted one have the same state here
                 init_seeds(self.args.seed + 1 + RANK + 1000 * self.epoch, deterministic=self.args.deterministic)
         super().run_callbacks(event)
@@ -161,14 +162,17 @@ class FewShotTrainer(DetectionTrainer):
     def optimizer_step(self) -> None:
         """Clip the gradient, then take a step, or skip it if the loss or the gradient is not finite."""
         self.scaler.unscale_(self.optimizer)
-        # Ultralytics multiplies the loss by pictures and processes, and adds up `accumulate` batches.
-        scale = self.batch_size * max(self.world_size, 1) * self.accumulate
+        # Ultralytics multiplies the loss by the pictures of all processes and adds up `accumulate` batches. An episode
+        # is the batch of one process.
+        scale = self.batch_size * self.accumulate * (max(self.world_size, 1) if self.episodic else 1)
         clip = self.args.grad_clip or STOCK_CLIP / scale
         finite = self.guard.clip(self.model, clip, scale, self.loss)
         if finite:
             self.scaler.step(self.optimizer)
-        else:
-            self.loss = torch.zeros_like(self.loss)  # a last batch like this must not undo the epoch
+            self._finite_tloss = self.tloss
+        else:  # neither the running means nor, after the last batch, the whole epoch may suffer
+            self.tloss = self._finite_tloss or {k: torch.zeros_like(v) for k, v in self.tloss.items()}
+            self.loss = torch.zeros_like(self.loss)
         self.scaler.update()  # after an overflow this halves the scale
         self.optimizer.zero_grad()
         if self.ema and finite:

@@ -16,7 +16,7 @@ import ultralytics
 import ultralytics.data.utils as data_utils
 from ultralytics import RTDETR, YOLO, YOLOWorld, cfg
 from ultralytics.engine.model import Model
-from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer, DetectionValidator
+from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, DEFAULT_CFG_PATH, ROOT, YAML, checks
@@ -26,6 +26,7 @@ from yolo_fewshot import args, plugin
 from yolo_fewshot.head import FewShotDetect
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.trainer import FewShotTrainer
+from yolo_fewshot.validator import FewShotValidator
 
 STOCK_KEYS = set(YAML.load(DEFAULT_CFG_PATH))
 TYPED = ("CFG_INT_KEYS", "CFG_FLOAT_KEYS", "CFG_BOOL_KEYS", "CFG_STR_KEYS")
@@ -282,7 +283,7 @@ def test_fewshot_yaml_gives_our_classes(fewshot: YOLO):
     assert type(fewshot.model.model[-1]) is FewShotDetect
     assert fewshot._smart_load("model") is FewShotDetectionModel
     assert fewshot._smart_load("trainer") is FewShotTrainer
-    assert fewshot._smart_load("validator") is DetectionValidator
+    assert fewshot._smart_load("validator") is FewShotValidator
     assert fewshot._smart_load("predictor") is DetectionPredictor
 
 
@@ -290,7 +291,7 @@ def test_stock_yaml_gives_stock_classes(stock: YOLO, no_setup: None):
     assert type(stock.model) is DetectionModel
     assert type(stock.model.model[-1]) is Detect
     assert stock._smart_load("model") is DetectionModel
-    assert stock._smart_load("validator") is DetectionValidator
+    assert stock._smart_load("validator") is FewShotValidator
     assert stock._smart_load("predictor") is DetectionPredictor
     overrides, callbacks = {"epochs": 1, **dict.fromkeys(args.KEYS)}, {"on_fit": []}
     trainer = stock._smart_load("trainer")(overrides=overrides, _callbacks=callbacks)

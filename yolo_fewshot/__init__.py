@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "FewShotTrainer": "trainer",
+    "FewShotValidator": "validator",
     "FewShotYOLO": "yolo",
     "FewShotDetectionModel": "model",
     "FewShotDetect": "head",

@@ -215,5 +215,5 @@ class FewShotDetect(Detect):
             bank.weight = nn.Parameter(weight, requires_grad=bank.weight.requires_grad)
             if index == self.nc:
                 bank.frozen = torch.cat([bank.frozen, torch.zeros_like(bank.frozen[:1])])
-        self.nc = len(self.prototypes.weight if self.cv2 is not None else self.one2one_prototypes.weight)
+        self.nc = len(self.banks[0].weight)
         self.no = self.nc + self.reg_max * 4

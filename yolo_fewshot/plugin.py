@@ -52,6 +52,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "BaseTrainer.final_eval",
         "BaseTrainer.run_callbacks",
     ),
+    "ultralytics.models.yolo.detect.val": ("DetectionValidator.init_metrics", "DetectionValidator.preprocess"),
     "ultralytics.models.yolo.detect.train": ("DetectionTrainer.get_model", "DetectionTrainer.get_dataloader"),
 }
 
@@ -265,6 +266,10 @@ def route(model: Any, key: str, stock: type) -> Any:
         from yolo_fewshot.model import FewShotDetectionModel
 
         return FewShotDetectionModel
+    if key == "validator" and is_fewshot(model):
+        from yolo_fewshot.validator import FewShotValidator
+
+        return FewShotValidator
     if key != "trainer":
         return stock
     if is_fewshot(model):

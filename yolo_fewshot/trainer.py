@@ -90,7 +90,7 @@ class FewShotTrainer(DetectionTrainer):
         if any(given.get(k) for k in mixing):
             LOGGER.warning(f"Stage 2 sets {', '.join(f'{k}=0' for k in mixing)}: support and query must not mix.")
         # One optimizer step per episode, with Ultralytics' weight decay for a batch of the nominal size.
-        return {**values, **dict.fromkeys(MIXING, 0.0), "close_mosaic": 0, "batch": size, "nbs": size}
+        return {**values, **dict.fromkeys(MIXING, 0.0), "close_mosaic": 0, "rect": False, "batch": size, "nbs": size}
 
     def get_model(
         self, cfg: str | dict | None = None, weights: nn.Module | None = None, verbose: bool = True

@@ -16,7 +16,7 @@ import ultralytics
 import ultralytics.data.utils as data_utils
 from ultralytics import RTDETR, YOLO, YOLOWorld, cfg
 from ultralytics.engine.model import Model
-from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer
+from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer, DetectionValidator
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, DEFAULT_CFG_PATH, ROOT, YAML, checks
@@ -291,7 +291,7 @@ def test_stock_yaml_gives_stock_classes(stock: YOLO, no_setup: None):
     assert type(stock.model) is DetectionModel
     assert type(stock.model.model[-1]) is Detect
     assert stock._smart_load("model") is DetectionModel
-    assert stock._smart_load("validator") is FewShotValidator
+    assert stock._smart_load("validator") is DetectionValidator
     assert stock._smart_load("predictor") is DetectionPredictor
     overrides, callbacks = {"epochs": 1, **dict.fromkeys(args.KEYS)}, {"on_fit": []}
     trainer = stock._smart_load("trainer")(overrides=overrides, _callbacks=callbacks)

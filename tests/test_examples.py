@@ -16,7 +16,7 @@ def test_add_classes(tmp_path, capsys, monkeypatch):
     model = YOLO("fewshot.yaml")
     data = check_det_dataset("fewshot-demo.yaml")
     model.model.names = {i: data["names"].get(i, f"class {i}") for i in range(80)}
-    model.overrides["imgsz"] = 64
+    model.ckpt = {"train_args": {"imgsz": 64}}
     model.save(tmp_path / "base.pt")
     monkeypatch.setattr(sys, "argv", ["add_classes.py", str(tmp_path / "base.pt"), "fewshot-demo-novel.yaml"])
     runpy.run_path(str(EXAMPLES / "add_classes.py"), run_name="__main__")

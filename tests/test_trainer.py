@@ -1,5 +1,6 @@
 import csv
-import pickle
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from ultralytics import YOLO
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import YAML
 
 from yolo_fewshot import FewShotTrainer
+from yolo_fewshot.episodes import EpisodeSampler
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plugin import cfg_dir
 
@@ -274,7 +277,17 @@ def test_the_recipe_carries_every_key_that_resuming_from_a_best_checkpoint_reset
     assert set(KEYS) <= set(YAML.load(cfg_dir() / "stage2.yaml"))
 
 
-def test_the_trainer_can_be_sent_to_other_processes(tiny, stage2):
+def run_python(code, **env):
+    import os
+
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.home(), env={**os.environ, **env}
+    )
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
+def test_the_trainer_works_in_other_processes_and_each_rank_draws_its_own_episodes(tiny, stage2):
     """What Ultralytics' multi-GPU launcher does: pickle class and arguments, rebuild the trainer in a new process."""
     cloudpickle = pytest.importorskip("cloudpickle")
     state = {"trainer": FewShotTrainer, "args": {**vars(stage2.args), "name": "ddp", "save_dir": str(tiny / "ddp")}}
@@ -286,11 +299,61 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 cfg = DEFAULT_CFG_DICT.copy()
 cfg.update(save_dir="")
 trainer = state["trainer"](cfg=cfg, overrides=state["args"])
-print("OK", trainer.args.n_way, trainer.args.stage, trainer.args.batch)
+trainer.setup_model()
+loader = trainer.get_dataloader(trainer.data["train"], 6, rank=-1)
+print("DRAWN", trainer.args.stage, trainer.args.batch, [d.index for d in loader.sampler])
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.home())
-    assert "OK 3 2 6" in out.stdout, out.stderr
-    assert pickle.loads(pickle.dumps(FewShotTrainer)) is FewShotTrainer
+    drawn = [run_python(code, RANK=r).partition("DRAWN")[2].strip() for r in ("0", "1")]
+    labels, names = stage2.train_loader.dataset.labels, stage2.data["names"]
+    for rank in (0, 1):
+        expected = [d.index for d in EpisodeSampler(labels, names, 3, 1, 1, 4, seed=0, rank=rank)]
+        assert drawn[rank] == f"2 6 {expected}"
+    assert drawn[0] != drawn[1]
+
+
+def test_a_stock_training_is_the_same_with_and_without_the_plugin(tiny):
+    code = f"""
+import yolo_fewshot
+from ultralytics import YOLO
+YOLO({str(tiny / "stock11n.yaml")!r}).train(data={str(tiny / "data.yaml")!r}, epochs=2, imgsz=64, workers=0, batch=8,
+    plots=False, project={str(tiny)!r}, name=NAME, exist_ok=True)
+"""
+    text = (tiny / "yolo11n-tiny.yaml").read_text()
+    (tiny / "stock11n.yaml").write_text(text[: text.index("fewshot:")] + text[text.index("backbone:") :])
+    for name, off in (("with", "0"), ("without", "1")):
+        run_python(code.replace("NAME", repr(name)), YOLO_FEWSHOT_DISABLE=off)
+    a, b = ((tiny / n / "results.csv").read_text().splitlines() for n in ("with", "without"))
+    assert a[0] == b[0] and [r.split(",")[2:] for r in a] == [r.split(",")[2:] for r in b]
+    a, b = (torch.load(tiny / n / "weights/last.pt", weights_only=False)["model"] for n in ("with", "without"))
+    assert type(a) is type(b) is DetectionModel
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def test_an_interrupted_end_of_training_leaves_resumable_checkpoints(tiny, monkeypatch):
+    def interrupted(f, **_):
+        Path(f).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ultralytics.engine.trainer.strip_optimizer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, "strip", **{**EPISODIC, "epochs": 1})
+    for name in ("last.pt", "best.pt"):
+        assert torch.load(tiny / f"strip/weights/{name}", weights_only=False)["optimizer"] is not None
+
+
+def test_bad_labels_are_reported_and_left_out_by_ultralytics(tiny, tmp_path, caplog):
+    shutil.copytree(tiny / "images", tmp_path / "images")
+    shutil.copytree(tiny / "labels", tmp_path / "labels", ignore=shutil.ignore_patterns("*.cache"))
+    shutil.copy(tiny / "data.yaml", tmp_path)
+    (tmp_path / "labels/train/00.txt").write_text("0 0.5 0.5 1.5 0.5")
+    (tmp_path / "labels/train/01.txt").write_text("7 0.5 0.5 0.5 0.5")
+    logging.getLogger("ultralytics").addHandler(caplog.handler)
+    try:
+        trainer = train(tiny, "labels", **{**EPISODIC, "epochs": 1, "data": str(tmp_path / "data.yaml")})
+    finally:
+        logging.getLogger("ultralytics").removeHandler(caplog.handler)
+    assert "00.png: ignoring corrupt" in caplog.text and "01.png: ignoring corrupt" in caplog.text
+    assert len(trainer.train_loader.dataset) == 30
 
 
 def test_gains_can_be_tuned(tiny, stage1):

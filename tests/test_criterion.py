@@ -129,7 +129,7 @@ def test_episode_terms_equal_a_naive_computation(batch, wide, frozen):
         model.model[-1].prototypes.bias.add_(5)
         model.model[-1].prototypes.logit_scale.copy_(torch.tensor([0.5, 1.0, 1.5]))
     if frozen:
-        model.model[-1].freeze_prototypes()
+        model.model[-1].freeze_prototypes(list(range(NC)))
     criterion = FewShotLoss(model)
     preds = preds_of(model, batch)
     epi, supcon, triplet, ways = naive_terms(model, preds, batch, criterion)
@@ -165,7 +165,7 @@ def test_a_query_is_judged_by_prototypes_of_other_pictures_only(batch):
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"])
 def test_gradients_are_finite_and_reach_every_part(batch, cfg):
     model = make(cfg, cpe_iou=0.0)
-    model.model[-1].freeze_prototypes()
+    model.model[-1].freeze_prototypes(list(range(NC)))
     loss, items = model(batch)
     loss.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -146,11 +146,13 @@ def test_set_prototype_appends_or_replaces_one_row_only(model):
 def test_freezing_keeps_unit_copies_that_training_does_not_move(model):
     head = deepcopy(model).model[-1]
     assert not head.prototypes.frozen.any()
-    head.freeze_prototypes()
+    head.freeze_prototypes(list(range(7)))
     torch.testing.assert_close(head.prototypes.frozen, F.normalize(head.prototypes.weight[..., 0], dim=1).detach())
     kept = head.prototypes.frozen.clone()
     head.prototypes.weight.data += 1
     assert torch.equal(head.prototypes.frozen, kept)
+    head.freeze_prototypes([1, 4])
+    assert head.prototypes.frozen.any(1).nonzero()[:, 0].tolist() == [1, 4]
     assert "prototypes.frozen" in head.state_dict() and kept.dtype == torch.float32
 
 

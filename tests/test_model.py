@@ -71,7 +71,7 @@ def test_dual_heads_transfer_both_branches():
 
 def test_prototypes_follow_their_class_by_name():
     source = build(nc=4, names=["cat", "dog", "bus", "car"], seed=1)
-    source.model[-1].freeze_prototypes()
+    source.model[-1].freeze_prototypes(list(range(4)))
     for names in (["car", "cat", "tree"], ["Dog ", "bus", "cat", "car"]):  # another count, another order
         model = build(nc=len(names), names=names, seed=2)
         before = model.model[-1].prototypes.weight.detach().clone()
@@ -86,6 +86,7 @@ def test_prototypes_follow_their_class_by_name():
                 assert not bank.frozen[i].any() and bank.weight[i].norm().item() == pytest.approx(1)
                 assert not any(torch.equal(bank.weight[i], w) for w in src.weight)
         assert not torch.equal(bank.weight, before)
+        assert model.transferred == [i for i, n in enumerate(names) if n.strip().lower() in source.names.values()]
         assert torch.equal(bank.logit_scale, src.logit_scale)
 
 

@@ -29,7 +29,7 @@ class Key(NamedTuple):
 
 KEYS: dict[str, Key] = {
     "stage": Key(int, None, "1: ordinary detection training of the few-shot head; 2: episodes", 1, 2),
-    "n_way": Key(int, 16, "classes drawn per episode", 1),
+    "n_way": Key(int, 8, "classes drawn per episode", 1),
     "k_shot": Key(int, 1, "support pictures per drawn class", 1),
     "n_query": Key(int, 1, "query pictures per drawn class", 1),
     "episodes": Key(int, 500, "episodes, each one optimizer step, per epoch", 1),

@@ -192,10 +192,15 @@ class FewShotDetect(Detect):
                 box[-1].bias.data[:] = 2.0
             bank.set_prior(self.stride)
 
-    def freeze_prototypes(self) -> None:
-        """Keep the present prototypes as the anchors of the triplet term."""
+    def freeze_prototypes(self, classes: list[int]) -> None:
+        """Keep the present prototypes of some classes, and of no others, as the anchors of the triplet term.
+
+        Args:
+            classes (list[int]): Class indices, those with a learned prototype.
+        """
         for bank in self.banks:
-            bank.frozen.copy_(F.normalize(bank.weight.detach()[..., 0], dim=1))
+            bank.frozen.zero_()
+            bank.frozen[classes] = F.normalize(bank.weight.detach()[classes, :, 0], dim=1)
 
     def set_prototype(self, index: int, prototypes: list[torch.Tensor]) -> None:
         """Set the prototype of one class, or append it if `index` is the number of classes; other rows stay.

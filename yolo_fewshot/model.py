@@ -25,6 +25,9 @@ class FewShotDetectionModel(DetectionModel):
     Built from any detection YAML; the section `fewshot: {embed: 128, proj: 128}` sets the size of the embedding and of
     the projection for the contrastive terms.
 
+    Attributes:
+        transferred (list[int]): Classes whose prototypes the last `load` took from its source.
+
     Examples:
         >>> model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=20)
         >>> model.load(YOLO("yolo11n.pt").model)  # backbone, neck, box branch and class stems
@@ -43,6 +46,7 @@ class FewShotDetectionModel(DetectionModel):
             TypeError: If the head is not `Detect`.
         """
         super().__init__(cfg, ch=ch, nc=nc, verbose=verbose)
+        self.transferred: list[int] = []
         self.yaml["fewshot"] = {**FEWSHOT, **(self.yaml.get("fewshot") or {})}
         self.model[-1] = FewShotDetect.upgrade(self.model[-1], **self.yaml["fewshot"])
         if verbose:
@@ -67,8 +71,9 @@ class FewShotDetectionModel(DetectionModel):
         if isinstance(src_head, Detect):
             self._adopt_stems(head, src_head)
         super().load(weights, verbose)
+        self.transferred = []
         if isinstance(src_head, FewShotDetect) and src_head.embed == head.embed:
-            self._copy_prototypes(source, src_head, verbose)
+            self.transferred = self._copy_prototypes(source, src_head, verbose)
 
     @staticmethod
     def _adopt_stems(head: FewShotDetect, src_head: Detect) -> None:
@@ -85,8 +90,8 @@ class FewShotDetectionModel(DetectionModel):
                     stem[-1] = Embedding(src_stem[-1].in_channels, head.embed)
         initialize_weights(head)
 
-    def _copy_prototypes(self, source: Any, src_head: FewShotDetect, verbose: bool) -> None:
-        """Copy the rows of the prototypes whose class the source has too."""
+    def _copy_prototypes(self, source: Any, src_head: FewShotDetect, verbose: bool) -> list[int]:
+        """Copy the rows of the prototypes whose class the source has too, and return them."""
         names, src_names = ({i: str(n).strip().lower() for i, n in m.names.items()} for m in (self, source))
         if any(all(str(i) == n for i, n in x.items()) for x in (names, src_names)):
             index = {i: i for i in names} if len(names) == len(src_names) else {}
@@ -94,7 +99,7 @@ class FewShotDetectionModel(DetectionModel):
             lookup = {n: i for i, n in src_names.items()}
             index = {i: lookup[n] for i, n in names.items() if n in lookup}
         if not index:
-            return
+            return []
         dst, src = list(index), list(index.values())
         for bank, src_bank in zip(self.model[-1].banks, src_head.banks):
             fresh = torch.randn_like(bank.weight)
@@ -105,3 +110,4 @@ class FewShotDetectionModel(DetectionModel):
             bank.frozen[dst] = src_bank.frozen[src].to(bank.frozen)
         if verbose:
             LOGGER.info(f"Transferred {len(index)}/{len(names)} prototypes by class name")
+        return dst

@@ -103,15 +103,15 @@ class FewShotTrainer(DetectionTrainer):
             verbose (bool): Whether to log the layers.
 
         Returns:
-            (FewShotDetectionModel): The model. In stage 2 its prototypes are kept as anchors of the triplet term if the
-                weights have learned ones.
+            (FewShotDetectionModel): The model. In stage 2 the prototypes that it took from the weights are kept as
+                anchors of the triplet term.
         """
         model = FewShotDetectionModel(cfg, ch=self.data["channels"], nc=self.data["nc"], verbose=verbose and RANK == -1)
         model = self.set_model_names_for_load(model)
         if weights:
             model.load(weights)
-            if self.episodic and not self.resume and isinstance(weights, FewShotDetectionModel):
-                model.model[-1].freeze_prototypes()
+            if self.episodic and not self.resume:
+                model.model[-1].freeze_prototypes(model.transferred)
         return model
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
@@ -143,6 +143,7 @@ class FewShotTrainer(DetectionTrainer):
             pin_memory=loader.pin_memory,
             collate_fn=dataset.collate_fn,
             worker_init_fn=seed_worker,
+            generator=torch.Generator().manual_seed(a.seed),  # starting it must not disturb the run's random state
         )
 
     def run_callbacks(self, event: str) -> None:

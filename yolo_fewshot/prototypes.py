@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from ultralytics.data.build import build_dataloader
+from ultralytics.data.dataset import YOLODataset
 
 from yolo_fewshot.assign import BoxAssignment
 
@@ -105,9 +107,6 @@ def enroll(model: nn.Module, data: dict[str, Any], imgsz: int, batch: int = 16) 
     Raises:
         ValueError: If a class that the model does not know has no labelled object, or no box yields an embedding.
     """
-    from ultralytics.data.build import build_dataloader
-    from ultralytics.data.dataset import YOLODataset
-
     device = next(model.parameters()).device
     dataset = YOLODataset(
         img_path=data["train"], imgsz=imgsz, augment=False, data=data, prefix="support: ", batch_size=batch

@@ -43,7 +43,6 @@ def batch():
         "batch_idx": index,
         "support": torch.tensor([True] * 2 + [False] * 4),
         "way": torch.tensor([0, 1, 0, 1, 1, 0]),
-        "moved": torch.tensor([False] * B),
     }
 
 
@@ -249,15 +248,3 @@ def test_balanced_sample_gives_classes_equal_shares():
     assert counts == [35, 20, 5] and len(set(chosen.tolist())) == 60
     assert torch.equal(balanced_sample(labels[:10], 60), torch.arange(10))
     assert torch.bincount(labels[balanced_sample(labels, 9)]).tolist() == [3, 3, 3]
-
-
-def test_objects_of_a_moved_episode_are_judged_within_the_episode_only(batch):
-    model = make(cpe_iou=0.0)
-    preds, criterion = preds_of(model, batch), FewShotLoss(model)
-    torch.manual_seed(1)
-    still = criterion(preds, batch)[1]
-    torch.manual_seed(1)
-    moved = criterion(preds, {**batch, "moved": torch.ones(B, dtype=torch.bool)})[1]
-    assert still["cls_loss"] > 0 and still["tri_loss"] > 0
-    assert moved["cls_loss"] == moved["tri_loss"] == 0
-    assert all(torch.equal(still[k], moved[k]) for k in still if k not in {"cls_loss", "tri_loss"})

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from ultralytics.cfg import get_cfg
 from ultralytics.data.dataset import YOLODataset
 
-from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset, apply_symmetry
+from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset
 
 
 def make_labels(per_picture):
@@ -205,43 +205,3 @@ def test_augmentation_does_not_depend_on_loader_processes(yolo_dataset):
     np.random.seed(1)
     assert torch.equal(here, batches(2))
     assert not torch.equal(here[0], here[1])
-
-
-@pytest.mark.parametrize("size", [(40, 40), (40, 56)])
-def test_boxes_follow_their_objects_under_every_symmetry(size):
-    h, w = size
-    seen = set()
-    for symmetry in range(8):
-        img = torch.zeros(3, h, w)
-        img[:, 4:14, 8:28] = 1  # 10 high, 20 wide
-        img[0, 4:6, 8:10] = 2  # and a marked corner
-        box = torch.tensor([[18 / w, 9 / h, 20 / w, 10 / h]])
-        new, moved = apply_symmetry(img, box, symmetry)
-        rows, columns = new[1].any(1).nonzero()[:, 0], new[1].any(0).nonzero()[:, 0]
-        height, width = new.shape[1:]
-        found = [columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height]
-        x, y, bw, bh = moved[0]
-        torch.testing.assert_close(torch.stack(found), torch.stack([x - bw / 2, y - bh / 2, x + bw / 2, y + bh / 2]))
-        assert new.shape == img.shape and new.is_contiguous()
-        seen.add(tuple((new[0] == 2).nonzero().float().mean(0).tolist()))
-    assert len(seen) == (8 if h == w else 4)
-    assert torch.equal(apply_symmetry(img, box, 0)[0], img)
-
-
-def test_task_augmentation_moves_whole_episodes():
-    sampler = EpisodeSampler(random_labels(), NAMES, 3, 1, 1, episodes=400, task_aug=0.5)
-    episodes = [sampler.episode(0, t) for t in range(400)]
-    assert all(len({d.symmetry for d in e}) == 1 for e in episodes)
-    counts = Counter(e[0].symmetry for e in episodes)
-    assert 160 < counts[0] < 240 and set(counts) == set(range(8))
-    plain = EpisodeSampler(random_labels(), NAMES, 3, 1, 1, episodes=400)
-    assert {d.symmetry for d in plain} == {0}
-    assert [d[:4] for d in plain.episode(0, 7)] == [d[:4] for d in episodes[7]]
-
-
-def test_moved_episodes_are_loaded_moved(yolo_dataset):
-    dataset = EpisodicDataset(yolo_dataset)
-    draw = EpisodeSampler(dataset.labels, yolo_dataset.data["names"], 3, 1, 1, episodes=1).episode(0, 0)[0]
-    still, moved = dataset[draw], dataset[draw._replace(symmetry=3)]
-    assert torch.equal(still["img"].rot90(3, (1, 2)), moved["img"])
-    assert dataset.collate_fn([still, moved])["moved"].tolist() == [False, True]

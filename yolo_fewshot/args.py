@@ -34,7 +34,6 @@ KEYS: dict[str, Key] = {
     "n_query": Key(int, 1, "query pictures per drawn class", 1),
     "episodes": Key(int, 500, "episodes, each one optimizer step, per epoch", 1),
     "wide": Key(bool, True, "every class that has a support object is a way, not only the drawn ones"),
-    "task_aug": Key(float, 0.0, "share of episodes turned or mirrored as a whole, which makes new classes", high=1),
     "supcon": Key(float, 1.2, "gain of the supervised contrastive term"),
     "supcon_tau": Key(float, 0.1, "temperature of the supervised contrastive term", above=True),
     "cpe": Key(float, 0.6, "gain of the contrastive proposal encoding term"),

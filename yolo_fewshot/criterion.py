@@ -100,10 +100,6 @@ class FewShotLoss(v8DetectionLoss):
             device = preds["embeds"].device.type
             with torch.autocast(device, enabled=False):
                 terms = self.episode_terms(preds, batch)
-            # The objects of a turned episode are of no base class: only terms within the episode can judge them.
-            own = (~batch["moved"].any()).to(loss)
-            loss = loss * torch.stack([torch.ones_like(own), own, torch.ones_like(own)])
-            terms = terms * torch.stack([torch.ones_like(own)] * 3 + [own])
         self.assigner.forget()
         loss = torch.cat([loss, terms])
         return loss * len(preds["boxes"]), dict(zip(self.loss_names, loss.detach()))

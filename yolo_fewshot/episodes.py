@@ -23,14 +23,12 @@ class Draw(NamedTuple):
         way (int): Class that the picture was drawn for.
         support (bool): Whether it is a support picture; else it is a query picture.
         seed (int): Seed of its augmentation.
-        symmetry (int): Symmetry of the square, 0 (none) to 7, that the whole episode is seen under.
     """
 
     index: int
     way: int
     support: bool
     seed: int
-    symmetry: int = 0
 
 
 class EpisodeSampler(Sampler):
@@ -54,7 +52,6 @@ class EpisodeSampler(Sampler):
         episodes: int,
         seed: int = 0,
         rank: int = 0,
-        task_aug: float = 0.0,
     ):
         """Initialize the sampler.
 
@@ -67,8 +64,6 @@ class EpisodeSampler(Sampler):
             episodes (int): Episodes per epoch.
             seed (int): Seed of the run.
             rank (int): Rank of this process in multi-GPU training; each rank draws its own episodes.
-            task_aug (float): Share of episodes that are turned or mirrored as a whole, which makes new classes of
-                their objects (task augmentation, Liu et al. 2020, arXiv:2003.00804).
 
         Raises:
             ValueError: If fewer than n_way classes have at least k_shot + 1 pictures, or a count is less than 1.
@@ -77,7 +72,6 @@ class EpisodeSampler(Sampler):
             if v < 1:
                 raise ValueError(f"'{k}={v}' is an invalid value. '{k}' must be >= 1.")
         self.n_way, self.k_shot, self.n_query, self.episodes = n_way, k_shot, n_query, episodes
-        self.task_aug = task_aug
         self.seed, self.rank, self.epoch, self._running = seed, rank, 0, False
 
         # Pictures by class: those of class c are pictures[start[c] : start[c + 1]].
@@ -153,8 +147,7 @@ class EpisodeSampler(Sampler):
             )
         seeds = rng.integers(2**31, size=self.episode_size).tolist()
         flags = [True] * len(shots) + [False] * len(queries)
-        symmetry = int(rng.integers(1, 8)) if rng.random() < self.task_aug else 0
-        return [Draw(i, c, s, seed, symmetry) for (c, i), s, seed in zip(shots + queries, flags, seeds)]
+        return [Draw(i, c, s, seed) for (c, i), s, seed in zip(shots + queries, flags, seeds)]
 
     def _draw(
         self, rng: np.random.Generator, c: int, n: int, support: set[int], into: set[int], relax: bool
@@ -202,38 +195,13 @@ class EpisodicDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        """Return one augmented picture with its labels, its `way` (int), `support` (bool) and `moved` (bool)."""
+        """Return one augmented picture with its labels, its `way` (int) and `support` (bool)."""
         random.seed(draw.seed)
         np.random.seed(draw.seed)
-        sample = self.dataset[draw.index]
-        sample["img"], sample["bboxes"] = apply_symmetry(sample["img"], sample["bboxes"], draw.symmetry)
-        return {**sample, "way": draw.way, "support": draw.support, "moved": draw.symmetry > 0}
+        return {**self.dataset[draw.index], "way": draw.way, "support": draw.support}
 
     @staticmethod
     def collate_fn(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate the pictures of an episode: Ultralytics' batch with `way` long, `support` and `moved` bool, (B,)."""
+        """Collate the pictures of an episode: Ultralytics' batch with `way` (B,) long and `support` (B,) bool."""
         batch = YOLODataset.collate_fn(samples)
-        return {**batch, **{k: torch.tensor(batch[k]) for k in ("way", "support", "moved")}}
-
-
-def apply_symmetry(img: torch.Tensor, boxes: torch.Tensor, symmetry: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn a picture by quarters and mirror it, with its boxes.
-
-    Args:
-        img (torch.Tensor): Picture, (C, H, W). If it is not square it is turned by halves only.
-        boxes (torch.Tensor): Centre, width and height of its boxes in 0..1, (N, 4).
-        symmetry (int): Quarter turns, plus 4 to mirror afterwards, 0 to 7.
-
-    Returns:
-        img (torch.Tensor): New picture.
-        boxes (torch.Tensor): New boxes.
-    """
-    turns = symmetry % 4 if img.shape[1] == img.shape[2] else symmetry % 4 // 2 * 2
-    img = img.rot90(turns, (1, 2))
-    for _ in range(turns):
-        x, y, w, h = boxes.unbind(1)
-        boxes = torch.stack([y, 1 - x, h, w], 1)
-    if symmetry >= 4:
-        img = img.flip(2)
-        boxes = boxes * boxes.new_tensor([-1, 1, 1, 1]) + boxes.new_tensor([1, 0, 0, 0])
-    return img.contiguous(), boxes
+        return {**batch, "way": torch.tensor(batch["way"]), "support": torch.tensor(batch["support"])}

@@ -131,8 +131,9 @@ class FewShotTrainer(DetectionTrainer):
             return loader
         a = self.args
         dataset = EpisodicDataset(loader.dataset)
-        counts = (a.n_way, a.k_shot, a.n_query, a.episodes)
-        sampler = EpisodeSampler(dataset.labels, self.data["names"], *counts, a.seed, max(RANK, 0), a.task_aug)
+        sampler = EpisodeSampler(
+            dataset.labels, self.data["names"], a.n_way, a.k_shot, a.n_query, a.episodes, a.seed, max(RANK, 0)
+        )
         workers = min(os.cpu_count() // max(self.world_size, 1), a.workers, a.episodes)
         return InfiniteDataLoader(
             dataset,

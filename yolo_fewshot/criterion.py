@@ -112,10 +112,9 @@ class FewShotLoss(v8DetectionLoss):
         fg = fg_mask.nonzero(as_tuple=True)
         # Objects: mean embedding of the anchors assigned to each, weighted by how well they fit.
         n_max = max(self.assigner.n_max_boxes, 1)
-        objects, valid = pool_objects(embeds, fg, gt_idx[fg], target_scores[fg].sum(-1), n_max)
-        y = objects.new_full((len(objects),), -1, dtype=torch.long)
+        objects, _ = pool_objects(embeds, fg, gt_idx[fg], target_scores[fg].sum(-1), n_max)
+        y = objects.new_full((len(objects),), -1, dtype=torch.long)  # -1: padding, or an object without an anchor
         y[fg[0] * n_max + gt_idx[fg].long()] = labels[fg].long()
-        y = torch.where(valid, y, -1)
         # Prototypes: class means over the support objects; in a narrow episode, of the drawn classes only.
         support = batch["support"].to(embeds.device)
         y_support = torch.where(support.repeat_interleave(n_max), y, -1)

@@ -132,8 +132,8 @@ class FewShotDetect(Detect):
             bank = Prototypes(head.nc, embed, head.nl)
             bank.set_prior(head.stride)
             setattr(head, f"{branch}prototypes", bank)
-        size = (embed, embed, proj)
-        head.proj = nn.Sequential(nn.Linear(*size[:2]), nn.ReLU(), nn.Linear(*size[1:])) if proj else nn.Identity()
+        layers = (nn.Linear(embed, embed), nn.ReLU(), nn.Linear(embed, proj)) if proj else ()
+        head.proj = nn.Sequential(*layers)  # the identity if empty
         initialize_weights(head)
         head.np = sum(x.numel() for x in head.parameters())
         return head

@@ -102,6 +102,7 @@ class FewShotDetectionModel(DetectionModel):
             return []
         dst, src = list(index), list(index.values())
         for bank, src_bank in zip(self.model[-1].banks, src_head.banks):
+            # Where the counts agree, all rows were copied by index: classes new to the source must not inherit them.
             fresh = torch.randn_like(bank.weight)
             rest = [i for i in range(len(bank.weight)) if i not in index]
             bank.weight.data[rest] = fresh[rest] / fresh[rest].norm(dim=1, keepdim=True)

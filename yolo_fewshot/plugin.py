@@ -1,15 +1,14 @@
 """Hooks into Ultralytics: the only file that changes its behaviour, and the list of what the plugin relies on.
 
-Four small changes make the stock `yolo` command drive few-shot models: our configuration keys are known (default None,
-so a stock run is untouched), bare names like `fewshot.yaml` resolve to the files that ship with the plugin, models with
-a `fewshot` section get our classes, and few-shot checkpoints pass the restricted loader. Each is made when Ultralytics
-imports the module concerned, so registering imports nothing.
+A few small changes make the stock `yolo` command drive few-shot models: our configuration keys and their types are
+known (default None, so a stock run is untouched), bare names like `fewshot.yaml` resolve to the files that ship with
+the plugin, models with a `fewshot` section get our classes, tuning starts from our defaults, and few-shot checkpoints
+pass the restricted loader. Each is made when Ultralytics imports the module concerned, so registering imports nothing.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.abc
 import os
 import sys
@@ -26,7 +25,9 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     "ultralytics.utils": ("DEFAULT_CFG_DICT", "DEFAULT_CFG", "LOGGER"),
     "ultralytics.utils.checks": ("check_file", "check_yaml"),
     "ultralytics.cfg": ("get_cfg", "CFG_INT_KEYS", "CFG_FLOAT_KEYS", "CFG_BOOL_KEYS", "CFG_STR_KEYS"),
-    "ultralytics.utils.tal": ("TaskAlignedAssigner.forward", "make_anchors"),
+    "ultralytics.utils.metrics": ("bbox_iou",),
+    "ultralytics.utils.torch_utils": ("init_seeds", "initialize_weights"),
+    "ultralytics.utils.tal": ("TaskAlignedAssigner.forward",),
     "ultralytics.utils.loss": (
         "v8DetectionLoss.get_assigned_targets_and_loss",
         "v8DetectionLoss.loss",
@@ -43,7 +44,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     ),
     "ultralytics.nn.tasks": ("DetectionModel.init_criterion", "DetectionModel.load", "yaml_model_load"),
     "ultralytics.engine.model": ("Model._smart_load", "Model.tune"),
-    "ultralytics.data.build": ("InfiniteDataLoader", "seed_worker"),
+    "ultralytics.data.build": ("InfiniteDataLoader", "build_dataloader", "seed_worker"),
     "ultralytics.data.dataset": ("YOLODataset.collate_fn",),
     "ultralytics.engine.trainer": (
         "BaseTrainer.optimizer_step",

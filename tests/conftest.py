@@ -1,4 +1,4 @@
-"""Shared set-up: Ultralytics' settings, runs and data sets in a temporary folder, no network, two threads."""
+"""Shared set-up: Ultralytics' settings, runs and data sets in a temporary folder, no network, few threads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,9 +31,55 @@ def ultralytics_home() -> Iterator[Path]:
     """Keep what Ultralytics writes in a temporary folder, for the processes that the tests start too."""
     import torch
     from ultralytics import settings
+    from ultralytics.data import utils
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    utils.DATASETS_DIR = HOME / "datasets"  # which it has read from the settings when it was imported
     settings.update({f"{k}_dir": str(HOME / k) for k in ("datasets", "weights", "runs")} | {"sync": False})
     assert json.loads((HOME / "Ultralytics" / "settings.json").read_text())["runs_dir"] == str(HOME / "runs")
     yield HOME
     shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The trainers of a short run of both stages on the demo data; what stage 2 leaves in `best` does detect."""
+    from yolo_fewshot import FewShotTrainer
+    from yolo_fewshot.plugin import cfg_dir
+
+    root = tmp_path_factory.mktemp("trained")
+    model = (cfg_dir() / "fewshot.yaml").read_text().replace("width_multiple: 0.25", "width_multiple: 0.125")
+    (root / "small.yaml").write_text(model)
+    common = {
+        "imgsz": 96, "workers": 0, "plots": False, "optimizer": "AdamW", "lr0": 0.003, "warmup_epochs": 1, "val": False,
+        "warmup_bias_lr": 0.0, "verbose": False, "project": str(root), "epochs": 5,
+    }  # fmt: skip
+    first = {"model": str(root / "small.yaml"), "name": "stage1", "batch": 16, "nbs": 16, "mosaic": 0.0}
+    stage1 = FewShotTrainer("stage1.yaml", {**common, **first})
+    stage1.train()
+    second = {"model": str(stage1.best), "name": "stage2", "episodes": 40, "n_way": 8}
+    stage2 = FewShotTrainer("stage2.yaml", {**common, **second})
+    stage2.train()
+    return stage1, stage2
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The folder of the demo data, drawn if it is not there yet."""
+    from ultralytics.data.utils import check_det_dataset
+
+    import yolo_fewshot  # noqa: F401  (finds the YAML by its bare name)
+
+    return Path(check_det_dataset("fewshot-demo-novel.yaml")["path"])
+
+
+@pytest.fixture(scope="session")
+def enrolled(trained: tuple[Any, Any], demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of stage 2 with the novel classes of the demo data enrolled from five shots each."""
+    from yolo_fewshot import FewShotYOLO
+
+    model = FewShotYOLO(trained[1].best)
+    model.enroll("fewshot-demo-novel.yaml")
+    path = tmp_path_factory.mktemp("enrolled") / "site.pt"
+    model.save(path)
+    return path

@@ -1,11 +1,14 @@
 import math
+import pickle
+import pickletools
 from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from ultralytics.nn.modules.head import Detect, Segment
-from ultralytics.nn.tasks import DetectionModel
+from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from yolo_fewshot.head import FewShotDetect
 from yolo_fewshot.model import FewShotDetectionModel
@@ -79,16 +82,6 @@ def test_inference_output_has_the_shape_of_stock(model):
     assert ours[1].keys() == theirs[1].keys()  # the embeddings are for training only
 
 
-def test_fusing_changes_no_prediction(model):
-    fused, x = deepcopy(model).eval(), torch.rand(1, 3, 64, 64)
-    with torch.no_grad():
-        before = fused(x)[0]
-        fused.fuse(verbose=False)
-        after = fused(x)[0]
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.model[-1].modules())
-    torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-3)
-
-
 def test_upgrade_keeps_box_branch_and_stems():
     stock = DetectionModel("yolo11n.yaml", nc=5, verbose=False)
     before = {k: v.clone() for k, v in stock.model[-1].state_dict().items()}
@@ -122,25 +115,188 @@ def test_prototypes_are_no_matrix_for_muon(model):
     assert all(bank.weight.ndim == 3 for bank in model.model[-1].banks)
 
 
-def test_set_prototype_appends_or_replaces_one_row_only(model):
-    changed = deepcopy(model)
+def randomize(model, seed):
+    """Give the head what training and enrolment may leave in it: BatchNorm statistics, scales, biases, gains, offsets.
+
+    Whether a level's logits come from its own scale and bias, and a class's from its own gain and offset, then shows.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(x, low, high):
+        x.data.copy_(torch.rand(x.shape, generator=g) * (high - low) + low)
+
+    head = model.model[-1]
+    for bn in (m for m in head.modules() if isinstance(m, nn.BatchNorm2d)):
+        for x, low, high in (
+            (bn.running_mean, -1, 1),
+            (bn.running_var, 0.2, 3),
+            (bn.weight, -1.5, 1.5),
+            (bn.bias, -1, 1),
+        ):
+            uniform(x, low, high)
+    for bank in head.banks:
+        bank.weight.data.copy_(torch.randn(bank.weight.shape, generator=g) * 2)
+        for x, low, high in ((bank.logit_scale, 0.1, 2), (bank.bias, -8, 1), (bank.gain, 0.2, 3), (bank.offset, -3, 3)):
+            uniform(x, low, high)
+    return model.eval()
+
+
+def build(family, nc, embed, seed):
+    torch.manual_seed(seed)
+    return randomize(
+        FewShotDetectionModel(
+            {**yaml_model_load(family), "fewshot": {"embed": embed, "proj": 8}}, nc=nc, verbose=False
+        ),
+        seed,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("nc", "embed"), [(1, 8), (7, 128), (90, 8), (90, 128)])
+def test_a_folded_model_predicts_the_same(family, nc, embed):
+    for seed in range(3):
+        model = build(family, nc, embed, seed)
+        folded, x = model.fold(), torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            ours, theirs = raw(model, x, False), raw(folded, x, False)
+            assert len(ours) == len(theirs) == (2 if "26" in family else 1)
+            for a, b in zip(ours, theirs):
+                spread = a["scores"].std().item()
+                assert a["scores"].shape == (2, nc, 126) and spread > 0.1
+                assert (a["scores"] - b["scores"]).abs().max() <= 1e-5 * max(spread, a["scores"].abs().max())
+                decoded = [m.model[-1]._inference(p) for m, p in ((model, a), (folded, b))]
+                assert (decoded[0] - decoded[1]).abs().max() <= 1e-4
+            assert (model(x)[0] - folded(x)[0]).abs().max() <= 1e-4
+
+
+def test_folding_a_nearly_dead_channel_loses_no_precision():
+    model = build(FAMILIES[0], 3, 8, 0)
+    for stem in model.model[-1].cv3:
+        stem[-1].bn.running_var[0] = 1e-6  # so that its factor is about 300
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        a, b = raw(model, x, False)[0]["scores"], raw(model.fold(), x, False)[0]["scores"]
+    assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folded_model_is_a_stock_one(family):
+    model = build(family, 5, 16, 0)
+    folded = model.fold()
+    stock = DetectionModel(family, nc=5, verbose=False)
+    head = folded.model[-1]
+    assert type(folded) is DetectionModel and type(head) is Detect and head.type == stock.model[-1].type
+    ours, theirs = folded.state_dict(), stock.state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    assert {k: v.dtype for k, v in ours.items()} == {k: v.dtype for k, v in theirs.items()}
+    assert head.np == sum(x.numel() for x in stock.model[-1].parameters())
+    assert set(vars(head)) <= set(vars(stock.model[-1])) and set(head._modules) == set(stock.model[-1]._modules)
+    assert {type(m) for m in folded.modules()} == {type(m) for m in stock.modules()}
+    assert "fewshot" not in folded.yaml
+
+
+def test_a_folded_model_unpickles_without_this_package():
+    for family in FAMILIES:
+        data = pickle.dumps(build(family, 3, 8, 0).fold())
+        strings = {arg for _, arg, _ in pickletools.genops(data) if isinstance(arg, str)}
+        assert any("ultralytics.nn.modules.head" in x for x in strings)
+        assert not [x for x in strings if "yolo_fewshot" in x or "Prototypes" in x]
+
+
+def test_fusing_gives_a_folded_model_and_leaves_the_few_shot_model(model):
+    model, x = randomize(deepcopy(model), 3), torch.rand(1, 3, 64, 64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fused = model.fuse(verbose=False)
+    assert type(fused) is DetectionModel and type(fused.model[-1]) is Detect and fused.is_fused()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    assert type(model.model[-1]) is FewShotDetect and not model.is_fused()
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[0], fused(x)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_set_class_appends_or_replaces_one_row_only(model):
+    changed = randomize(deepcopy(model), 1)
     head, x = changed.model[-1], torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         before = raw(changed, x)
-        old = [b.weight.detach().clone() for b in head.banks]
-        rows = [torch.randn(128) for _ in head.banks]
-        head.set_prototype(7, rows)
-        head.set_prototype(3, rows)
+        old = [{k: v.clone() for k, v in b.state_dict().items()} for b in head.banks]
+        rows = [(torch.randn(128) * 3, torch.tensor(float(i) - 2)) for i, _ in enumerate(head.banks)]
+        head.set_class(7, rows)
+        head.set_class(3, rows)
         after = raw(changed, x)
     assert head.nc == 8 and head.no == 8 + 4 * head.reg_max
-    for bank, w, row, b, a in zip(head.banks, old, rows, before, after):
-        others = [0, 1, 2, 4, 5, 6]
-        assert torch.equal(bank.weight[others], w[others])
-        torch.testing.assert_close(bank.weight[[3, 7], :, 0], torch.stack([row, row]))
+    others = [0, 1, 2, 4, 5, 6]
+    for bank, was, (vector, offset), b, a in zip(head.banks, old, rows, before, after):
+        now = bank.state_dict()
+        assert isinstance(bank.weight, nn.Parameter) and bank.weight.requires_grad and now.keys() == was.keys()
+        for name in ("weight", "gain", "offset", "frozen"):
+            assert torch.equal(now[name][others], was[name][others]) and len(now[name]) == 8
+        assert torch.equal(now["logit_scale"], was["logit_scale"]) and torch.equal(now["bias"], was["bias"])
+        unit = vector / vector.norm()
+        torch.testing.assert_close(bank.weight[[3, 7], :, 0], torch.stack([unit, unit]))
+        torch.testing.assert_close(bank.gain[[3, 7]], vector.norm().expand(2))
+        assert bank.offset[[3, 7]].tolist() == [offset, offset]
         torch.testing.assert_close(a["scores"][:, others], b["scores"][:, others], rtol=1e-5, atol=1e-5)
-        assert a["scores"].shape[1] == 8 and bank.frozen.shape == (8, 128)
+        n = 0
+        for level, f in enumerate(a["feats"]):  # the logit is s <e, v> + b + o
+            e, n = a["embeds"][:, :, n : n + f[0, 0].numel()], n + f[0, 0].numel()
+            expected = bank.logit_scale[level] * torch.einsum("bdn,d->bn", e, vector) + bank.bias[level] + offset
+            torch.testing.assert_close(a["scores"][:, 7, n - e.shape[2] : n], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(IndexError, match="gap"):
-        head.set_prototype(10, rows)
+        head.set_class(9, rows)
+
+
+def test_get_class_returns_what_set_class_sets(model):
+    head = randomize(deepcopy(model), 2).model[-1]
+    rows = [(torch.randn(128) * 2, torch.tensor(0.5)) for _ in head.banks]
+    head.set_class(4, rows)
+    for (vector, offset), (v, o) in zip(rows, head.get_class(4), strict=True):
+        torch.testing.assert_close(v, vector)
+        assert o == offset
+    taken = head.get_class(4)
+    for bank in head.banks:  # what was taken does not change with the head
+        bank.offset += 1
+    assert [o for _, o in taken] == [0.5] * len(head.banks)
+    kept = [(w.clone(), b.clone()) for bank in head.banks for w, b in [bank.rows(1)]]
+    taken = head.get_class(4), head.get_class(6)
+    head.set_class(4, taken[1])
+    head.set_class(6, taken[0])  # what was taken does not change with the head
+    for bank, (vector, offset) in zip(head.banks, taken[0]):
+        torch.testing.assert_close(bank.weight[6, :, 0] * bank.gain[6], vector)
+        assert bank.offset[6] == offset
+    head.set_class(4, taken[0])
+    head.set_class(6, taken[1])
+    for (w, b), bank in zip(kept, head.banks):
+        torch.testing.assert_close(bank.rows(1)[0], w, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(bank.rows(1)[1], b)
+
+
+def test_remove_class_moves_the_later_ones_up(model):
+    changed = randomize(deepcopy(model), 4)
+    head, x = changed.model[-1], torch.rand(1, 3, 64, 64)
+    head.freeze_prototypes(list(range(7)))
+    with torch.no_grad():
+        before = raw(changed, x)
+        old = [{k: v.clone() for k, v in b.state_dict().items()} for b in head.banks]
+        head.remove_class(2)
+        after, decoded = raw(changed, x), changed(x)[0]
+    assert head.nc == 6 and head.no == 6 + 4 * head.reg_max and decoded.shape[1] == 4 + 6
+    left = [0, 1, 3, 4, 5, 6]
+    for bank, was, b, a in zip(head.banks, old, before, after):
+        for name in ("weight", "gain", "offset", "frozen"):
+            assert torch.equal(bank.state_dict()[name], was[name][left])
+        torch.testing.assert_close(a["scores"], b["scores"][:, left], rtol=1e-5, atol=1e-5)
+
+
+def test_a_class_that_is_appended_has_no_frozen_prototype(model):
+    head = deepcopy(model).model[-1]
+    head.freeze_prototypes(list(range(7)))
+    head.set_class(2, head.get_class(3))
+    head.set_class(7, head.get_class(3))
+    for bank in head.banks:
+        assert bank.frozen.any(1).tolist() == [True] * 7 + [False] and not torch.equal(bank.frozen[2], bank.frozen[3])
 
 
 def test_freezing_keeps_unit_copies_that_training_does_not_move(model):

@@ -27,6 +27,7 @@ from yolo_fewshot.head import FewShotDetect
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.trainer import FewShotTrainer
 from yolo_fewshot.validator import FewShotValidator
+from yolo_fewshot.yolo import FewShotYOLO
 
 STOCK_KEYS = set(YAML.load(DEFAULT_CFG_PATH))
 TYPED = ("CFG_INT_KEYS", "CFG_FLOAT_KEYS", "CFG_BOOL_KEYS", "CFG_STR_KEYS")
@@ -120,9 +121,9 @@ def no_setup(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_keys_are_known_and_unset():
-    assert set(DEFAULT_CFG_DICT) == STOCK_KEYS | set(args.KEYS)
-    assert STOCK_KEYS.isdisjoint(args.KEYS)
-    for k in args.KEYS:
+    assert set(DEFAULT_CFG_DICT) == STOCK_KEYS | set(args.ALL_KEYS)
+    assert STOCK_KEYS.isdisjoint(args.ALL_KEYS)
+    for k in args.ALL_KEYS:
         assert DEFAULT_CFG_DICT[k] is None
         assert vars(DEFAULT_CFG)[k] is None
     assert args.used(vars(cfg.get_cfg())) == []
@@ -148,7 +149,7 @@ def test_wrong_types_fail_in_the_words_of_ultralytics(key: str, value: object, v
 
 def test_every_key_has_a_type():
     kinds = dict(zip((int, float, bool, str), TYPED))
-    for k, key in args.KEYS.items():
+    for k, key in args.ALL_KEYS.items():
         assert [t for t in TYPED if k in getattr(cfg, t)] == [kinds[key.kind]], k
 
 
@@ -278,7 +279,7 @@ def test_scale_letters_choose_the_scale(cwd: Path):
 
 
 def test_fewshot_yaml_gives_our_classes(fewshot: YOLO):
-    assert type(fewshot) is YOLO
+    assert type(fewshot) is FewShotYOLO
     assert type(fewshot.model) is FewShotDetectionModel
     assert type(fewshot.model.model[-1]) is FewShotDetect
     assert fewshot._smart_load("model") is FewShotDetectionModel
@@ -287,7 +288,27 @@ def test_fewshot_yaml_gives_our_classes(fewshot: YOLO):
     assert fewshot._smart_load("predictor") is DetectionPredictor
 
 
+@pytest.mark.parametrize("mode", ["predict", "track", "val", "export"])
+def test_stock_models_refuse_a_support_set_before_any_work(stock: YOLO, mode: str):
+    with pytest.raises(TypeError, match=r"'support=shots.yaml' needs. Train or upgrade it with cfg=stage1.yaml first"):
+        getattr(stock, mode)(support="shots.yaml")
+
+
+def test_exported_models_are_told_to_enroll_first():
+    with pytest.raises(TypeError, match=r"'best.onnx' is an exported model.*Enroll, then export"):
+        FewShotYOLO("best.onnx", task="detect").predict("x.jpg", support="shots.yaml")
+
+
+@pytest.mark.parametrize("model", ["fewshot", "stock"])
+@pytest.mark.parametrize("key", ["support", "enroll"])
+def test_training_takes_no_support_set(model: str, key: str, request: pytest.FixtureRequest):
+    value = {"support": "shots.yaml", "enroll": "fit"}[key]
+    with pytest.raises(ValueError, match=f"'{key}={value}' is no setting of training"):
+        request.getfixturevalue(model).train(data="coco8.yaml", **{key: value})
+
+
 def test_stock_yaml_gives_stock_classes(stock: YOLO, no_setup: None):
+    assert type(stock) is YOLO
     assert type(stock.model) is DetectionModel
     assert type(stock.model.model[-1]) is Detect
     assert stock._smart_load("model") is DetectionModel
@@ -377,7 +398,7 @@ def test_unregister_restores_ultralytics(cwd: Path, unregistered: None, monkeypa
     assert not any(type(f).__module__.startswith("yolo_fewshot") for f in sys.meta_path)
     assert all(f.__module__ == "ultralytics.utils.checks" for f in before["check_file"].values())
     assert not any(hasattr(f, "__wrapped__") for f in (checks.check_file, Model._smart_load))
-    assert not any(getattr(cfg, k) & set(args.KEYS) for k in TYPED)
+    assert not any(getattr(cfg, k) & set(args.ALL_KEYS) for k in TYPED)
     with pytest.raises(SyntaxError, match="'n_way' is not a valid YOLO argument"):
         cfg.get_cfg(overrides={"n_way": 5})
     assert checks.check_file("stage1.yaml", hard=False) == []
@@ -410,7 +431,7 @@ def test_disabled_by_the_environment(value: str, unregistered: None, monkeypatch
     assert state() == before
     monkeypatch.setenv("YOLO_FEWSHOT_DISABLE", "0")
     plugin.register()
-    assert set(args.KEYS) <= set(DEFAULT_CFG_DICT)
+    assert set(args.ALL_KEYS) <= set(DEFAULT_CFG_DICT)
 
 
 @pytest.mark.parametrize("name", list(plugin.SYMBOLS))

@@ -49,6 +49,14 @@ KEYS: dict[str, Key] = {
     "grad_clip": Key(float, 5.0, "greatest gradient norm of the loss itself, not multiplied by batch size", above=True),
 }
 
+# Keys of predict, track, val and export.
+ENROLL_KEYS: dict[str, Key] = {
+    "support": Key(str, None, "support set to enroll: data.yaml, .txt list, or folder of crops by class"),
+    "enroll": Key(str, None, "how: auto (default), mean or fit", choices=("auto", "mean", "fit")),
+}
+
+ALL_KEYS = {**KEYS, **ENROLL_KEYS}
+
 # Ultralytics' own gains, which it leaves unchecked.
 STOCK_GAINS = ("box", "cls", "dfl")
 
@@ -88,6 +96,23 @@ def check(args: dict[str, Any]) -> None:
         if not (v > key.low if key.above else v >= key.low) or v == float("inf"):
             sign = ">" if key.above else ">="
             raise ValueError(f"'{k}={v}' is an invalid value. '{k}' must be finite and {sign} {key.low}.")
+
+
+def refuse_support(args: dict[str, Any]) -> None:
+    """Refuse a support set in training.
+
+    Args:
+        args (dict[str, Any]): A configuration or overrides.
+
+    Raises:
+        ValueError: If `support` or `enroll` is set.
+    """
+    for k in ENROLL_KEYS:
+        if args.get(k) is not None:
+            raise ValueError(
+                f"'{k}={args[k]}' is no setting of training. To add classes from a few examples, train without it and "
+                "use it with predict, track, val or export; to train on them, make them the train split of data=."
+            )
 
 
 def resolve(args: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class BoxAssignment(v8DetectionLoss):
     """Assignment by the IoU of the boxes alone, for classes that have no score yet.
 
     Examples:
-        >>> fg, gt_idx, weight, n_max = BoxAssignment(model)(preds, batch)
+        >>> fg, gt_idx, weight, n_max, boxes = BoxAssignment(model)(preds, batch)
     """
 
     def __init__(self, model: nn.Module):
@@ -64,7 +64,7 @@ class BoxAssignment(v8DetectionLoss):
 
     def __call__(
         self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, int]:
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, int, torch.Tensor]:
         """Assign anchors to the labelled objects of a batch.
 
         Args:
@@ -76,11 +76,12 @@ class BoxAssignment(v8DetectionLoss):
             gt_idx (torch.Tensor): Index of the object within its picture, (M,).
             weight (torch.Tensor): IoU-based weight of the anchor, (M,).
             n_max (int): Objects per picture, padding included.
+            boxes (torch.Tensor): Decoded boxes of all anchors, x1, y1, x2, y2 in pixels, (B, A, 4).
         """
         sure = {**preds, "scores": torch.full_like(preds["boxes"][:, :1], 20.0)}  # sigmoid(20) is 1
         self.get_assigned_targets_and_loss(sure, {**batch, "cls": torch.zeros_like(batch["cls"])})
         _, _, scores, fg_mask, gt_idx = self.assigner.assigned
         fg = fg_mask.nonzero(as_tuple=True)
-        n_max = self.assigner.n_max_boxes
+        n_max, boxes = self.assigner.n_max_boxes, self.assigner.boxes
         self.assigner.forget()
-        return fg, gt_idx[fg], scores[fg][:, 0], n_max
+        return fg, gt_idx[fg], scores[fg][:, 0], n_max, boxes

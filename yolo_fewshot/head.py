@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from ultralytics.nn.modules.conv import Conv
 from ultralytics.nn.modules.head import Detect
-from ultralytics.utils.torch_utils import initialize_weights
+from ultralytics.utils.torch_utils import fuse_conv_and_bn, initialize_weights
 
 
 class Embedding(Conv):
@@ -47,6 +47,8 @@ class Prototypes(nn.Module):
             MuSGD orthogonalises: rows are classes and must be free to be alike.
         logit_scale (nn.Parameter): s of every level, (nl,).
         bias (nn.Parameter): b of every level, (nl,).
+        gain (torch.Tensor): Factor of a class's scale, (nc,) float buffer; 1 except for classes enrolled by `fit`.
+        offset (torch.Tensor): Summand of a class's bias, (nc,) float buffer; 0 except for classes enrolled by `fit`.
         frozen (torch.Tensor): Prototypes at the start of stage 2, (nc, D) float buffer; rows of zeros are absent.
     """
 
@@ -62,7 +64,31 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.randn(nc, embed, 1), dim=1))
         self.logit_scale = nn.Parameter(torch.ones(nl))
         self.bias = nn.Parameter(torch.zeros(nl))
+        self.register_buffer("gain", torch.ones(nc))
+        self.register_buffer("offset", torch.zeros(nc))
         self.register_buffer("frozen", torch.zeros(nc, embed))
+
+    def replace(self, index: int, prototype: torch.Tensor | None = None, gain: Any = 1.0, offset: Any = 0.0) -> None:
+        """Replace the row of one class, append one if `index` is the number of classes, or remove it.
+
+        Args:
+            index (int): Class index, 0 to nc.
+            prototype (torch.Tensor, optional): Its prototype of unit length, (1, D, 1); None removes the class.
+            gain (float | torch.Tensor): Its gain.
+            offset (float | torch.Tensor): Its offset.
+        """
+        frozen = self.frozen[index : index + 1] if index < len(self.frozen) else torch.zeros_like(self.frozen[:1])
+        row = {
+            "weight": prototype,
+            "gain": torch.as_tensor([gain]),
+            "offset": torch.as_tensor([offset]),
+            "frozen": frozen,
+        }
+        for name, new in row.items():
+            old = getattr(self, name).data
+            new = old[:0] if prototype is None else new.to(old)
+            rows = torch.cat([old[:index], new, old[index + 1 :]])
+            setattr(self, name, nn.Parameter(rows, self.weight.requires_grad) if name == "weight" else rows)
 
     def set_prior(self, stride: torch.Tensor) -> None:
         """Set the bias of every level to Ultralytics' prior: about 5 objects in a picture of 640 x 640.
@@ -72,6 +98,19 @@ class Prototypes(nn.Module):
         """
         for i, s in enumerate(stride.tolist()):
             self.bias.data[i] = math.log(5 / len(self.weight) / (640 / s) ** 2)
+
+    def rows(self, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the classifier of one level, which is linear in the embedding.
+
+        Args:
+            level (int): Index of the level.
+
+        Returns:
+            weight (torch.Tensor): s * gain * p / |p| of every class, (nc, D) float32.
+            bias (torch.Tensor): b + offset of every class, (nc,) float32.
+        """
+        scale = self.logit_scale[level].float() * self.gain.float()
+        return F.normalize(self.weight.float(), dim=1)[..., 0] * scale[:, None], self.bias[level] + self.offset.float()
 
     def forward(self, e: torch.Tensor, level: int) -> torch.Tensor:
         """Return the class logits of one level.
@@ -83,8 +122,8 @@ class Prototypes(nn.Module):
         Returns:
             (torch.Tensor): Logits, (B, nc, H, W), in the dtype of `e`.
         """
-        weight = F.normalize(self.weight.float(), dim=1) * self.logit_scale[level]
-        return F.conv2d(e, weight[..., None].to(e.dtype), self.bias[level].expand(len(weight)).to(e.dtype))
+        weight, bias = self.rows(level)
+        return F.conv2d(e, weight[..., None, None].to(e.dtype), bias.to(e.dtype))
 
 
 class FewShotDetect(Detect):
@@ -202,23 +241,80 @@ class FewShotDetect(Detect):
             bank.frozen.zero_()
             bank.frozen[classes] = F.normalize(bank.weight.detach()[classes, :, 0], dim=1)
 
-    def set_prototype(self, index: int, prototypes: list[torch.Tensor]) -> None:
-        """Set the prototype of one class, or append it if `index` is the number of classes; other rows stay.
+    def get_class(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what `set_class` sets: the classifier of one class in every branch.
+
+        Args:
+            index (int): Class index.
+
+        Returns:
+            (list[tuple[torch.Tensor, torch.Tensor]]): Prototype times gain, (D,), and offset, (), of each branch.
+        """
+        return [
+            (F.normalize(b.weight.detach()[index, :, 0].float(), dim=0) * b.gain[index], b.offset[index].clone())
+            for b in self.banks
+        ]
+
+    def set_class(self, index: int, rows: list[tuple[torch.Tensor, torch.Tensor | float]]) -> None:
+        """Set the classifier of one class, or append it if `index` is the number of classes; the others stay.
 
         Args:
             index (int): Class index, 0 to nc.
-            prototypes (list[torch.Tensor]): Its prototype in every branch, (D,) each.
+            rows (list[tuple[torch.Tensor, torch.Tensor | float]]): Of each branch, the prototype (D,), whose length is
+                the gain, and the offset.
 
         Raises:
             IndexError: If `index` is greater than the number of classes.
         """
         if index > self.nc:
             raise IndexError(f"class index {index} would leave a gap after the {self.nc} classes of the head")
-        for bank, prototype in zip(self.banks, prototypes):
-            row = prototype.to(bank.weight).view(1, -1, 1)
-            weight = torch.cat([bank.weight.data[:index], row, bank.weight.data[index + 1 :]])
-            bank.weight = nn.Parameter(weight, requires_grad=bank.weight.requires_grad)
-            if index == self.nc:
-                bank.frozen = torch.cat([bank.frozen, torch.zeros_like(bank.frozen[:1])])
+        for bank, (prototype, offset) in zip(self.banks, rows):
+            gain = prototype.float().norm().clamp(min=1e-12)
+            bank.replace(index, (prototype / gain).view(1, -1, 1), gain, offset)
+        self._count_classes()
+
+    def remove_class(self, index: int) -> None:
+        """Remove one class; those after it move up.
+
+        Args:
+            index (int): Class index.
+        """
+        for bank in self.banks:
+            bank.replace(index)
+        self._count_classes()
+
+    def _count_classes(self) -> None:
+        """Adopt the class count of the prototypes."""
         self.nc = len(self.banks[0].weight)
         self.no = self.nc + self.reg_max * 4
+
+    def fold(self) -> Detect:
+        """Return a stock head with the same outputs: per level, embedding and classifier become one 1x1 conv.
+
+        With e = W f + v (BatchNorm merged) and logits R e + b, the conv has the weight R W and the bias R v + b, both
+        computed in float64.
+
+        Returns:
+            (Detect): The head, which shares its other parts with this one.
+        """
+        head = Detect.__new__(Detect)
+        head.__dict__ = {k: v for k, v in self.__dict__.items() if k != "embed"}
+        head._modules = {k: v for k, v in self._modules.items() if "proto" not in k and k != "proj"}
+        head.type = f"{Detect.__module__}.{Detect.__name__}"
+        for branch, bank in zip(self.branches, self.banks):
+            convs = [_fold_level(stem[-1], *bank.rows(i)) for i, stem in enumerate(getattr(self, f"{branch}cv3"))]
+            stems = (nn.Sequential(*stem[:-1], conv) for stem, conv in zip(getattr(self, f"{branch}cv3"), convs))
+            setattr(head, f"{branch}cv3", nn.ModuleList(stems))
+        head.np = sum(x.numel() for x in head.parameters())
+        return head
+
+
+@torch.no_grad()
+def _fold_level(embedding: Embedding, rows: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+    """Return the 1x1 conv that equals an embedding followed by a classifier."""
+    conv = fuse_conv_and_bn(embedding.conv, embedding.bn) if hasattr(embedding, "bn") else embedding.conv
+    weight, shift, rows = conv.weight[..., 0, 0].double(), conv.bias.double(), rows.double()
+    folded = nn.Conv2d(conv.in_channels, len(rows), 1, device=conv.weight.device, dtype=conv.weight.dtype)
+    folded.weight.copy_((rows @ weight)[..., None, None])
+    folded.bias.copy_(rows @ shift + bias.double())
+    return folded.train(embedding.training)

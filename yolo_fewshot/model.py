@@ -27,6 +27,9 @@ class FewShotDetectionModel(DetectionModel):
 
     Attributes:
         transferred (list[int]): Classes whose prototypes the last `load` took from its source.
+        enrolled (dict[str, dict]): What is known of every enrolled class, see `yolo_fewshot.enroll.Shots`.
+        pull (float | None): Pull of one shot under enrolment `auto`, chosen when training ended, see `choose_pull`.
+        memory (list): Anchors of base pictures, kept when training ended, see `yolo_fewshot.memory`.
 
     Examples:
         >>> model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=20)
@@ -47,11 +50,41 @@ class FewShotDetectionModel(DetectionModel):
         """
         super().__init__(cfg, ch=ch, nc=nc, verbose=verbose)
         self.transferred: list[int] = []
+        self.enrolled: dict[str, dict] = {}
+        self.pull: float | None = None
+        self.memory: list = []
         self.yaml["fewshot"] = {**FEWSHOT, **(self.yaml.get("fewshot") or {})}
         self.model[-1] = FewShotDetect.upgrade(self.model[-1], **self.yaml["fewshot"])
         if verbose:
             size = self.yaml["fewshot"]
             LOGGER.info(f"Upgraded head: Detect -> FewShotDetect(embed={size['embed']}, proj={size['proj']})\n")
+
+    def fold(self) -> DetectionModel:
+        """Return a stock model with the same outputs, whose head is a stock `Detect`; this model stays as it is.
+
+        Returns:
+            (DetectionModel): The model, which loads where this package is not installed.
+        """
+        memo = {id(getattr(self, "criterion", None)): None}  # the loss is of no use to the copy
+        folded = deepcopy(self, memo)
+        for name in ("criterion", "transferred", "pull", "memory"):
+            folded.__dict__.pop(name, None)
+        folded.__class__ = DetectionModel
+        folded.model[-1] = folded.model[-1].fold()
+        folded.yaml.pop("fewshot")
+        return folded
+
+    def fuse(self, verbose: bool = True, imgsz: int = 640) -> DetectionModel:
+        """Return a folded copy with Conv and BatchNorm layers fused, as prediction, validation and export use it.
+
+        Args:
+            verbose (bool): Whether to log a summary.
+            imgsz (int): Picture size for the summary.
+
+        Returns:
+            (DetectionModel): The stock model; this one stays as it is.
+        """
+        return self.fold().fuse(verbose=verbose, imgsz=imgsz)
 
     def init_criterion(self) -> FewShotLoss | E2ELoss:
         """Return the loss, one for each branch of the head."""
@@ -106,9 +139,9 @@ class FewShotDetectionModel(DetectionModel):
             fresh = torch.randn_like(bank.weight)
             rest = [i for i in range(len(bank.weight)) if i not in index]
             bank.weight.data[rest] = fresh[rest] / fresh[rest].norm(dim=1, keepdim=True)
-            bank.frozen[rest] = 0
-            bank.weight.data[dst] = src_bank.weight.data[src].to(bank.weight)
-            bank.frozen[dst] = src_bank.frozen[src].to(bank.frozen)
+            bank.frozen[rest], bank.gain[rest], bank.offset[rest] = 0, 1, 0
+            for name in ("weight", "frozen", "gain", "offset"):
+                getattr(bank, name).data[dst] = getattr(src_bank, name).data[src].to(bank.weight)
         if verbose:
             LOGGER.info(f"Transferred {len(index)}/{len(names)} prototypes by class name")
         return dst

@@ -2,8 +2,9 @@
 
 A few small changes make the stock `yolo` command drive few-shot models: our configuration keys and their types are
 known (default None, so a stock run is untouched), bare names like `fewshot.yaml` resolve to the files that ship with
-the plugin, models with a `fewshot` section get our classes, tuning starts from our defaults, and few-shot checkpoints
-pass the restricted loader. Each is made when Ultralytics imports the module concerned, so registering imports nothing.
+the plugin, models with a `fewshot` section get our classes, other models refuse `support=`, tuning starts from our
+defaults, and few-shot checkpoints pass the restricted loader. Each is made when Ultralytics imports the module
+concerned, so registering imports nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     "ultralytics.utils": ("DEFAULT_CFG_DICT", "DEFAULT_CFG", "LOGGER"),
     "ultralytics.utils.checks": ("check_file", "check_yaml"),
     "ultralytics.cfg": ("get_cfg", "CFG_INT_KEYS", "CFG_FLOAT_KEYS", "CFG_BOOL_KEYS", "CFG_STR_KEYS"),
-    "ultralytics.utils.metrics": ("bbox_iou",),
+    "ultralytics.utils.metrics": ("bbox_iou", "ap_per_class", "DetMetrics.process", "DetMetrics.results_dict"),
     "ultralytics.utils.torch_utils": ("init_seeds", "initialize_weights"),
     "ultralytics.utils.tal": ("TaskAlignedAssigner.forward",),
     "ultralytics.utils.loss": (
@@ -43,9 +44,18 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "Detect.fuse",
     ),
     "ultralytics.nn.tasks": ("DetectionModel.init_criterion", "DetectionModel.load", "yaml_model_load"),
-    "ultralytics.engine.model": ("Model._smart_load", "Model.tune"),
+    "ultralytics.engine.model": (
+        "Model._smart_load",
+        "Model.train",
+        "Model.tune",
+        "Model.predict",
+        "Model.val",
+        "Model.export",
+        "Model.save",
+    ),
+    "ultralytics.models.yolo.model": ("YOLO.__init__",),
     "ultralytics.data.build": ("InfiniteDataLoader", "build_dataloader", "seed_worker"),
-    "ultralytics.data.dataset": ("YOLODataset.collate_fn",),
+    "ultralytics.data.dataset": ("YOLODataset.collate_fn", "YOLODataset.get_labels", "YOLODataset.get_img_files"),
     "ultralytics.engine.trainer": (
         "BaseTrainer.optimizer_step",
         "BaseTrainer.resume_training",
@@ -53,7 +63,15 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "BaseTrainer.final_eval",
         "BaseTrainer.run_callbacks",
     ),
-    "ultralytics.models.yolo.detect.val": ("DetectionValidator.init_metrics", "DetectionValidator.preprocess"),
+    "ultralytics.data.utils": ("verify_image_label", "img2label_paths", "find_dataset_yaml", "check_det_dataset"),
+    "ultralytics.models.yolo.detect.val": (
+        "DetectionValidator.init_metrics",
+        "DetectionValidator.preprocess",
+        "DetectionValidator.get_dataloader",
+        "DetectionValidator.finalize_metrics",
+        "DetectionValidator.print_results",
+        "DetectionValidator.coco_evaluate",
+    ),
     "ultralytics.models.yolo.detect.train": ("DetectionTrainer.get_model", "DetectionTrainer.get_dataloader"),
 }
 
@@ -150,7 +168,7 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 
 def _add_keys(utils: Any) -> None:
     """Make our configuration keys known, with the default None, by changing the shared objects in place."""
-    for k in table.KEYS:
+    for k in table.ALL_KEYS:
         if k not in utils.DEFAULT_CFG_DICT:
             utils.DEFAULT_CFG_DICT[k] = None
             setattr(utils.DEFAULT_CFG, k, None)
@@ -162,7 +180,7 @@ def _add_types(cfg: Any) -> None:
     """Let Ultralytics' own checks and tuner know the types of our keys."""
     for name, kind in (("INT", int), ("FLOAT", float), ("BOOL", bool), ("STR", str)):
         keys = getattr(cfg, f"CFG_{name}_KEYS")
-        _replace(cfg, f"CFG_{name}_KEYS", keys | {k for k, key in table.KEYS.items() if key.kind is kind})
+        _replace(cfg, f"CFG_{name}_KEYS", keys | {k for k, key in table.ALL_KEYS.items() if key.kind is kind})
 
 
 def _resolve_names(checks: Any) -> None:
@@ -209,7 +227,44 @@ def _route_models(engine: Any) -> None:
 
     _replace(engine.Model, "_smart_load", _smart_load)
     _replace(engine.Model, "tune", tune)
+    _replace(engine.Model, "train", _adopting(engine.Model.train))
+    for mode in ("predict", "val", "export"):  # `track` predicts
+        _replace(engine.Model, mode, _refusing_support(getattr(engine.Model, mode)))
     _allow_loading()
+
+
+def _adopt_models(yolo: Any) -> None:
+    """Make `YOLO(...)` of a few-shot model a `FewShotYOLO`, as Ultralytics itself does with its YOLOE models."""
+    _replace(yolo.YOLO, "__init__", _adopting(yolo.YOLO.__init__))
+
+
+def _adopting(stock: Callable) -> Callable:
+    """Wrap a method after which a stock `YOLO` may hold a few-shot model."""
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, *args, **kwargs)
+        from ultralytics import YOLO
+
+        if type(self) is YOLO and is_fewshot(self):
+            from yolo_fewshot.yolo import FewShotYOLO
+
+            self.__class__ = FewShotYOLO
+        return result
+
+    return method
+
+
+def _refusing_support(stock: Callable) -> Callable:
+    """Wrap a mode of Ultralytics, which would ignore `support=`; `FewShotYOLO` takes it before it comes here."""
+
+    @functools.wraps(stock)
+    def mode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("support") is not None:
+            raise TypeError(no_head(self, f"'support={kwargs['support']}'"))
+        return stock(self, *args, **kwargs)
+
+    return mode
 
 
 def _allow_loading() -> None:
@@ -231,6 +286,7 @@ _CHANGES: dict[str, Callable[[Any], None]] = {
     "ultralytics.utils.checks": _resolve_names,
     "ultralytics.cfg": _add_types,
     "ultralytics.engine.model": _route_models,
+    "ultralytics.models.yolo.model": _adopt_models,
 }
 
 
@@ -249,6 +305,27 @@ def is_fewshot(model: Any) -> bool:
 
         yaml = yaml_model_load(model.cfg)
     return isinstance(yaml, dict) and "fewshot" in yaml
+
+
+def no_head(model: Any, what: str) -> str:
+    """Return the text of the error for a model without a few-shot head.
+
+    Args:
+        model (ultralytics.engine.model.Model): The model.
+        what (str): What needs the head.
+
+    Returns:
+        (str): What is wrong and what to do.
+    """
+    name = model.model_name
+    if isinstance(model.model, (str, Path)):
+        return f"model='{name}' is an exported model, and {what} needs a few-shot checkpoint. Enroll, then export."
+    if getattr(model.model, "enrolled", None) is not None:
+        return f"model='{name}' is folded, and {what} needs the few-shot checkpoint that it was folded from."
+    return (
+        f"model='{name}' has no few-shot head, which {what} needs. Train or upgrade it with cfg=stage1.yaml first, "
+        f"i.e. 'yolo train model={name} cfg=stage1.yaml data=base.yaml'."
+    )
 
 
 def route(model: Any, key: str, stock: type) -> Any:
@@ -279,6 +356,7 @@ def route(model: Any, key: str, stock: type) -> Any:
         return FewShotTrainer
 
     def trainer(*args: Any, overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        table.refuse_support(overrides or {})
         keys = table.used(overrides or {})
         if not keys:
             return stock(*args, overrides=overrides, **kwargs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +14,18 @@ from torch import nn
 from ultralytics.cfg import cfg2dict, get_cfg
 from ultralytics.data.build import InfiniteDataLoader, seed_worker
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML
 from ultralytics.utils.checks import check_yaml
 from ultralytics.utils.torch_utils import init_seeds
 
 from yolo_fewshot import args as table
 from yolo_fewshot import plugin
+from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset
 from yolo_fewshot.files import AtomicPath, restored_on_failure
 from yolo_fewshot.guard import Guard
+from yolo_fewshot.memory import remember
 from yolo_fewshot.model import FewShotDetectionModel
 
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put other pictures into a picture
@@ -63,6 +68,7 @@ class FewShotTrainer(DetectionTrainer):
         given = {**recipe, **overrides}
         # A merge by Ultralytics itself, so that it names misspelt keys and wrong types.
         merged = vars(get_cfg({**DEFAULT_CFG_DICT, "save_dir": ""}, given))
+        table.refuse_support(merged)
         if not merged["resume"]:  # a resumed run takes everything from its checkpoint
             table.check(merged)
             merged.update(self._resolve(merged, given))
@@ -198,6 +204,23 @@ class FewShotTrainer(DetectionTrainer):
         super().save_metrics({**metrics, **self.guard.columns()})
 
     def final_eval(self) -> None:
-        """Strip and validate the checkpoints; an interruption leaves them as they were."""
+        """Strip and validate the checkpoints, and choose how they enroll; an interruption leaves them as they were."""
         with restored_on_failure(self.last, self.best):
             super().final_eval()
+            if RANK in {-1, 0}:
+                self._prepare_enrolment()
+
+    def _prepare_enrolment(self) -> None:
+        """Store what enrolment needs of the base data, for the best model, in both checkpoints."""
+        files = [f for f in (self.best, self.last) if f.exists()]
+        model = load_checkpoint(files[0])[0].to(self.device)
+        labels = [loader.dataset.labels for loader in (self.train_loader, self.test_loader)]
+        model.memory = remember(model, labels[0], self.args.imgsz, self.args.seed)
+        pull = choose_pull(model, *labels, self.args.imgsz, self.args.seed)
+        LOGGER.info(f"Enrolment from one shot, on base classes: '{'mean' if pull == math.inf else 'fit'}' is better")
+        for file in files:
+            ckpt = torch.load(file, map_location="cpu", weights_only=False)
+            ckpt["model"].pull, ckpt["model"].memory = pull, model.memory
+            buffer = BytesIO()
+            torch.save(ckpt, buffer)
+            file.write_bytes(buffer.getvalue())

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import torch
 from ultralytics import YOLO
-from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import LOGGER
+from ultralytics.utils.torch_utils import select_device
 
-from yolo_fewshot import prototypes
+from yolo_fewshot import enroll as enrolment
+from yolo_fewshot.files import AtomicPath
 from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.plugin import no_head
+from yolo_fewshot.support import read_support
 
 
 class FewShotYOLO(YOLO):
-    """YOLO model with a few-shot head.
+    """YOLO model with a few-shot head; `YOLO(...)` of a few-shot checkpoint is one, too.
+
+    `predict`, `track`, `val` and `export` take Ultralytics' arguments and two more: `support`, the support set to
+    enroll first, and `enroll`, the method.
 
     Examples:
         >>> from yolo_fewshot import FewShotYOLO
@@ -21,33 +30,192 @@ class FewShotYOLO(YOLO):
         >>> model.enroll("shots.yaml")
         {'scooter': 5}
         >>> model.predict("street.jpg")
+        >>> model.save("site-a.pt")
+        >>> model.export(format="onnx")
     """
 
-    def enroll(self, support: str | Path, imgsz: int | None = None, batch: int = 16) -> dict[str, int]:
-        """Teach the model the classes shown in the train split of a data set, without training.
+    def enroll(
+        self,
+        support: str | Path,
+        imgsz: int | None = None,
+        batch: int = 16,
+        method: str = "auto",
+        device: str | None = None,
+    ) -> dict[str, int]:
+        """Teach the model the classes that a support set shows, without training; all other classes stay as they are.
 
-        Classes with a known name are enrolled anew, others are appended. The prototype of a class is the mean of the
-        embeddings of its labelled objects (Snell et al. 2017); all other classes stay as they are.
+        Classes with a known name are enrolled anew, others are appended.
 
         Args:
-            support (str | Path): YOLO data.yaml.
+            support (str | Path): YOLO data.yaml, whose train split counts; .txt list of pictures with YOLO label files;
+                or folder with one sub-folder of cropped pictures per class.
             imgsz (int, optional): Picture size in pixels, that of training if not given.
             batch (int): Pictures per forward pass.
+            method (str): 'mean': the mean embedding of the shots (Snell et al. 2017). 'fit': a classifier fitted on all
+                anchors of the support pictures, with a pull towards that mean. 'auto': what was better on the base
+                classes when training ended.
+            device (str, optional): Device, as in Ultralytics; that of the model if not given.
 
         Returns:
             (dict[str, int]): Number of shots per enrolled class.
 
         Raises:
             TypeError: If the model has no few-shot head.
-            ValueError: If a new class has no usable box.
+            FileNotFoundError: If the support set, or a picture that it lists, does not exist.
+            ValueError: If the support set is unusable, or an argument is invalid; the text says what to change.
         """
-        if not isinstance(self.model, FewShotDetectionModel):
-            raise TypeError(
-                f"model='{self.model_name}' has no few-shot head. Train or upgrade it first, i.e. "
-                f"'yolo train model={self.model_name} cfg=stage1.yaml data=base.yaml'."
+        model = self._few_shot_model("enroll")
+        if method not in enrolment.METHODS:
+            methods = ", ".join(enrolment.METHODS)
+            raise ValueError(f"'enroll={method}' is an invalid value. Valid 'enroll' values are {methods}.")
+        shots = read_support(str(support), model.names)  # the command line turns digits into an int
+        shown = {shots.names[int(c)] for x in shots.labels for c in x["cls"].flat}
+        again = [n for n in model.names.values() if n in shown and n not in model.enrolled]
+        if again:
+            LOGGER.warning(
+                f"{', '.join(again)}: trained classes, which are enrolled anew from these shots. If the shots mean "
+                "something else, give the class another name."
             )
-        data = check_det_dataset(support)
-        shots = prototypes.enroll(self.model, data, imgsz or self.overrides.get("imgsz", 640), batch)
+        home = next(model.parameters()).device
+        model.to(select_device(device, verbose=False) if device not in {None, ""} else home)
+        try:
+            result = enrolment.enroll(model, shots, imgsz or self.overrides.get("imgsz", 640), batch, method)
+        finally:
+            model.to(home)
         self.predictor = None  # it holds a copy of the model
-        LOGGER.info(f"Enrolled {', '.join(f'{name} ({n} shots)' for name, n in shots.items())}")
-        return shots
+        LOGGER.info(table_of(result.classes))
+        for name, files in result.doubtful.items():
+            LOGGER.warning(f"{name}: check {', '.join(files)}, which looks more like another class of the support set.")
+        return {name: record["shots"] for name, record in result.classes.items()}
+
+    def forget(self, name: str) -> FewShotYOLO:
+        """Undo the enrolment of a class: remove it, or give a trained class its own classifier back.
+
+        Args:
+            name (str): Class name.
+
+        Returns:
+            (FewShotYOLO): The model.
+
+        Raises:
+            TypeError: If the model has no few-shot head.
+            ValueError: If the class was not enrolled.
+        """
+        enrolment.forget(self._few_shot_model("forget"), name)
+        self.predictor = None
+        return self
+
+    def fold(self) -> FewShotYOLO:
+        """Turn the model into a stock one with the same outputs, for good: a stock `Detect` in a `DetectionModel`.
+
+        A folded model is an ordinary YOLO model, and loads where this package is not installed. Nothing can be enrolled
+        any more, so keep the checkpoint. Every export is folded, without this.
+
+        Returns:
+            (FewShotYOLO): The model.
+
+        Raises:
+            TypeError: If the model has no few-shot head.
+        """
+        self.model = self._few_shot_model("fold").fold()
+        self.predictor = None
+        return self
+
+    def save(self, filename: str | Path = "saved_model.pt") -> None:
+        """Save the model as Ultralytics does; the file is replaced at once, and the head keeps its float32 weights.
+
+        Args:
+            filename (str | Path): File to write.
+        """
+        buffer = BytesIO()
+        super().save(buffer)
+        buffer.seek(0)
+        ckpt = torch.load(buffer, map_location="cpu", weights_only=False)
+        ckpt["model"].model[-1].float().load_state_dict(self.model.model[-1].state_dict())
+        buffer = BytesIO()
+        torch.save(ckpt, buffer)
+        AtomicPath(filename).write_bytes(buffer.getvalue())
+
+    def predict(self, source: Any = None, stream: bool = False, predictor: Any = None, **kwargs: Any) -> Any:
+        """Predict as Ultralytics does, after enrolling the classes of `support`.
+
+        Args:
+            source (Any): Pictures or videos.
+            stream (bool): Whether to return a generator.
+            predictor (Any): Predictor class.
+            **kwargs (Any): Ultralytics' arguments, `support` and `enroll`.
+
+        Returns:
+            (list[Results] | Iterator[Results]): Results.
+        """
+        new, kwargs = kwargs.get("support"), self._enroll_from(kwargs)
+        enrolled = getattr(self.model, "enrolled", None)
+        if enrolled and not (self.predictor or new) and kwargs.get("verbose", True):
+            LOGGER.info(table_of(enrolled))
+        return super().predict(source, stream, predictor, **kwargs)
+
+    def val(self, validator: Any = None, **kwargs: Any) -> Any:
+        """Validate as Ultralytics does, after enrolling the classes of `support`, with base and novel AP.
+
+        Args:
+            validator (Any): Validator class.
+            **kwargs (Any): Ultralytics' arguments, `support` and `enroll`.
+
+        Returns:
+            (FewShotMetrics): Results.
+        """
+        return super().val(validator, **self._enroll_from(kwargs))
+
+    def export(self, **kwargs: Any) -> str:
+        """Export the folded model as Ultralytics does, after enrolling the classes of `support`.
+
+        Args:
+            **kwargs (Any): Ultralytics' arguments, `support` and `enroll`.
+
+        Returns:
+            (str): Path of the exported model.
+        """
+        kwargs = self._enroll_from(kwargs)
+        model = self.model
+        if isinstance(model, FewShotDetectionModel):
+            self.model = model.fold()
+        try:
+            return super().export(**kwargs)
+        finally:
+            self.model = model
+
+    def _enroll_from(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Enroll what `support` and `enroll` among some arguments ask for, and return the others.
+
+        The same support set is not enrolled twice in a row, so that it may be given frame by frame.
+        """
+        if kwargs.get("support") is None or not isinstance(self.model, FewShotDetectionModel):
+            return {k: v for k, v in kwargs.items() if k != "enroll"}  # Ultralytics refuses `support` here
+        kwargs = dict(kwargs)
+        given = kwargs.pop("support"), kwargs.pop("enroll", None) or "auto"
+        imgsz, device = kwargs.get("imgsz"), kwargs.get("device")
+        imgsz = max(imgsz) if isinstance(imgsz, (list, tuple)) else imgsz
+        if self.__dict__.get("_given") != (given, imgsz):
+            self.enroll(given[0], imgsz=imgsz, method=given[1], device=device)
+            self._given = (given, imgsz)
+        return kwargs
+
+    def _few_shot_model(self, what: str) -> FewShotDetectionModel:
+        """Return the network, or raise a TypeError that says how to get one with a few-shot head."""
+        if not isinstance(self.model, FewShotDetectionModel):
+            raise TypeError(no_head(self, f"{what}()"))
+        return self.model
+
+
+def table_of(classes: dict[str, dict[str, Any]]) -> str:
+    """Return enrolled classes as a table, in the format of Ultralytics' validation table.
+
+    Args:
+        classes (dict[str, dict]): As in `Shots.classes`.
+
+    Returns:
+        (str): One row a class: shots, method, and the suggested confidence threshold.
+    """
+    rows = [("Enrolled class", "Shots", "Method", "Conf")]
+    rows += [(n, x["shots"], x["method"], "-" if x["conf"] is None else f"{x['conf']:g}") for n, x in classes.items()]
+    return "\n".join(f"{name:>22}{shots:>11}{method:>11}{conf:>11}" for name, shots, method, conf in rows)

@@ -1,0 +1,185 @@
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from ultralytics import YOLO
+
+from yolo_fewshot import FewShotYOLO, cli
+from yolo_fewshot import enroll as enrolment
+from yolo_fewshot.demo import BASE, draw_glyph
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    """Three pictures each of two classes."""
+    root, rng = tmp_path_factory.mktemp("crops"), np.random.default_rng(0)
+    for name in ("hourglass", "umbrella"):
+        (root / name).mkdir()
+        for i in range(3):
+            picture = 220 - draw_glyph(name, 48, rng)[..., None] * np.array([180, 120, 60])
+            assert cv2.imwrite(str(root / name / f"{i}.png"), picture.astype(np.uint8))
+    return root
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    """Fail where a model is loaded."""
+    monkeypatch.setattr(FewShotYOLO, "__init__", lambda *_: pytest.fail("a model was loaded"))
+
+
+def text_of(*argv):
+    """The text of the error of a call."""
+    with pytest.raises(SystemExit) as e:
+        cli.main(list(argv))
+    assert isinstance(e.value.code, str)  # which the interpreter prints, with exit status 1
+    return e.value.code
+
+
+@pytest.mark.parametrize("argv", [[], ["help"], ["-h"], ["--help"]])
+def test_the_help_lists_every_command(argv, caplog, nothing_loaded):
+    caplog.set_level(logging.INFO)
+    cli.main(argv)
+    assert "Usage: yolo-fewshot COMMAND key=value" in caplog.text
+    for name, command in cli.COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.help)}$", caplog.text, re.M)
+
+
+@pytest.mark.parametrize("flag", ["help", "-h", "--help"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_help_of_a_command_lists_every_key(name, flag, caplog, nothing_loaded):
+    caplog.set_level(logging.INFO)
+    command = cli.COMMANDS[name]
+    cli.main([name, "model=best.pt", flag])
+    for key, text in command.required.items():
+        assert re.search(rf"^  {key}= +{re.escape(text)}$", caplog.text, re.M)
+    for key, text in command.optional.items():
+        assert re.search(rf"^  \[{key}=\] +{re.escape(text)}$", caplog.text, re.M)
+    assert f"Example: {command.example}" in caplog.text
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_example_is_a_valid_call(name, monkeypatch):
+    seen, command = [], cli.COMMANDS[name]
+    monkeypatch.setitem(cli.COMMANDS, name, command._replace(run=lambda **kwargs: seen.append(kwargs)))
+    program, *argv = command.example.split()
+    cli.main(argv)
+    assert program == "yolo-fewshot" and argv[0] == name and set(command.required) <= set(seen[0])
+
+
+def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
+    seen = []
+    monkeypatch.setattr(FewShotYOLO, "__init__", lambda self, model: seen.append(model))
+    monkeypatch.setattr(FewShotYOLO, "enroll", lambda self, support, **kwargs: seen.append((support, kwargs)))
+    monkeypatch.setattr(FewShotYOLO, "save", lambda self, file: seen.append(file))
+    argv = [
+        "model=a.pt",
+        "--support=shots.yaml",
+        "save",
+        "=",
+        "b.pt",
+        "enroll=fit",
+        "imgsz=96",
+        "batch=4",
+        "device=cpu",
+    ]
+    cli.main(["enroll", *argv])
+    assert seen == ["a.pt", ("shots.yaml", {"method": "fit", "imgsz": 96, "batch": 4, "device": "cpu"}), "b.pt"]
+
+
+def test_an_unknown_command(nothing_loaded):
+    text = text_of("enrol", "model=best.pt")
+    assert text.startswith("'enrol' is no command of yolo-fewshot.") and cli.usage() in text
+
+
+def test_an_unknown_key_gets_a_suggestion(nothing_loaded):
+    text = text_of("enroll", "model=best.pt", "suport=shots.yaml", "save=b.pt")
+    assert text.startswith("'suport=' is no argument of yolo-fewshot enroll. Similar: support=.")
+    assert cli.usage("enroll") in text
+    text = text_of("enroll", "model=best.pt", "zzz=1")
+    assert text.startswith("'zzz=' is no argument of yolo-fewshot enroll.\n")
+
+
+@pytest.mark.parametrize("argument", ["support", "support=", "support= "])
+def test_a_missing_value(argument, nothing_loaded):
+    text = text_of("enroll", "model=best.pt", argument, "save=b.pt")
+    assert text.startswith(f"'{argument}' is no key=value pair.") and cli.usage("enroll") in text
+
+
+def test_missing_keys_are_named(nothing_loaded):
+    assert text_of("enroll").startswith("model=, support=, save= must be given.")
+    assert text_of("enroll", "model=best.pt", "save=none").startswith("support=, save= must be given.")
+
+
+@pytest.mark.parametrize("save", ["{}/b.onnx", "{}/b", "{}/missing/b.pt", "{}"])
+def test_an_invalid_file_to_save_is_an_error_before_anything_is_loaded(save, nothing_loaded, tmp_path):
+    save = save.format(tmp_path)
+    text = text_of("enroll", "model=best.pt", "support=shots.yaml", f"save={save}")
+    assert text == f"ValueError: 'save={save}' is an invalid value. It must be a *.pt file in a folder that exists."
+    assert not list(tmp_path.iterdir())
+
+
+def test_enrolling_end_to_end(trained, crops, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.chdir(tmp_path)
+    cli.main(["enroll", f"model={trained[1].best}", f"support={crops}", "save=site.pt", "enroll=mean", "imgsz=64"])
+    assert f"Results saved to {tmp_path / 'site.pt'}" in caplog.text and "Enrolled class" in caplog.text
+    model = YOLO(tmp_path / "site.pt")
+    assert list(model.names.values()) == [*BASE, "hourglass", "umbrella"]
+    assert [(x["shots"], x["method"]) for x in model.model.enrolled.values()] == [(3, "mean")] * 2
+    expected = FewShotYOLO(trained[1].best)
+    expected.enroll(crops, imgsz=64, method="mean")
+    a, b = model.model.state_dict(), expected.model.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_checkpoint_may_be_replaced_by_itself(trained, crops, tmp_path):
+    FewShotYOLO(trained[1].best).save(tmp_path / "a.pt")
+    cli.main(["enroll", f"model={tmp_path}/a.pt", f"support={crops}", f"save={tmp_path}/a.pt", "enroll=mean"])
+    assert list(YOLO(tmp_path / "a.pt").model.enrolled) == ["hourglass", "umbrella"]
+
+
+def test_an_error_leaves_an_existing_file_untouched(trained, crops, tmp_path, monkeypatch):
+    (tmp_path / "site.pt").write_bytes(b"old")
+    YOLO("yolo11n.yaml").save(tmp_path / "stock.pt")
+    argv = {"model": trained[1].best, "support": crops, "save": tmp_path / "site.pt"}
+    for change, error in (
+        ({"support": tmp_path / "none.yaml"}, "FileNotFoundError: support="),
+        ({"model": tmp_path / "none.pt"}, "FileNotFoundError: "),
+        ({"model": tmp_path / "stock.pt"}, "TypeError: model='.*stock.pt' has no few-shot head"),
+        ({"enroll": "median"}, "ValueError: 'enroll=median' is an invalid value"),
+        ({"imgsz": "big"}, "(Type|Value)Error: "),
+    ):
+        text = text_of("enroll", *(f"{k}={v}" for k, v in {**argv, **change}.items()))
+        assert re.match(error, text), text
+    monkeypatch.setattr(enrolment, "thresholds", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["enroll", *(f"{k}={v}" for k, v in argv.items())])
+    assert (tmp_path / "site.pt").read_bytes() == b"old"
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["site.pt", "stock.pt"]
+
+
+def test_a_folder_may_be_named_by_a_number(trained, crops, tmp_path, monkeypatch):
+    shutil.copytree(crops, tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    cli.main(["enroll", f"model={trained[1].best}", "support=2024", "save=7.pt", "enroll=mean"])
+    assert list(YOLO(tmp_path / "7.pt").model.enrolled) == ["hourglass", "umbrella"]
+
+
+def test_the_installed_command(trained, crops, tmp_path):
+    script = Path(sys.executable).with_name("yolo-fewshot")
+    argv = [f"model={trained[1].best}", f"support={crops}", "save=site.pt", "enroll=fit", "device=cpu"]
+    done = subprocess.run([script, "enroll", *argv], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert f"{'umbrella':>22}{3:>11}{'fit':>11}" in done.stdout
+    assert list(YOLO(tmp_path / "site.pt").model.enrolled) == ["hourglass", "umbrella"]
+    done = subprocess.run([script, "enroll", *argv, "emroll=fit"], cwd=tmp_path, capture_output=True, text=True)
+    assert (
+        done.returncode == 1 and done.stderr.startswith("'emroll=' is no argument") and "Traceback" not in done.stderr
+    )

@@ -1,0 +1,133 @@
+"""The `yolo-fewshot` command: what the `yolo` command has no mode for. Arguments are key=value, as there."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ultralytics.cfg import merge_equals_args, parse_key_value_pair
+from ultralytics.utils import LOGGER
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        run (Callable): Function of the arguments.
+        help (str): What it does, in one line.
+        required (dict[str, str]): Help of the arguments that must be given.
+        optional (dict[str, str]): Help of the others.
+        example (str): A call.
+    """
+
+    run: Callable[..., None]
+    help: str
+    required: dict[str, str]
+    optional: dict[str, str]
+    example: str
+
+
+def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: Any) -> None:
+    """Enrol the classes of a support set and save the model.
+
+    Args:
+        model (str): Few-shot checkpoint.
+        support (str): Support set.
+        save (str): Checkpoint to write.
+        enroll (str): Method.
+        **kwargs (Any): `imgsz`, `batch` and `device` of `FewShotYOLO.enroll`.
+
+    Raises:
+        ValueError: If `save` is not a .pt file in a folder that exists.
+    """
+    from yolo_fewshot import FewShotYOLO
+
+    model, support, save = str(model), str(support), str(save)  # digits come as an int
+    if Path(save).suffix != ".pt" or not Path(save).resolve().parent.is_dir():
+        raise ValueError(f"'save={save}' is an invalid value. It must be a *.pt file in a folder that exists.")
+    yolo = FewShotYOLO(model)
+    yolo.enroll(support, method=enroll, **kwargs)
+    yolo.save(save)
+    LOGGER.info(f"Results saved to {Path(save).resolve()}")
+
+
+COMMANDS = {
+    "enroll": Command(
+        enroll,
+        "teach a few-shot model new classes from a few labelled examples, and save it",
+        {
+            "model": "few-shot checkpoint, i.e. best.pt",
+            "support": "the examples: data.yaml, .txt list of pictures, or folder of crops by class",
+            "save": "checkpoint to write",
+        },
+        {
+            "enroll": "auto (default), mean or fit",
+            "imgsz": "picture size, that of training if not given",
+            "batch": "pictures per forward pass (16)",
+            "device": "device, i.e. 0 or cpu",
+        },
+        "yolo-fewshot enroll model=best.pt support=shots.yaml save=site-a.pt",
+    ),
+}
+
+
+def usage(name: str | None = None) -> str:
+    """Return the help of a subcommand, or of the whole command.
+
+    Args:
+        name (str, optional): Name of the subcommand.
+
+    Returns:
+        (str): The text.
+    """
+    if name is None:
+        rows = [f"  {k:<12}{c.help}" for k, c in COMMANDS.items()]
+        lines = ["Usage: yolo-fewshot COMMAND key=value ...", "", "Commands:", *rows, ""]
+        return "\n".join([*lines, "yolo-fewshot COMMAND --help lists the keys of a command."])
+    c = COMMANDS[name]
+    rows = [f"  {k + '=':<12}{text}" for k, text in c.required.items()]
+    rows += [f"  [{k}=]{'':<{max(9 - len(k), 1)}}{text}" for k, text in c.optional.items()]
+    return "\n".join([f"yolo-fewshot {name}: {c.help}", "", *rows, "", f"Example: {c.example}"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        argv (list[str], optional): Arguments, those of the process if not given.
+
+    Raises:
+        SystemExit: With a text that says what is wrong, for a command or argument that is unknown or missing.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    name, rest = (argv[0], merge_equals_args(argv[1:])) if argv else ("help", [])
+    if name in {"help", "-h", "--help"}:
+        LOGGER.info(usage())
+        return
+    if name not in COMMANDS:
+        raise SystemExit(f"'{name}' is no command of yolo-fewshot.\n\n{usage()}")
+    if {"help", "-h", "--help"} & set(rest):
+        LOGGER.info(usage(name))
+        return
+    command, args = COMMANDS[name], {}
+    for text in rest:
+        key, _, value = text.partition("=")
+        key = key.removeprefix("--").strip()
+        if not value.strip():
+            raise SystemExit(f"'{text}' is no key=value pair.\n\n{usage(name)}")
+        valid = {**command.required, **command.optional}
+        if key not in valid:
+            similar = [f"{k}=" for k in difflib.get_close_matches(key, valid)]
+            hint = f" Similar: {', '.join(similar)}." if similar else ""
+            raise SystemExit(f"'{key}=' is no argument of yolo-fewshot {name}.{hint}\n\n{usage(name)}")
+        args[key] = parse_key_value_pair(f"{key}={value}")[1]
+    missing = [f"{k}=" for k in command.required if args.get(k) is None]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)} must be given.\n\n{usage(name)}")
+    try:
+        command.run(**args)
+    except (FileNotFoundError, TypeError, ValueError) as e:
+        raise SystemExit(f"{type(e).__name__}: {e}") from e

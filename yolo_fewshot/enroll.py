@@ -1,0 +1,157 @@
+"""Enrolment: classes from a few labelled examples, without training and without touching a weight of the others."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from yolo_fewshot.features import Features, extract
+from yolo_fewshot.fit import PULL, classifiers
+from yolo_fewshot.head import Prototypes
+from yolo_fewshot.leave_out import Detections, ap50, detect_left_out, doubtful_shots, thresholds
+from yolo_fewshot.memory import recall
+from yolo_fewshot.support import Support
+
+METHODS = ("auto", "mean", "fit")
+ENOUGH = 3  # shots of a class that tell which method suits it
+
+
+class Shots(NamedTuple):
+    """Outcome of an enrolment.
+
+    Attributes:
+        classes (dict[str, dict]): By class name, what the model now knows of it: `shots`, the number of its objects;
+            `method`, 'mean' or 'fit'; `conf`, the suggested confidence threshold, or None with too few shots to tell;
+            `replaced`, the classifier of a base class of this name, or None.
+        doubtful (dict[str, list[str]]): By class name, the pictures of shots that disagree with the rest of the class.
+    """
+
+    classes: dict[str, dict[str, Any]]
+    doubtful: dict[str, list[str]]
+
+
+def enroll(model: nn.Module, support: Support, imgsz: int, batch: int = 16, method: str = "auto") -> Shots:
+    """Set or append the classifiers of the classes that a support set shows; nothing else changes.
+
+    Args:
+        model (nn.Module): Few-shot model in eval mode; changed in place.
+        support (Support): The support set.
+        imgsz (int): Picture size in pixels.
+        batch (int): Pictures per forward pass.
+        method (str): 'mean', the mean of the shots' embeddings (Snell et al. 2017); 'fit', a classifier fitted on all
+            anchors of the support pictures with a pull towards that mean; or 'auto', see `choose`.
+
+    Returns:
+        (Shots): What was enrolled.
+
+    Raises:
+        ValueError: If the method is unknown, or no anchor belongs to any box of a class.
+    """
+    if method not in METHODS:
+        raise ValueError(f"'enroll={method}' is an invalid value. Valid 'enroll' values are {', '.join(METHODS)}.")
+    features = extract(model, support, imgsz, batch)
+    names, labels = compact(features, support.names)
+    counts = torch.bincount(labels[labels >= 0], minlength=len(names))
+    lost = [n for n, k in zip(names, counts) if not k]
+    if lost:
+        raise ValueError(
+            f"No anchor of the model belongs to a box of {', '.join(lost)} at imgsz={imgsz}. Use a greater imgsz, or "
+            "greater objects."
+        )
+    head, known = model.model[-1], {str(n): i for i, n in model.names.items()}
+    features = recall(model.memory, features, [known[n] for n in names if n in known])
+    pull, left_out = choose(features, labels, counts, method, head.banks[0], model.pull or PULL)
+    rows = [classifiers(features, labels, pull, i, bank) for i, bank in enumerate(head.banks)]
+    conf = thresholds(left_out)
+    classes = {}
+    for c, name in enumerate(names):
+        index = known.setdefault(name, len(known))
+        before = model.enrolled.get(name, {}).get("replaced")
+        if name not in model.enrolled and index < head.nc:
+            before = head.get_class(index)
+        head.set_class(index, [(vectors[c], offsets[c]) for vectors, offsets in rows])
+        model.names[index] = name
+        classes[name] = {
+            "shots": int(counts[c]),
+            "method": "mean" if pull[c].isinf() else "fit",
+            "conf": conf[c],
+            "replaced": before,
+        }
+    model.enrolled.update(classes)
+    model.nc = model.yaml["nc"] = head.nc
+    return Shots(classes, doubtful_shots(features, labels, names))
+
+
+def forget(model: nn.Module, name: str) -> None:
+    """Undo the enrolment of a class: remove it, or give a base class its own classifier back.
+
+    Args:
+        model (nn.Module): Few-shot model; changed in place. Classes after a removed one move up by one index.
+        name (str): Class name.
+
+    Raises:
+        ValueError: If the class was not enrolled.
+    """
+    if name not in model.enrolled:
+        known = f"Enrolled are {', '.join(model.enrolled)}." if model.enrolled else "No class is enrolled."
+        raise ValueError(f"'{name}' was not enrolled, so it cannot be forgotten. {known}")
+    index = next(i for i, n in model.names.items() if str(n) == name)
+    before = model.enrolled.pop(name)["replaced"]
+    if before is not None:
+        model.model[-1].set_class(index, before)
+        return
+    model.model[-1].remove_class(index)
+    model.names = dict(enumerate(n for i, n in model.names.items() if i != index))
+    model.nc = model.yaml["nc"] = model.model[-1].nc
+
+
+def compact(features: Features, names: dict[int, str]) -> tuple[list[str], torch.Tensor]:
+    """Number the classes that have a box.
+
+    Args:
+        features (Features): Features of a support set.
+        names (dict[int, str]): Class names by label index.
+
+    Returns:
+        names (list[str]): Names of the n classes with a box, in the order of their label indices.
+        labels (torch.Tensor): Class of every object, (N,) int64 in 0..n-1, or -1 if no anchor belongs to it.
+    """
+    shown, labels = features.cls.unique(return_inverse=True)
+    valid = torch.stack([e.any(1) for e in features.embeds]).all(0)
+    return [str(names[i]) for i in shown.tolist()], torch.where(valid, labels, -1)
+
+
+def choose(
+    features: Features, labels: torch.Tensor, counts: torch.Tensor, method: str, bank: Prototypes, single: float
+) -> tuple[torch.Tensor, Detections]:
+    """Choose the pull of every class, and detect in the support pictures with classifiers that did not see them.
+
+    The pull is `PULL` over the number of shots for 'fit', and infinite for 'mean'. 'auto' takes what finds more (AP50)
+    in the support pictures with these left out, for classes of at least `ENOUGH` shots; fewer tell too little, so there
+    it takes what was better on base classes enrolled from one shot when training ended.
+
+    Args:
+        features (Features): Features of a support set.
+        labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
+        counts (torch.Tensor): Shots of every class, (n,).
+        method (str): One of `METHODS`.
+        bank (Prototypes): Prototypes of the branch that predicts, the first.
+        single (float): Pull of one shot for classes of few shots under 'auto'.
+
+    Returns:
+        pull (torch.Tensor): (n,) float32.
+        left_out (Detections): Detections with this pull.
+    """
+    mean, fit = torch.full((len(counts),), math.inf), PULL / counts
+    if method != "auto":
+        pull = mean if method == "mean" else fit
+        return pull, detect_left_out(features, labels, pull, bank)
+    few = counts < ENOUGH
+    options = [torch.where(few, single / counts, p) for p in (fit, mean)]
+    found = [detect_left_out(features, labels, p, bank) for p in options]
+    scores = [ap50(x._replace(truths=x.truths * ~few)) for x in found]
+    best = scores[1] > scores[0]  # a tie goes to `fit`
+    return options[best], found[best]

@@ -1,0 +1,208 @@
+"""What the shots tell of themselves: each is looked at by a classifier that was made without it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torchvision.ops import batched_nms, box_iou
+from ultralytics.utils.metrics import ap_per_class
+
+from yolo_fewshot.features import Anchors, Features
+from yolo_fewshot.fit import classifiers
+from yolo_fewshot.head import Prototypes
+
+FOLDS = 5  # groups of pictures, of which one after the other is left out
+IOU_NMS, IOU_TRUE = 0.7, 0.5  # Ultralytics' NMS threshold, and that of AP50
+DETECTIONS = 300  # of one picture, as Ultralytics' max_det
+
+
+class Detections(NamedTuple):
+    """Detections in some pictures.
+
+    Attributes:
+        cls (torch.Tensor): Class, (M,) int64.
+        conf (torch.Tensor): Confidence, (M,) float32.
+        hit (torch.Tensor): Whether it is the most confident one that finds an object with an IoU of 0.5, (M,) bool.
+        truths (torch.Tensor): Objects of every class, (n,) int64.
+    """
+
+    cls: torch.Tensor
+    conf: torch.Tensor
+    hit: torch.Tensor
+    truths: torch.Tensor
+
+
+def detect(
+    features: Features,
+    labels: torch.Tensor,
+    pictures: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    bank: Prototypes,
+    conf: float = 0.01,
+) -> Detections:
+    """Detect with classifiers in the plain view of pictures, from their kept anchors.
+
+    Args:
+        features (Features): Features with the anchors of the branch that predicts in front.
+        labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for none of them.
+        pictures (torch.Tensor): Which pictures to look at, (number of pictures,) bool.
+        rows (tuple[torch.Tensor, torch.Tensor]): Vectors (n, D) and offsets (n,) of the classifiers.
+        bank (Prototypes): Level scales and biases of the branch.
+        conf (float): Least confidence.
+
+    Returns:
+        (Detections): The detections.
+    """
+    anchors, (vectors, offsets) = features.anchors[0], rows
+    anchors = select(anchors, (anchors.view == 0) & pictures[anchors.picture])
+    scale, bias = (x.detach().float().cpu()[anchors.level, None] for x in (bank.logit_scale, bank.bias))
+    scores = (scale * (anchors.embeds @ vectors.t()) + bias + offsets).sigmoid()
+    a, c = (scores > conf).nonzero(as_tuple=True)
+    s, boxes, picture = scores[a, c], anchors.boxes[a], anchors.picture[a]
+    kept = batched_nms(boxes, s, picture * len(vectors) + c, IOU_NMS)  # in descending order of confidence
+    hit, seen = torch.zeros(len(kept), dtype=torch.bool), set()
+    for i, (p, cls, box) in enumerate(zip(picture[kept].tolist(), c[kept].tolist(), boxes[kept])):
+        own = ((features.picture == p) & (labels == cls)).nonzero()[:, 0]
+        own = own[[int(o) not in seen for o in own]] if len(own) else own
+        if len(own):
+            iou, best = box_iou(box[None], features.boxes[own])[0].max(0)
+            if iou >= IOU_TRUE:
+                hit[i] = True
+                seen.add(int(own[best]))
+    shown = labels[(labels >= 0) & pictures[features.picture]]
+    return Detections(c[kept], s[kept], hit, torch.bincount(shown, minlength=len(vectors)))
+
+
+def select(anchors: Anchors, mask: torch.Tensor) -> Anchors:
+    """Return some of the anchors.
+
+    Args:
+        anchors (Anchors): Anchors, M of them.
+        mask (torch.Tensor): Which ones, (M,) bool.
+
+    Returns:
+        (Anchors): The anchors.
+    """
+    return Anchors(*(x[mask] for x in anchors))
+
+
+def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
+    """Deal the pictures into folds so that the shots of every class are spread.
+
+    Args:
+        features (Features): Features of a support set.
+        labels (torch.Tensor): Class of every object, (N,).
+
+    Returns:
+        (torch.Tensor): Fold of every picture, (number of pictures,) int64.
+    """
+    n, fold = int(labels.max()) + 1, torch.zeros(len(features.files), dtype=torch.int64)
+    held = torch.zeros(FOLDS, n)
+    for p in features.picture.unique().tolist():
+        shown = torch.bincount(labels[(features.picture == p) & (labels >= 0)], minlength=n).float()
+        fold[p] = (held @ shown + held.sum(1) * 1e-6).argmin()
+        held[fold[p]] += shown
+    return fold
+
+
+def detect_left_out(features: Features, labels: torch.Tensor, pull: torch.Tensor, bank: Prototypes) -> Detections:
+    """Detect in every picture with classifiers that were made without it and the others of its fold.
+
+    Args:
+        features (Features): Features of a support set.
+        labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
+        pull (torch.Tensor): Pull of every class, (n,) float32.
+        bank (Prototypes): Prototypes of the branch that predicts, the first.
+
+    Returns:
+        (Detections): Of classes that have shots outside the fold; one whose shots are all in one picture has no truths.
+    """
+    fold, first, found = folds(features, labels), features.anchors[0], []
+    for f in fold[features.picture].unique().tolist():
+        seen = torch.where(fold[features.picture] == f, -1, labels)
+        known = torch.bincount(seen[seen >= 0], minlength=len(pull)) > 0
+        part = features._replace(anchors=[select(first, (first.picture < 0) | (fold[first.picture] != f))])
+        out = detect(features, labels, fold == f, classifiers(part, seen, pull, 0, bank), bank)
+        found.append((*(x[known[out.cls]] for x in out[:3]), out.truths * known))
+    cls, conf, hit, truths = zip(*found)
+    return Detections(torch.cat(cls), torch.cat(conf), torch.cat(hit), torch.stack(truths).sum(0))
+
+
+def ap50(found: Detections) -> float:
+    """Return the mean AP50 of the classes that have objects.
+
+    Args:
+        found (Detections): Detections.
+
+    Returns:
+        (float): In 0..1.
+    """
+    if not (found.hit.any() and found.truths.any()):
+        return 0.0
+    truths = torch.arange(len(found.truths)).repeat_interleave(found.truths)
+    return float(ap_per_class(*(x.numpy() for x in (found.hit[:, None], found.conf, found.cls, truths)))[5].mean())
+
+
+def thresholds(found: Detections) -> list[float | None]:
+    """Suggest the confidence of best F1 for every class.
+
+    Args:
+        found (Detections): Detections of n classes in pictures that their classifiers never saw.
+
+    Returns:
+        (list[float | None]): Of every class, in 0..1; None where nothing tells.
+    """
+    rows = [found.cls == c for c in range(len(found.truths))]
+    return [best_conf(found.conf[r], found.hit[r], k) for r, k in zip(rows, found.truths.tolist())]
+
+
+def best_conf(conf: torch.Tensor, hit: torch.Tensor, truths: int) -> float | None:
+    """Return the confidence threshold of best F1.
+
+    Args:
+        conf (torch.Tensor): Confidence of every detection, (M,).
+        hit (torch.Tensor): Whether it found an object, (M,) bool.
+        truths (int): Number of objects.
+
+    Returns:
+        (float | None): Midway between the last detection to keep and the next one; None if there is no hit.
+    """
+    if not hit.any():
+        return None
+    conf, order = conf.sort(descending=True, stable=True)
+    tp = hit[order].cumsum(0)
+    last = int((2 * tp / (torch.arange(1, len(conf) + 1) + truths)).argmax())
+    below = conf[last + 1] if last + 1 < len(conf) else conf.new_zeros(())
+    return round(float((conf[last] + below) / 2), 3)
+
+
+def doubtful_shots(features: Features, labels: torch.Tensor, names: list[str]) -> dict[str, list[str]]:
+    """Find the shots that disagree with the rest of their class.
+
+    A shot is doubtful if the mean of the class's other shots is less like it than the mean of another class is, and
+    less than half as like it as the class's shots are in the median. Classes of fewer than 3 shots are not judged.
+
+    Args:
+        features (Features): Features of a support set.
+        labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
+        names (list[str]): Names of the n classes.
+
+    Returns:
+        (dict[str, list[str]]): Picture files of the doubtful shots by class name.
+    """
+    embeds, found = features.embeds[0], {}
+    one_hot = F.one_hot(labels + 1, len(names) + 1)[:, 1:].to(embeds)
+    sums, counts = one_hot.t() @ embeds, one_hot.sum(0)
+    means = F.normalize(sums, dim=1)
+    for c, name in enumerate(names):
+        if counts[c] < 3:
+            continue
+        own = (labels == c).nonzero()[:, 0]
+        like = (embeds[own] * F.normalize(sums[c] - embeds[own], dim=1)).sum(1)
+        others = (embeds[own] @ means.t()).masked_fill(torch.arange(len(names)) == c, -1).amax(1)
+        bad = own[(like < others) & (like < like.median() / 2)]
+        if len(bad):
+            found[name] = list(dict.fromkeys(features.files[p] for p in features.picture[bad].tolist()))
+    return found

@@ -294,9 +294,10 @@ def test_stock_models_refuse_a_support_set_before_any_work(stock: YOLO, mode: st
         getattr(stock, mode)(support="shots.yaml")
 
 
-def test_exported_models_are_told_to_enroll_first():
-    with pytest.raises(TypeError, match=r"'best.onnx' is an exported model.*Enroll, then export"):
-        FewShotYOLO("best.onnx", task="detect").predict("x.jpg", support="shots.yaml")
+def test_exported_models_are_told_to_enroll_first(tmp_path: Path):
+    (tmp_path / "best.onnx").touch()
+    with pytest.raises(TypeError, match=r"best.onnx' is an exported model.*Enroll, then export"):
+        FewShotYOLO(tmp_path / "best.onnx", task="detect").predict("x.jpg", support="shots.yaml")
 
 
 @pytest.mark.parametrize("model", ["fewshot", "stock"])

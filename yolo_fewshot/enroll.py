@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from yolo_fewshot.features import Features, extract
+from yolo_fewshot.features import Features, View, extract
 from yolo_fewshot.fit import PULL, classifiers
 from yolo_fewshot.head import Prototypes
 from yolo_fewshot.leave_out import Detections, ap50, detect_left_out, doubtful_shots, thresholds
@@ -33,7 +33,14 @@ class Shots(NamedTuple):
     doubtful: dict[str, list[str]]
 
 
-def enroll(model: nn.Module, support: Support, imgsz: int, batch: int = 16, method: str = "auto") -> Shots:
+def enroll(
+    model: nn.Module,
+    support: Support,
+    imgsz: int,
+    batch: int = 16,
+    method: str = "auto",
+    views: list[View] | None = None,
+) -> Shots:
     """Set or append the classifiers of the classes that a support set shows; nothing else changes.
 
     Args:
@@ -43,6 +50,7 @@ def enroll(model: nn.Module, support: Support, imgsz: int, batch: int = 16, meth
         batch (int): Pictures per forward pass.
         method (str): 'mean', the mean of the shots' embeddings (Snell et al. 2017); 'fit', a classifier fitted on all
             anchors of the support pictures with a pull towards that mean; or 'auto', see `choose`.
+        views (list[View], optional): Views of the pictures, those of `support_views` if not given.
 
     Returns:
         (Shots): What was enrolled.
@@ -52,7 +60,7 @@ def enroll(model: nn.Module, support: Support, imgsz: int, batch: int = 16, meth
     """
     if method not in METHODS:
         raise ValueError(f"'enroll={method}' is an invalid value. Valid 'enroll' values are {', '.join(METHODS)}.")
-    features = extract(model, support, imgsz, batch)
+    features = extract(model, support, imgsz, batch, views)
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
     lost = [n for n, k in zip(names, counts) if not k]

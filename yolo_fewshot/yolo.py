@@ -12,6 +12,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import select_device
 
 from yolo_fewshot import enroll as enrolment
+from yolo_fewshot.features import support_views
 from yolo_fewshot.files import AtomicPath
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plugin import no_head
@@ -76,13 +77,14 @@ class FewShotYOLO(YOLO):
                 f"{', '.join(again)}: trained classes, which are enrolled anew from these shots. If the shots mean "
                 "something else, give the class another name."
             )
+        views = support_views((self.ckpt or {}).get("train_args") or {}, shots.crops)
         home = next(model.parameters()).device
-        model.to(select_device(device, verbose=False) if device not in {None, ""} else home)
+        model.to(home if device in (None, "") else select_device(device, verbose=False))
         try:
-            result = enrolment.enroll(model, shots, imgsz or self.overrides.get("imgsz", 640), batch, method)
+            result = enrolment.enroll(model, shots, imgsz or self.overrides.get("imgsz", 640), batch, method, views)
         finally:
             model.to(home)
-        self.predictor = None  # it holds a copy of the model
+        self._changed()
         LOGGER.info(table_of(result.classes))
         for name, files in result.doubtful.items():
             LOGGER.warning(f"{name}: check {', '.join(files)}, which looks more like another class of the support set.")
@@ -102,7 +104,7 @@ class FewShotYOLO(YOLO):
             ValueError: If the class was not enrolled.
         """
         enrolment.forget(self._few_shot_model("forget"), name)
-        self.predictor = None
+        self._changed()
         return self
 
     def fold(self) -> FewShotYOLO:
@@ -118,7 +120,7 @@ class FewShotYOLO(YOLO):
             TypeError: If the model has no few-shot head.
         """
         self.model = self._few_shot_model("fold").fold()
-        self.predictor = None
+        self._changed()
         return self
 
     def save(self, filename: str | Path = "saved_model.pt") -> None:
@@ -199,6 +201,10 @@ class FewShotYOLO(YOLO):
             self.enroll(given[0], imgsz=imgsz, method=given[1], device=device)
             self._given = (given, imgsz)
         return kwargs
+
+    def _changed(self) -> None:
+        """Drop what belongs to the model as it was: the predictor, which holds a copy, and the last support set."""
+        self.predictor = self._given = None
 
     def _few_shot_model(self, what: str) -> FewShotDetectionModel:
         """Return the network, or raise a TypeError that says how to get one with a few-shot head."""

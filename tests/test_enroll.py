@@ -102,6 +102,14 @@ def test_the_mean_prototype_is_the_mean_of_the_shots_embeddings(models, shots, c
         assert not bank.offset.any()
 
 
+def test_the_views_may_be_given(model, shots):
+    views = [View(0.5, True)]
+    features = extract(model, shots, SIZE, views=views)
+    enroll(model, shots, SIZE, method="mean", views=views)
+    mean = features.embeds[0][features.cls == 3].sum(0)
+    torch.testing.assert_close(model.model[-1].prototypes.weight[3, :, 0], mean / mean.norm(), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("cfg", FAMILIES)
 def test_a_fit_has_gain_and_offset_and_tells_the_anchors_of_a_class_better(models, shots, cfg):
     mean, fit = deepcopy(models[cfg]), deepcopy(models[cfg])
@@ -153,7 +161,7 @@ def test_classes_that_are_enrolled_one_after_the_other_are_those_enrolled_togeth
             keep = x["cls"][:, 0] == c
             labels.append({**x, "cls": x["cls"][keep], "bboxes": x["bboxes"][keep]})
         enroll(other, shots._replace(labels=labels), SIZE, method="mean")
-    assert other.names == model.names
+    assert other.names == model.names and list(other.enrolled) == ["square", "disc"]
     torch.testing.assert_close(other.model[-1].prototypes.weight, model.model[-1].prototypes.weight, rtol=0, atol=1e-4)
 
 

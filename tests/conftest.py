@@ -15,6 +15,7 @@ import pytest
 
 # Ultralytics reads these when it is first imported, and so do the processes that the tests start.
 HOME = Path(tempfile.mkdtemp(prefix="yolo-fewshot-tests-"))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not take the cores from others
 os.environ.update(YOLO_CONFIG_DIR=str(HOME), YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false")
 for name in ("YOLO_FEWSHOT_DISABLE", "ULTRALYTICS_SAFE_LOAD"):
     os.environ.pop(name, None)

@@ -199,15 +199,20 @@ def test_the_labels_stay_as_they_are(extracted):
 
 
 def test_the_better_pull_is_chosen(extracted, monkeypatch):
-    n = module.TRIALS
+    n, train = module.TRIALS, labels_of("train", [[c] for c in range(6)] * module.TRIALS)
     scores(monkeypatch, [0.5] * n, [0.4] * n)
-    assert choose() == INF
+    assert choose(train) == INF
     scores(monkeypatch, [0.4] * n, [0.5] * n)
-    assert choose() == PULL
+    assert choose(train) == PULL
     scores(monkeypatch, [0.4] * (n - 1) + [0.9], [0.45] * n)  # worse in most trials, better in the mean
-    assert choose() == INF
+    assert choose(train) == INF
     scores(monkeypatch, [0.45 + module.MARGIN / 2] * n, [0.45] * n)  # too little better
-    assert choose() == PULL
+    assert choose(train) == PULL
+
+
+def test_a_draw_that_cannot_show_every_class_is_no_trial(extracted, trials):
+    choose(labels_of("train", [[0], [1], [0]]), labels_of("val", [[1, 0]]))
+    assert len(trials) == 2  # one draw, with both pulls
 
 
 @pytest.mark.parametrize(
@@ -239,7 +244,7 @@ def test_the_pull_is_divided_by_the_shots_of_each_class(monkeypatch):
     )
     assert module._ap50(support, queries, 3, 3.0, None) == 0.25
     assert module._ap50(support, queries, 3, INF, None) == 0.25
-    assert pulls[0].tolist() == [1.0, 3.0, 1.5] and pulls[1].tolist() == [INF] * 3
+    assert pulls[0].tolist() == [1.0, INF, 1.5] and pulls[1].tolist() == [INF] * 3
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +271,8 @@ def test_a_real_model_is_left_as_it_was_and_chooses_the_same_again(drawn, monkey
     values, ap50 = [], module._ap50
     monkeypatch.setattr(module, "_ap50", lambda *args: values.append(ap50(*args)) or values[-1])
     model = model_of()
+    for i in (2, 3):
+        model.model[-1].set_class(i, model.model[-1].get_class(i - 2))
     model.names = {i: f"class{i}" for i in range(4)}
     before = {k: v.clone() for k, v in model.state_dict().items()}
     public = {k: v for k, v in vars(model).items() if k in {"names", "nc", "pull", "enrolled", "args", "training"}}

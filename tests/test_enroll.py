@@ -140,13 +140,14 @@ def test_enrolment_is_deterministic(model, shots, method):
     assert first == second and same(model, other)
 
 
-def test_enrolling_again_replaces_the_class(model, shots):
-    first = enroll(model, shots, SIZE, method="mean")
+@pytest.mark.parametrize("method", ["mean", "fit"])
+def test_enrolling_again_replaces_the_class(model, shots, method):
+    first = enroll(model, shots, SIZE, method=method)
     before = state(model)
     for bank in model.model[-1].banks:
         bank.weight.data[2] += 1
         bank.offset[3] = 5
-    second = enroll(model, shots, SIZE, method="mean")
+    second = enroll(model, shots, SIZE, method=method)
     assert first == second and model.names == {0: "cat", 1: "dog", 2: "square", 3: "disc"}
     for k, v in model.state_dict().items():
         torch.testing.assert_close(v, before[k], rtol=0, atol=1e-6)

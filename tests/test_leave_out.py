@@ -257,16 +257,21 @@ def test_the_suggested_confidence_has_the_greatest_f1(seed):
 def test_the_suggested_confidence_weighs_precision_and_recall_alike():
     """F1 is 2/3 with one detection, 4/7 with two and 3/4 with all; with more objects missed the choice is the same."""
     conf, hit = torch.tensor([0.9, 0.7, 0.6, 0.5]), torch.tensor([True, False, True, True])
-    assert best_conf(conf, hit, 2) == pytest.approx(0.25)
+    assert best_conf(conf, hit, 2) == pytest.approx(0.255)
     conf, hit = torch.tensor([0.9, 0.7, 0.6, 0.5, 0.4]), torch.tensor([True, False, False, False, True])
     assert best_conf(conf, hit, 2) == pytest.approx(0.8)  # 2/3 against 4/7
-    assert best_conf(conf, hit, 6) == pytest.approx(0.2)  # 2/7 against 4/11
+    assert best_conf(conf, hit, 6) == pytest.approx(0.205)  # 2/7 against 4/11
 
 
 def test_the_suggested_confidence_lies_between_what_to_keep_and_the_rest():
     conf, hit = torch.tensor([0.3, 0.9, 0.7, 0.2]), torch.tensor([False, True, True, False])
     assert best_conf(conf, hit, 2) == pytest.approx(0.5)
-    assert best_conf(conf[1:3], hit[1:3], 2) <= 0.35  # all are to be kept
+    assert best_conf(conf[1:3], hit[1:3], 2) == 0.355  # all are to be kept
+
+
+def test_a_suggested_confidence_never_lies_within_a_tie():
+    conf, hit = torch.tensor([0.9, 0.9, 0.5]), torch.tensor([True, False, False])
+    assert best_conf(conf, hit, 1) == 0.7
 
 
 def test_without_a_hit_there_is_no_suggestion():

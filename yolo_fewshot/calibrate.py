@@ -41,7 +41,7 @@ def choose_pull(
             in both splits.
     """
     rng = np.random.default_rng(seed)
-    seen = [np.unique(np.concatenate([x["cls"].reshape(-1) for x in labels])) for labels in (train, val)]
+    seen = [np.unique(np.concatenate([x["cls"].reshape(-1) for x in labels] or [[]])) for labels in (train, val)]
     able = np.intersect1d(*seen).astype(int)
     if len(able) < 2:
         return PULL
@@ -50,9 +50,13 @@ def choose_pull(
     pictures, drawn, ends = _pictures(train, classes, rng), [], [0]
     for _ in range(TRIALS):
         shots = _draw(pictures, classes)
+        if len(np.unique(np.concatenate([x["cls"].reshape(-1) for x in shots] or [[]]))) < len(classes):
+            break  # the pictures do not suffice for another draw
         pictures = [x for x in pictures if not any(x is y for y in shots)]
         drawn += shots
         ends.append(len(drawn))
+    if not drawn:
+        return PULL
     features, labels = _features(model, drawn, classes, imgsz)
     gains = []
     for low, high in zip(ends[:-1], ends[1:]):
@@ -107,6 +111,6 @@ def _only(features: Features, labels: torch.Tensor, low: int, high: int) -> tupl
 def _ap50(support: tuple, queries: tuple, n: int, pull: float, bank: nn.Module) -> float:
     """Return the mean AP50 of classes enrolled from a support set."""
     counts = torch.bincount(support[1][support[1] >= 0], minlength=n)
-    rows = classifiers(*support, pull / counts.clamp(min=1), 0, bank)
+    rows = classifiers(*support, torch.where(counts > 0, pull / counts, torch.inf), 0, bank)
     every = torch.ones(len(queries[0].files), dtype=torch.bool)
     return ap50(detect(*queries, every, rows, bank))

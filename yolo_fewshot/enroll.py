@@ -158,6 +158,9 @@ def choose(
         pull = mean if method == "mean" else fit
         return pull, detect_left_out(features, labels, pull, bank)
     few = counts < ENOUGH
+    if few.all():
+        pull = single / counts
+        return pull, detect_left_out(features, labels, pull, bank)
     options = [torch.where(few, single / counts, p) for p in (fit, mean)]
     found = [detect_left_out(features, labels, p, bank) for p in options]
     scores = [ap50(x._replace(truths=x.truths * ~few)) for x in found]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from ultralytics.data.build import build_dataloader
 from ultralytics.utils import TQDM, ops
+from ultralytics.utils.checks import check_imgsz
 
 from yolo_fewshot.assign import BoxAssignment
 from yolo_fewshot.prototypes import pool_objects
@@ -90,7 +91,7 @@ def support_views(args: dict[str, Any], crops: bool) -> list[View]:
     flip, light = bool(args.get("fliplr")), 0.2 if args.get("hsv_v") else 0.0
     if crops:
         return [View(0.35), View(0.5, flip, 1 + light), View(0.25, False, 1 - light)]
-    return [View(), View(1.0, flip, 1 + light), View(0.8, False, 1 - light), View(1.25)]
+    return list(dict.fromkeys([View(), View(1.0, flip, 1 + light), View(0.8, False, 1 - light), View(1.25)]))
 
 
 def show(batch: dict[str, Any], view: View, stride: int) -> dict[str, Any]:
@@ -170,6 +171,8 @@ def extract(
     """
     device, stride = next(model.parameters()).device, int(model.stride.max())
     views = views or support_views(getattr(model, "args", None) or {}, support.crops)
+    imgsz = check_imgsz(imgsz, stride=stride)
+    trained = [i for i, n in model.names.items() if str(n) not in model.enrolled]
     keep = min(max(rows // (len(support.labels) * len(views)), 32), 512)
     assign = BoxAssignment(model)
     cls, boxes, pictures = [], [], []
@@ -186,7 +189,7 @@ def extract(
                 size = shown["bboxes"].new_tensor(shown["img"].shape[2:])[[1, 0, 1, 0]]
                 boxes.append(ops.xywh2xyxy(shown["bboxes"]) * size)
             for b, preds in enumerate(branch_predictions(model, shown["img"])):
-                embeds, anchors = _features(preds, assign(preds, shown), shown["batch_idx"].long(), keep)
+                embeds, anchors = _features(preds, assign(preds, shown), shown["batch_idx"].long(), keep, trained)
                 sums[b] = sums[b] + embeds
                 anchors = anchors._replace(
                     objects=torch.where(anchors.objects < 0, -1, anchors.objects + n_objects),
@@ -212,7 +215,7 @@ def extract(
 
 
 def _features(
-    preds: dict[str, torch.Tensor], assigned: tuple, picture: torch.Tensor, keep: int
+    preds: dict[str, torch.Tensor], assigned: tuple, picture: torch.Tensor, keep: int, trained: list[int]
 ) -> tuple[torch.Tensor, Anchors]:
     """Return the embeddings of the objects and the anchors to keep of one batch in one branch.
 
@@ -221,6 +224,7 @@ def _features(
         assigned (tuple): Their assignment, from `BoxAssignment`.
         picture (torch.Tensor): Picture of every object, (N,) int64, ascending.
         keep (int): Anchors without an object to keep of each picture.
+        trained (list[int]): Classes that were not enrolled, so that what is kept does not depend on what was.
 
     Returns:
         embeds (torch.Tensor): Embeddings of the objects, (N, D) float32.
@@ -234,11 +238,12 @@ def _features(
     start = torch.searchsorted(picture, torch.arange(len(embeds), device=picture.device))
     owner, weights = torch.full(embeds.shape[:2], -1, device=embeds.device), embeds.new_ones(embeds.shape[:2])
     owner[fg], weights[fg] = start[fg[0]] + gt_idx.long(), weight.float()
-    # The hardest of the others are those that look like an object of this picture, or like one of a known class.
+    # The hardest of the others are those that look like an object of this picture, or like one of a trained class.
     alike = embeds.new_zeros(embeds.shape[:2])
     for b in picture.unique().tolist():
         alike[b] = (F.normalize(embeds[b], dim=1) @ objects[picture == b].t()).amax(1)
-    rank = torch.maximum(_rank(alike), _rank(preds["scores"].float().amax(1)))
+    scores = preds["scores"][:, trained].float().amax(1) if len(trained) else alike
+    rank = torch.maximum(*(_rank(x.masked_fill(owner >= 0, -torch.inf)) for x in (alike, scores)))
     rank = torch.where(owner < 0, rank, rank.shape[1])
     chosen = (rank >= rank.shape[1] - keep / 2).nonzero(as_tuple=True)
     level = torch.cat([torch.full((f.shape[2] * f.shape[3],), i) for i, f in enumerate(preds["feats"])])

@@ -31,7 +31,9 @@ def classifiers(
         offsets (torch.Tensor): Offset of every class, (n,) float32.
     """
     anchors = features.anchors[branch]
-    targets = torch.cat([labels, labels.new_tensor([-1])])[anchors.objects]
+    targets = torch.cat([labels, labels.new_tensor([-1])])[anchors.objects].clamp(min=-1)
+    keep = (anchors.objects < 0) | (targets >= 0)  # an object that is left out is no background either
+    anchors, targets = Anchors(*(x[keep] for x in anchors)), targets[keep]
     return fit_classes(anchors, targets, class_means(features.embeds[branch], labels, len(pull))[0], pull, bank)
 
 

@@ -15,6 +15,7 @@ from yolo_fewshot.head import Prototypes
 
 FOLDS = 5  # groups of pictures, of which one after the other is left out
 IOU_NMS, IOU_TRUE = 0.7, 0.5  # Ultralytics' NMS threshold, and that of AP50
+CONF = 0.01  # least confidence looked at
 DETECTIONS = 300  # of one picture, as Ultralytics' max_det
 
 
@@ -40,7 +41,7 @@ def detect(
     pictures: torch.Tensor,
     rows: tuple[torch.Tensor, torch.Tensor],
     bank: Prototypes,
-    conf: float = 0.01,
+    conf: float = CONF,
 ) -> Detections:
     """Detect with classifiers in the plain view of pictures, from their kept anchors.
 
@@ -62,17 +63,23 @@ def detect(
     a, c = (scores > conf).nonzero(as_tuple=True)
     s, boxes, picture = scores[a, c], anchors.boxes[a], anchors.picture[a]
     kept = batched_nms(boxes, s, picture * len(vectors) + c, IOU_NMS)  # in descending order of confidence
-    hit, seen = torch.zeros(len(kept), dtype=torch.bool), set()
-    for i, (p, cls, box) in enumerate(zip(picture[kept].tolist(), c[kept].tolist(), boxes[kept])):
-        own = ((features.picture == p) & (labels == cls)).nonzero()[:, 0]
-        own = own[[int(o) not in seen for o in own]] if len(own) else own
-        if len(own):
-            iou, best = box_iou(box[None], features.boxes[own])[0].max(0)
-            if iou >= IOU_TRUE:
-                hit[i] = True
-                seen.add(int(own[best]))
+    kept = kept[_first(picture[kept], DETECTIONS)]
+    own = (picture[kept, None] == features.picture) & (c[kept, None] == labels)
+    iou, hit = box_iou(boxes[kept], features.boxes) * own, torch.zeros(len(kept), dtype=torch.bool)
+    for i in (iou >= IOU_TRUE).any(1).nonzero()[:, 0].tolist():
+        best = int(iou[i].argmax())
+        if iou[i, best] >= IOU_TRUE:
+            hit[i], iou[:, best] = True, 0
     shown = labels[(labels >= 0) & pictures[features.picture]]
     return Detections(c[kept], s[kept], hit, torch.bincount(shown, minlength=len(vectors)))
+
+
+def _first(groups: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the places of the first n items of every group, in their order."""
+    order = groups.argsort(stable=True)
+    ordered = groups[order]
+    place = torch.arange(len(groups)) - torch.searchsorted(ordered, ordered)
+    return order[place < n].sort()[0]
 
 
 def select(anchors: Anchors, mask: torch.Tensor) -> Anchors:
@@ -100,8 +107,9 @@ def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
     """
     n, fold = int(labels.max()) + 1, torch.zeros(len(features.files), dtype=torch.int64)
     held = torch.zeros(FOLDS, n)
+    rare = 1 / torch.bincount(labels[labels >= 0], minlength=n).clamp(min=1)  # classes of few shots matter more
     for p in features.picture.unique().tolist():
-        shown = torch.bincount(labels[(features.picture == p) & (labels >= 0)], minlength=n).float()
+        shown = torch.bincount(labels[(features.picture == p) & (labels >= 0)], minlength=n) * rare
         fold[p] = (held @ shown + held.sum(1) * 1e-6).argmin()
         held[fold[p]] += shown
     return fold
@@ -124,7 +132,8 @@ def detect_left_out(features: Features, labels: torch.Tensor, pull: torch.Tensor
         seen = torch.where(fold[features.picture] == f, -1, labels)
         known = torch.bincount(seen[seen >= 0], minlength=len(pull)) > 0
         part = features._replace(anchors=[select(first, (first.picture < 0) | (fold[first.picture] != f))])
-        out = detect(features, labels, fold == f, classifiers(part, seen, pull, 0, bank), bank)
+        rows = classifiers(part, seen, torch.where(known, pull, torch.inf), 0, bank)
+        out = detect(features, labels, fold == f, rows, bank)
         found.append((*(x[known[out.cls]] for x in out[:3]), out.truths * known))
     cls, conf, hit, truths = zip(*found)
     return Detections(torch.cat(cls), torch.cat(conf), torch.cat(hit), torch.stack(truths).sum(0))
@@ -173,8 +182,10 @@ def best_conf(conf: torch.Tensor, hit: torch.Tensor, truths: int) -> float | Non
         return None
     conf, order = conf.sort(descending=True, stable=True)
     tp = hit[order].cumsum(0)
-    last = int((2 * tp / (torch.arange(1, len(conf) + 1) + truths)).argmax())
-    below = conf[last + 1] if last + 1 < len(conf) else conf.new_zeros(())
+    f1 = 2 * tp / (torch.arange(1, len(conf) + 1) + truths)
+    f1[:-1][conf[:-1] == conf[1:]] = 0  # no threshold divides a tie
+    last = int(f1.argmax())
+    below = conf[last + 1] if last + 1 < len(conf) else conf.new_tensor(CONF)
     return round(float((conf[last] + below) / 2), 3)
 
 

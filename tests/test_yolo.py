@@ -198,6 +198,15 @@ def test_enrolment_changes_no_weight_and_no_logit_of_a_trained_class(model, tens
     assert not model.model.training and next(model.model.parameters()).device.type == "cpu"
 
 
+def test_a_network_in_training_mode_enrolls_the_same(model, few):
+    expected = copy.deepcopy(model)
+    expected.enroll(few, method="mean")
+    model.model.train()  # as after YOLO("fewshot.yaml").load("best.pt")
+    model.enroll(few, method="mean")
+    a, b = model.model.state_dict(), expected.model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in b)  # the statistics of BatchNorm among them
+
+
 def test_enrolling_again_replaces_and_adds_nothing(model, few):
     model.enroll(SHOTS, method="mean")
     first = classifiers(model)
@@ -516,6 +525,13 @@ def test_a_support_set_is_enrolled_again_after_another_one(model, few, queries, 
     assert not equal(classifiers(model)["hourglass"], first)
     predict(model, queries[:1], support=few, enroll="mean")
     assert equal(classifiers(model)["hourglass"], first)
+
+
+def test_a_support_set_is_enrolled_again_for_another_network(model, few, queries):
+    predict(model, queries[:1], support=few)
+    model.model, model.predictor = FewShotYOLO(model.ckpt_path).model, None  # as training leaves it
+    predict(model, queries[:1], support=few)
+    assert list(model.model.enrolled) == ["hourglass", "star"]
 
 
 def test_without_a_support_set_nothing_is_enrolled(model, queries, calls):

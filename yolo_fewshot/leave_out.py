@@ -12,6 +12,7 @@ from ultralytics.utils.metrics import ap_per_class
 from yolo_fewshot.features import Anchors, Features
 from yolo_fewshot.fit import classifiers
 from yolo_fewshot.head import Prototypes
+from yolo_fewshot.prototypes import class_means
 
 FOLDS = 5  # groups of pictures, of which one after the other is left out
 IOU_NMS, IOU_TRUE = 0.7, 0.5  # Ultralytics' NMS threshold, and that of AP50
@@ -193,7 +194,8 @@ def doubtful_shots(features: Features, labels: torch.Tensor, names: list[str]) -
     """Find the shots that disagree with the rest of their class.
 
     A shot is doubtful if the mean of the class's other shots is less like it than the mean of another class is, and
-    less than half as like it as the class's shots are in the median. Classes of fewer than 3 shots are not judged.
+    less than half as like it as the class's shots are in the median. Likeness is the cosine after subtracting the mean
+    of the class means, which all objects share. Classes of fewer than 3 shots, or without another class, are not judged.
 
     Args:
         features (Features): Features of a support set.
@@ -203,12 +205,13 @@ def doubtful_shots(features: Features, labels: torch.Tensor, names: list[str]) -
     Returns:
         (dict[str, list[str]]): Picture files of the doubtful shots by class name.
     """
-    embeds, found = features.embeds[0], {}
-    one_hot = F.one_hot(labels + 1, len(names) + 1)[:, 1:].to(embeds)
-    sums, counts = one_hot.t() @ embeds, one_hot.sum(0)
-    means = F.normalize(sums, dim=1)
+    found: dict[str, list[str]] = {}
+    means, counts = class_means(features.embeds[0], labels, len(names))
+    embeds = F.normalize(features.embeds[0] - means.mean(0), dim=1)
+    means, _ = class_means(embeds, labels, len(names))
+    sums = F.one_hot(labels + 1, len(names) + 1)[:, 1:].to(embeds).t() @ embeds
     for c, name in enumerate(names):
-        if counts[c] < 3:
+        if counts[c] < 3 or len(names) < 2:
             continue
         own = (labels == c).nonzero()[:, 0]
         like = (embeds[own] * F.normalize(sums[c] - embeds[own], dim=1)).sum(1)

@@ -78,12 +78,12 @@ class FewShotYOLO(YOLO):
                 "something else, give the class another name."
             )
         views = support_views((self.ckpt or {}).get("train_args") or {}, shots.crops)
-        home = next(model.parameters()).device
-        model.to(home if device in (None, "") else select_device(device, verbose=False))
+        home, training = next(model.parameters()).device, model.training
+        model.eval().to(home if device in (None, "") else select_device(device, verbose=False))
         try:
             result = enrolment.enroll(model, shots, imgsz or self.overrides.get("imgsz", 640), batch, method, views)
         finally:
-            model.to(home)
+            model.train(training).to(home)
         self._changed()
         LOGGER.info(table_of(result.classes))
         for name, files in result.doubtful.items():
@@ -194,12 +194,14 @@ class FewShotYOLO(YOLO):
         if kwargs.get("support") is None or not isinstance(self.model, FewShotDetectionModel):
             return {k: v for k, v in kwargs.items() if k != "enroll"}  # Ultralytics refuses `support` here
         kwargs = dict(kwargs)
-        given = kwargs.pop("support"), kwargs.pop("enroll", None) or "auto"
-        imgsz, device = kwargs.get("imgsz"), kwargs.get("device")
+        support, method = str(kwargs.pop("support")), kwargs.pop("enroll", None) or "auto"
+        imgsz = kwargs.get("imgsz")
         imgsz = max(imgsz) if isinstance(imgsz, (list, tuple)) else imgsz
-        if self.__dict__.get("_given") != (given, imgsz):
-            self.enroll(given[0], imgsz=imgsz, method=given[1], device=device)
-            self._given = (given, imgsz)
+        changed = Path(support).stat().st_mtime if Path(support).exists() else None
+        given = (id(self.model), support, changed, method, imgsz)
+        if self.__dict__.get("_given") != given:
+            self.enroll(support, imgsz=imgsz, method=method, device=kwargs.get("device"))
+            self._given = given
         return kwargs
 
     def _changed(self) -> None:

@@ -195,7 +195,7 @@ def doubtful_shots(features: Features, labels: torch.Tensor, names: list[str]) -
 
     A shot is doubtful if the mean of the class's other shots is less like it than the mean of another class is, and
     less than half as like it as the class's shots are in the median. Likeness is the cosine after subtracting the mean
-    of the class means, which all objects share. Classes of fewer than 3 shots, or without another class, are not judged.
+    of the class means, which all objects share. Classes of fewer than 3 shots are not judged, nor is a single class.
 
     Args:
         features (Features): Features of a support set.

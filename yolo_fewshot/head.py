@@ -306,7 +306,7 @@ class FewShotDetect(Detect):
             stems = (nn.Sequential(*stem[:-1], conv) for stem, conv in zip(getattr(self, f"{branch}cv3"), convs))
             setattr(head, f"{branch}cv3", nn.ModuleList(stems))
         head.np = sum(x.numel() for x in head.parameters())
-        return head
+        return head.train(self.training)
 
 
 @torch.no_grad()

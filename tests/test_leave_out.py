@@ -416,7 +416,7 @@ def clouds(counts, noise=0.2, seed=0):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_shot_with_the_label_of_another_class_is_named(seed):
-    features = clouds([5, 5, 5], seed=seed)
+    features = clouds([5, 5, 5], noise=0.15, seed=seed)
     assert doubtful_shots(features, features.cls, ["a", "b", "c"]) == {}
     swapped = features.cls.clone()
     swapped[7] = 2  # of class b

@@ -207,15 +207,18 @@ def doubtful_shots(features: Features, labels: torch.Tensor, names: list[str]) -
     """
     found: dict[str, list[str]] = {}
     means, counts = class_means(features.embeds[0], labels, len(names))
-    embeds = F.normalize(features.embeds[0] - means.mean(0), dim=1)
+    present = counts > 0
+    if present.sum() < 2:
+        return found
+    embeds = F.normalize(features.embeds[0] - means[present].mean(0), dim=1)
     means, _ = class_means(embeds, labels, len(names))
     sums = F.one_hot(labels + 1, len(names) + 1)[:, 1:].to(embeds).t() @ embeds
     for c, name in enumerate(names):
-        if counts[c] < 3 or len(names) < 2:
+        if counts[c] < 3:
             continue
         own = (labels == c).nonzero()[:, 0]
         like = (embeds[own] * F.normalize(sums[c] - embeds[own], dim=1)).sum(1)
-        others = (embeds[own] @ means.t()).masked_fill(torch.arange(len(names)) == c, -1).amax(1)
+        others = (embeds[own] @ means.t()).masked_fill(~present | (torch.arange(len(names)) == c), -1).amax(1)
         bad = own[(like < others) & (like < like.median() / 2)]
         if len(bad):
             found[name] = list(dict.fromkeys(features.files[p] for p in features.picture[bad].tolist()))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from yolo_fewshot.features import Features, View, extract
-from yolo_fewshot.fit import PULL, classifiers
+from yolo_fewshot.fit import MARGIN, PULL, classifiers
 from yolo_fewshot.leave_out import ap50, detect, select
 from yolo_fewshot.memory import recall
 from yolo_fewshot.support import Support
@@ -19,7 +19,6 @@ from yolo_fewshot.support import Support
 TRIALS = 3  # draws of shots
 CLASSES = 20  # that play novel ones, at most, and at most half of all
 QUERIES = 100  # pictures to detect them in, at most
-MARGIN = 0.01  # the network knows the base classes, which favours `mean`; it must be this much better
 
 
 def choose_pull(

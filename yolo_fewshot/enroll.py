@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from yolo_fewshot.features import Features, View, extract
-from yolo_fewshot.fit import PULL, classifiers
+from yolo_fewshot.fit import MARGIN, PULL, classifiers
 from yolo_fewshot.head import Prototypes
 from yolo_fewshot.leave_out import Detections, ap50, detect_left_out, doubtful_shots, thresholds
 from yolo_fewshot.memory import recall
@@ -137,9 +137,9 @@ def choose(
 ) -> tuple[torch.Tensor, Detections]:
     """Choose the pull of every class, and detect in the support pictures with classifiers that did not see them.
 
-    The pull is `PULL` over the number of shots for 'fit', and infinite for 'mean'. 'auto' takes what finds more (AP50)
-    in the support pictures with these left out, for classes of at least `ENOUGH` shots; fewer tell too little, so there
-    it takes what was better on base classes enrolled from one shot when training ended.
+    The pull is `PULL` over the number of shots for 'fit', and infinite for 'mean'. 'auto' fits, unless 'mean' finds
+    more by `MARGIN` (AP50) in the support pictures with these left out, for classes of at least `ENOUGH` shots; fewer
+    tell too little, so there it takes what was better on base classes enrolled from one shot when training ended.
 
     Args:
         features (Features): Features of a support set.
@@ -164,5 +164,5 @@ def choose(
     options = [torch.where(few, single / counts, p) for p in (fit, mean)]
     found = [detect_left_out(features, labels, p, bank) for p in options]
     scores = [ap50(x._replace(truths=x.truths * ~few)) for x in found]
-    best = scores[1] > scores[0]  # a tie goes to `fit`
+    best = scores[1] > scores[0] + MARGIN
     return options[best], found[best]

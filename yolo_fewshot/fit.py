@@ -10,6 +10,7 @@ from yolo_fewshot.head import Prototypes
 from yolo_fewshot.prototypes import class_means
 
 PULL = 3.0  # of one shot; K shots pull K times less
+MARGIN = 0.01  # AP50 by which `mean` must beat a fit: known classes and fewer shots, as in the comparisons, favour it
 NEGATIVES = 20_000  # anchors without an object of the classes, the hardest, that a fit uses
 CLASSES = 64  # classes fitted together, which bounds the memory
 

@@ -121,7 +121,10 @@ def test_paths_resolve_as_in_ultralytics(tmp_path, monkeypatch, data, cwd):
     for folder in (root, root / "sub", tmp_path / "outside", tmp_path / "sets/sets", tmp_path / "sets/sub"):
         picture(folder / "images/a.png")
         label(folder / "labels/a.txt", "0 0.5 0.5 0.5 0.5")
-    fill = lambda x: [fill(y) for y in x] if isinstance(x, list) else x.replace("{root}", str(root))  # noqa: E731
+
+    def fill(x):
+        return [fill(y) for y in x] if isinstance(x, list) else x.replace("{root}", str(root))
+
     file = data_yaml(root / "data.yaml", names=["cat"], val="images", **{k: fill(v) for k, v in data.items()})
     monkeypatch.setattr(utils, "DATASETS_DIR", tmp_path / "sets")
     monkeypatch.chdir(root / cwd)

@@ -85,8 +85,10 @@ def check(args: dict[str, Any]) -> None:
     for k in STOCK_GAINS:
         if args.get(k) is not None and args[k] < 0:
             raise ValueError(f"'{k}={args[k]}' is an invalid value. '{k}' must be >= 0.")
-    for k in used(args):
-        key, v = KEYS[k], args[k]
+    for k, key in ALL_KEYS.items():
+        v = args.get(k)
+        if v is None:
+            continue
         if key.choices and v not in key.choices:
             raise ValueError(f"'{k}={v}' is an invalid value. Valid '{k}' values are {', '.join(key.choices)}.")
         if key.kind not in {int, float}:

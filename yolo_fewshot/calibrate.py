@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from yolo_fewshot.features import Features, View, extract
+from yolo_fewshot.features import Features, View, extract, select
 from yolo_fewshot.fit import MARGIN, PULL, classifiers
-from yolo_fewshot.leave_out import ap50, detect, select
+from yolo_fewshot.leave_out import ap50, detect
 from yolo_fewshot.memory import recall
 from yolo_fewshot.support import Support
 

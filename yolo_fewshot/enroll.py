@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from yolo_fewshot import args as table
 from yolo_fewshot.features import Features, View, extract
 from yolo_fewshot.fit import MARGIN, PULL, classifiers
 from yolo_fewshot.head import Prototypes
@@ -15,7 +16,6 @@ from yolo_fewshot.leave_out import Detections, ap50, detect_left_out, doubtful_s
 from yolo_fewshot.memory import recall
 from yolo_fewshot.support import Support
 
-METHODS = ("auto", "mean", "fit")
 ENOUGH = 3  # shots of a class that tell which method suits it
 
 
@@ -58,8 +58,7 @@ def enroll(
     Raises:
         ValueError: If the method is unknown, or no anchor belongs to any box of a class.
     """
-    if method not in METHODS:
-        raise ValueError(f"'enroll={method}' is an invalid value. Valid 'enroll' values are {', '.join(METHODS)}.")
+    table.check({"enroll": method})
     features = extract(model, support, imgsz, batch, views)
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
@@ -145,7 +144,7 @@ def choose(
         features (Features): Features of a support set.
         labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
         counts (torch.Tensor): Shots of every class, (n,).
-        method (str): One of `METHODS`.
+        method (str): 'auto', 'mean' or 'fit'.
         bank (Prototypes): Prototypes of the branch that predicts, the first.
         single (float): Pull of one shot for classes of few shots under 'auto'.
 

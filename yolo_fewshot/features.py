@@ -78,6 +78,19 @@ class Features(NamedTuple):
     views: int
 
 
+def select(anchors: Anchors, mask: torch.Tensor) -> Anchors:
+    """Return some of the anchors.
+
+    Args:
+        anchors (Anchors): Anchors, M of them.
+        mask (torch.Tensor): Which ones, (M,) bool.
+
+    Returns:
+        (Anchors): The anchors.
+    """
+    return Anchors(*(x[mask] for x in anchors))
+
+
 def support_views(args: dict[str, Any], crops: bool) -> list[View]:
     """Return the views of a support set: mild changes of size and light, mirrored only where training mirrored too.
 

@@ -6,7 +6,11 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 class AtomicPath(type(Path())):
@@ -34,6 +38,21 @@ class AtomicPath(type(Path())):
         finally:
             part.unlink(missing_ok=True)
         return n
+
+
+def save_checkpoint(ckpt: dict[str, Any], file: str | Path) -> None:
+    """Save a checkpoint, replacing the file at once.
+
+    Args:
+        ckpt (dict): Checkpoint.
+        file (str | Path): File to write.
+
+    Raises:
+        OSError: As `AtomicPath.write_bytes`.
+    """
+    buffer = BytesIO()
+    torch.save(ckpt, buffer)
+    AtomicPath(file).write_bytes(buffer.getvalue())
 
 
 @contextlib.contextmanager

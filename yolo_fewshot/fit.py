@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from yolo_fewshot.features import Anchors, Features
+from yolo_fewshot.features import Anchors, Features, select
 from yolo_fewshot.head import Prototypes
 from yolo_fewshot.prototypes import class_means
 
@@ -34,8 +34,9 @@ def classifiers(
     anchors = features.anchors[branch]
     targets = torch.cat([labels, labels.new_tensor([-1])])[anchors.objects].clamp(min=-1)
     keep = (anchors.objects < 0) | (targets >= 0)  # an object that is left out is no background either
-    anchors, targets = Anchors(*(x[keep] for x in anchors)), targets[keep]
-    return fit_classes(anchors, targets, class_means(features.embeds[branch], labels, len(pull))[0], pull, bank)
+    return fit_classes(
+        select(anchors, keep), targets[keep], class_means(features.embeds[branch], labels, len(pull))[0], pull, bank
+    )
 
 
 def fit_classes(

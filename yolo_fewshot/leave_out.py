@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torchvision.ops import batched_nms, box_iou
 from ultralytics.utils.metrics import ap_per_class
 
-from yolo_fewshot.features import Anchors, Features
+from yolo_fewshot.features import Features, select
 from yolo_fewshot.fit import classifiers
 from yolo_fewshot.head import Prototypes
 from yolo_fewshot.prototypes import class_means
@@ -81,19 +81,6 @@ def _first(groups: torch.Tensor, n: int) -> torch.Tensor:
     ordered = groups[order]
     place = torch.arange(len(groups)) - torch.searchsorted(ordered, ordered)
     return order[place < n].sort()[0]
-
-
-def select(anchors: Anchors, mask: torch.Tensor) -> Anchors:
-    """Return some of the anchors.
-
-    Args:
-        anchors (Anchors): Anchors, M of them.
-        mask (torch.Tensor): Which ones, (M,) bool.
-
-    Returns:
-        (Anchors): The anchors.
-    """
-    return Anchors(*(x[mask] for x in anchors))
 
 
 def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,7 @@ from yolo_fewshot import args as table
 from yolo_fewshot import plugin
 from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset
-from yolo_fewshot.files import AtomicPath, restored_on_failure
+from yolo_fewshot.files import AtomicPath, restored_on_failure, save_checkpoint
 from yolo_fewshot.guard import Guard
 from yolo_fewshot.memory import remember
 from yolo_fewshot.model import FewShotDetectionModel
@@ -221,6 +220,4 @@ class FewShotTrainer(DetectionTrainer):
         for file in files:
             ckpt = torch.load(file, map_location="cpu", weights_only=False)
             ckpt["model"].pull, ckpt["model"].memory = pull, model.memory
-            buffer = BytesIO()
-            torch.save(ckpt, buffer)
-            file.write_bytes(buffer.getvalue())
+            save_checkpoint(ckpt, file)

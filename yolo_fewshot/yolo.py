@@ -11,9 +11,10 @@ from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import select_device
 
+from yolo_fewshot import args as table
 from yolo_fewshot import enroll as enrolment
 from yolo_fewshot.features import support_views
-from yolo_fewshot.files import AtomicPath
+from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plugin import no_head
 from yolo_fewshot.support import read_support
@@ -53,8 +54,8 @@ class FewShotYOLO(YOLO):
             imgsz (int, optional): Picture size in pixels, that of training if not given.
             batch (int): Pictures per forward pass.
             method (str): 'mean': the mean embedding of the shots (Snell et al. 2017). 'fit': a classifier fitted on all
-                anchors of the support pictures, with a pull towards that mean. 'auto': what was better on the base
-                classes when training ended.
+                anchors of the support pictures, with a pull towards that mean. 'auto': 'fit', unless 'mean' is
+                clearly better, see `yolo_fewshot.enroll.choose`.
             device (str, optional): Device, as in Ultralytics; that of the model if not given.
 
         Returns:
@@ -66,9 +67,7 @@ class FewShotYOLO(YOLO):
             ValueError: If the support set is unusable, or an argument is invalid; the text says what to change.
         """
         model = self._few_shot_model("enroll")
-        if method not in enrolment.METHODS:
-            methods = ", ".join(enrolment.METHODS)
-            raise ValueError(f"'enroll={method}' is an invalid value. Valid 'enroll' values are {methods}.")
+        table.check({"enroll": method})  # before the support set is read
         shots = read_support(str(support), model.names)  # the command line turns digits into an int
         shown = {shots.names[int(c)] for x in shots.labels for c in x["cls"].flat}
         again = [n for n in model.names.values() if n in shown and n not in model.enrolled]
@@ -134,9 +133,7 @@ class FewShotYOLO(YOLO):
         buffer.seek(0)
         ckpt = torch.load(buffer, map_location="cpu", weights_only=False)
         ckpt["model"].model[-1].float().load_state_dict(self.model.model[-1].state_dict())
-        buffer = BytesIO()
-        torch.save(ckpt, buffer)
-        AtomicPath(filename).write_bytes(buffer.getvalue())
+        save_checkpoint(ckpt, filename)
 
     def predict(self, source: Any = None, stream: bool = False, predictor: Any = None, **kwargs: Any) -> Any:
         """Predict as Ultralytics does, after enrolling the classes of `support`.

@@ -13,6 +13,7 @@ from ultralytics import YOLO
 
 from yolo_fewshot import FewShotYOLO, cli
 from yolo_fewshot import enroll as enrolment
+from yolo_fewshot.data_check import Finding
 from yolo_fewshot.demo import BASE, draw_glyph
 
 
@@ -91,6 +92,49 @@ def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
     ]
     cli.main(["enroll", *argv])
     assert seen == ["a.pt", ("shots.yaml", {"method": "fit", "imgsz": 96, "batch": 4, "device": "cpu"}), "b.pt"]
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+    """What the doctor is asked, and what it answers."""
+    asked, found = [], []
+    monkeypatch.setattr("yolo_fewshot.doctor.doctor", lambda **kwargs: asked.append(kwargs) or found)
+    return asked, found
+
+
+def test_the_doctor_takes_any_key(rehearsed, caplog):
+    caplog.set_level(logging.INFO)
+    cli.main(
+        ["doctor", "--data=7.yaml", "model=best.pt", "imgsz", "=", "320", "lr0=1e-3", "cos_lr=True", "freeze=[0, 1]"]
+    )
+    keys = {"data": "7.yaml", "model": "best.pt", "imgsz": 320, "lr0": 0.001, "cos_lr": True, "freeze": [0, 1]}
+    assert rehearsed[0] == [keys] and "\n0 errors, 0 warnings" in caplog.text
+
+
+def test_the_doctor_fails_if_it_finds_an_error(rehearsed, caplog):
+    caplog.set_level(logging.INFO)
+    asked, found = rehearsed
+    found += [Finding("ok", "fine"), Finding("warning", "hm"), Finding("warning", "hm")]
+    cli.main(["doctor", "data=a.yaml", "model=best.pt"])
+    assert "\n0 errors, 2 warnings" in caplog.text and len(asked) == 1
+    found.append(Finding("error", "no"))
+    assert text_of("doctor", "data=a.yaml", "model=best.pt") == "\n1 errors, 2 warnings"
+
+
+def test_the_doctor_needs_data_and_a_model(rehearsed):
+    assert text_of("doctor", "n_way=3").startswith("data=, model= must be given.")
+    assert text_of("doctor", "data=a.yaml").startswith("model= must be given.")
+    assert text_of("doctor", "data=a.yaml", "model=b.pt", "n_way").startswith("'n_way' is no key=value pair.")
+    assert rehearsed[0] == []
+
+
+def test_the_help_is_a_table():
+    assert re.search(r"^  doctor +look at the data, .* before it starts$", cli.usage(), re.M)
+    assert re.search(r"^  \[KEY=\] +any other argument of yolo train", cli.usage("doctor"), re.M)
+    for name, command in cli.COMMANDS.items():
+        texts = [*command.required.values(), *command.optional.values()]
+        rows = [x for x in cli.usage(name).splitlines() if x.startswith("  ")]
+        assert {row.index(text) for row, text in zip(rows, texts)} == {14} and len(rows) == len(texts)
 
 
 def test_an_unknown_command(nothing_loaded):

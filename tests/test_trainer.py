@@ -14,6 +14,8 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import YAML
 
 from yolo_fewshot import FewShotTrainer
+from yolo_fewshot.args import KEYS, resolve
+from yolo_fewshot.diagnosis import Diagnosis, diagnose
 from yolo_fewshot.episodes import EpisodeSampler
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plugin import cfg_dir
@@ -73,7 +75,8 @@ def stage2(tiny, stage1):
 def test_stage_one_trains_with_stock_terms(stage1):
     assert type(torch.load(stage1.best, weights_only=False)["model"]) is FewShotDetectionModel
     assert [k for k in rows(stage1)[0] if k.startswith("train/")] == [
-        "train/box_loss", "train/cls_loss", "train/dfl_loss", "train/grad_norm", "train/skipped",
+        "train/box_loss", "train/cls_loss", "train/dfl_loss", "train/grad_norm", "train/steps", "train/clipped",
+        "train/skipped", "train/overflows", "train/sides_clamped", "train/means_clamped",
     ]  # fmt: skip
     assert len(rows(stage1)) == 2 and rows(stage1)[0]["train/grad_norm"] > 0
 
@@ -272,8 +275,6 @@ def test_the_literal_seed_recipe_differs_only_in_the_width_of_episodes():
 
 
 def test_the_recipe_carries_every_key_that_resuming_from_a_best_checkpoint_resets():
-    from yolo_fewshot.args import KEYS
-
     assert set(KEYS) <= set(YAML.load(cfg_dir() / "stage2.yaml"))
 
 
@@ -363,3 +364,294 @@ def test_gains_can_be_tuned(tiny, stage1):
     del settings["n_way"]
     model.tune(space=space, iterations=1, val=True, save=False, name="tune", n_way=3, **settings)
     assert list((tiny / "tune").rglob("best_hyperparameters.yaml"))
+
+
+# Steps that are not finite.
+
+
+class Log(logging.Handler):
+    """Keeps what Ultralytics logs while it is open."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+    def __enter__(self):
+        logging.getLogger("ultralytics").addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        logging.getLogger("ultralytics").removeHandler(self)
+
+
+@pytest.fixture
+def log():
+    with Log() as log:
+        yield log
+
+
+def spoil(monkeypatch, batches, bad):
+    """Call `bad` with the trainer and some batches of its run, the first being number 1; return the numbers seen."""
+    original, seen = FewShotTrainer.preprocess_batch, []
+
+    def preprocess_batch(self, batch):
+        batch = original(self, batch)
+        seen.append(len(seen) + 1)
+        if seen[-1] in batches:
+            bad(self, batch)
+        return batch
+
+    monkeypatch.setattr(FewShotTrainer, "preprocess_batch", preprocess_batch)
+    return seen
+
+
+def spoil_picture(trainer, batch):
+    batch["img"][1] = float("nan")
+
+
+def finite(model):
+    return all(torch.isfinite(v).all() for v in model.state_dict().values() if v.is_floating_point())
+
+
+def test_raise_stops_at_once_and_names_the_pictures_but_lets_amp_find_its_scale(tiny, monkeypatch, log):
+    files, trainers = [], []
+
+    def bad(trainer, batch):
+        spoil_picture(trainer, batch)
+        files[:] = batch["im_file"]
+        trainers.append(trainer)
+
+    seen = spoil(monkeypatch, {1, 3}, bad)
+    found = [Diagnosis("", "", [], "the scale is too large", "It is halved.", certain=False, overflow=True)]
+    monkeypatch.setattr("yolo_fewshot.trainer.diagnose", lambda *a: found.pop() if found else diagnose(*a))
+    with pytest.raises(FloatingPointError, match=r"Non-finite .*Training stops because of nonfinite=raise\.") as e:
+        train(tiny, "raise", **{**EPISODIC, "epochs": 1, "nonfinite": "raise", "nonfinite_limit": 1})
+    assert seen == [1, 2, 3]
+    assert ", ".join(files) in str(e.value) and f"pixels of {files[1]} are not finite" in str(e.value)
+    assert "AMP: the scale is too large" in log.text and "WARNING" not in log.text.split("AMP:")[1].split("\n")[0]
+    guard = trainers[0].guard
+    assert (guard.overflows, guard.skipped, guard.in_a_row, len(guard.norms)) == (1, 1, 1, 1)
+    assert finite(trainers[0].model)
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_with_their_cause(tiny, monkeypatch, log):
+    seen = spoil(monkeypatch, {2, 4, 5}, spoil_picture)
+    settings = {**EPISODIC, "episodes": 8, "epochs": 1, "nonfinite_limit": 2}
+    with pytest.raises(FloatingPointError, match=r"pixels of .*2 such steps in a row.*nonfinite_limit=2"):
+        train(tiny, "limit", **settings)
+    assert seen == [1, 2, 3, 4, 5]  # the second batch was followed by a good one
+    assert "Skipping this optimizer step (1 in this epoch, 1 in a row)." in log.text
+    assert "Skipping this optimizer step (2 in this epoch, 1 in a row)." in log.text
+
+
+def test_a_bad_picture_leaves_no_trace_in_statistics_and_means(tiny, monkeypatch, log):
+    """In the middle of the second epoch, and in its last batch, from which Ultralytics would go back to last.pt."""
+    before, after = [], []
+
+    def bad(trainer, batch):
+        before.append([b.clone() for b in trainer.model.buffers() if b.is_floating_point()])
+        spoil_picture(trainer, batch)
+
+    step = FewShotTrainer.optimizer_step
+
+    def optimizer_step(self):
+        step(self)
+        if len(before) > len(after):
+            after.append([b.clone() for b in self.model.buffers() if b.is_floating_point()])
+
+    spoil(monkeypatch, {6, 8}, bad)
+    monkeypatch.setattr(FewShotTrainer, "optimizer_step", optimizer_step)
+    trainer = train(tiny, "picture", **{**EPISODIC, "epochs": 2, "nonfinite_limit": 2, "doctor": 0})
+    assert len(after) == 2 and all(torch.equal(x, y) for a, b in zip(before, after) for x, y in zip(a, b))
+    assert finite(trainer.model) and finite(trainer.ema.ema)
+    assert [r["train/skipped"] for r in rows(trainer)] == [0, 2] and "recovering" not in log.text
+    assert all(np.isfinite(v) for r in rows(trainer) for v in r.values())
+    assert all(rows(trainer)[1][f"train/{k}_loss"] > 0 for k in ("box", "cls", "dfl", "epi", "sup"))
+    assert not any(k.startswith(("share/", "grad/", "chance/")) for k in rows(trainer)[0])  # doctor=0
+    assert "Loss doctor:" not in log.text and not (trainer.save_dir / "losses.png").exists()
+
+
+def test_a_weight_that_is_not_finite_is_taken_from_the_moving_average(tiny, log):
+    overrides = {**EPISODIC, "epochs": 1, "model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml")}
+    trainer = FewShotTrainer("stage2.yaml", {**overrides, "project": str(tiny), "name": "weight", "exist_ok": True})
+    batches, averages = [], []
+
+    def after_batch(trainer):
+        batches.append(1)
+        if len(batches) == 2:
+            averages.append(trainer.ema.ema.model[0].conv.weight.clone())
+            with torch.no_grad():
+                trainer.model.model[0].conv.weight[1] = float("nan")
+        elif len(batches) == 3:
+            averages.append(trainer.model.model[0].conv.weight.clone())
+
+    trainer.add_callback("on_train_batch_end", after_batch)
+    trainer.train()
+    assert torch.equal(*averages)
+    assert "Likely cause: the weights of model.0.conv.weight are not finite." in log.text
+    assert "Weights of model.0.conv.weight were taken from the moving average." in log.text
+    assert finite(trainer.model) and rows(trainer)[0]["train/skipped"] == 1
+    for path in (trainer.last, trainer.best):
+        assert finite(torch.load(path, weights_only=False)["model"])
+    state = trainer.optimizer.state
+    assert (
+        int(state[trainer.model.model[0].conv.weight]["step"]) == 1
+    )  # of 4 steps, one was skipped, then a fresh start
+    assert int(state[trainer.model.model[1].conv.weight]["step"]) == 3
+
+
+@pytest.fixture(scope="module")
+def accumulated(tiny):
+    """Stage 1 with a step every 3 batches, 4 batches an epoch: the 8th ends the second epoch without a step."""
+    with pytest.MonkeyPatch.context() as m, Log() as log:
+        spoil(m, {8}, spoil_picture)
+        steps, step = [], FewShotTrainer.optimizer_step
+        m.setattr(FewShotTrainer, "optimizer_step", lambda self: steps.append(1) or step(self))
+        trainer = train(tiny, "accumulate", "stage1.yaml", **QUICK, epochs=3, batch=8, nbs=24, doctor=1)
+    return trainer, log.text, len(steps)
+
+
+def test_a_bad_batch_without_a_step_does_not_undo_its_epoch(accumulated):
+    trainer, text, steps = accumulated
+    assert steps == 4 and trainer.accumulate == 3
+    assert "recovering" not in text and "Loss NaN/Inf" not in text
+    assert [r["epoch"] for r in rows(trainer)] == [1, 2, 3]
+    assert [r["train/skipped"] for r in rows(trainer)] == [0, 1, 0]  # the step that was left over
+    assert all(np.isfinite(v) for r in rows(trainer) for v in r.values())
+    assert all(r["train/box_loss"] > 0 and r["share/box"] > 0 for r in rows(trainer))
+    assert finite(trainer.model) and finite(trainer.ema.ema)
+
+
+def paragraph(text):
+    (line,) = [x for x in text.splitlines() if "Loss doctor:" in x]
+    return line
+
+
+def test_a_run_ends_with_a_paragraph_on_its_losses(accumulated):
+    trainer, text, _ = accumulated
+    last = rows(trainer)[-1]
+    line = paragraph(text)
+    for term in ("box", "cls", "dfl"):
+        assert f"{term} {last[f'share/{term}']:.0%}" in line
+    assert "1 because something was not finite" in line
+
+
+def test_the_paragraph_counts_optimizer_steps(accumulated):
+    _, text, steps = accumulated
+    assert f"Of {steps + 1} steps" in paragraph(text)  # and the one left over, which was skipped
+
+
+def test_the_columns_of_guard_and_doctor(stage2):
+    terms = ("box", "cls", "dfl", "epi", "sup", "cpe", "tri")
+    for row in rows(stage2):
+        assert sum(row[f"share/{t}"] for t in terms) == pytest.approx(1, abs=1e-3)
+        assert all(row[f"{k}/{t}"] >= 0 for t in terms for k in ("share", "grad", "chance"))
+        assert 0 < row["chance/dfl"] <= 0.15 * 4 * np.log(16) + 1e-3  # less where the targets sum to less than 1
+        assert row["chance/tri"] == pytest.approx(0.3 * 0.3, rel=1e-3)
+        assert 0 <= row["train/clipped"] <= 4 and row["train/grad_norm"] > 0
+        assert row["train/skipped"] == row["train/overflows"] == 0
+
+
+def test_clamps_are_counted_for_every_epoch(tiny, stage1):
+    settings = {**EPISODIC, "epochs": 2, "model": str(stage1.best), "dfl_side_max": 0.01, "dfl_mean_max": 0.01}
+    trainer = train(tiny, "clamps", **{**settings, "episodes": 2})
+    for row in rows(trainer):
+        assert row["train/means_clamped"] == 2  # one for each episode: validation is not counted
+        assert row["train/sides_clamped"] >= 8
+        assert row["train/dfl_loss"] == pytest.approx(0.15 * 0.01, abs=1e-5)
+
+
+def test_losses_are_plotted_beside_ultralytics_own_picture(stage2, monkeypatch):
+    results, losses = stage2.save_dir / "results.png", stage2.save_dir / "losses.png"
+    with monkeypatch.context() as m:
+        m.setattr(stage2.doctor, "every", 0)
+        m.setattr("ultralytics.engine.trainer.plot_results", lambda **_: results.touch())
+        stage2.plot_metrics()
+        assert results.exists() and not losses.exists()
+    stage2.plot_metrics()
+    assert losses.exists() and {results, losses} <= set(stage2.plots)
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_before_training(tiny, stage1):
+    ckpt = torch.load(stage1.best, weights_only=False)
+    ckpt["model"].model[2].cv1.bn.running_var[3] = float("inf")
+    ckpt["model"].model[-1].prototypes.weight.data[0] = float("nan")
+    torch.save(ckpt, tiny / "broken.pt")
+    with pytest.raises(ValueError, match=r"broken\.pt' cannot be trained: 2 .*model\.2\.cv1\.bn\.running_var"):
+        train(tiny, "broken", **{**EPISODIC, "model": str(tiny / "broken.pt")})
+    assert not (tiny / "broken/results.csv").exists()
+
+
+def out_of_memory(*_):
+    raise RuntimeError("CUDA out of memory.")
+
+
+def test_an_episode_that_needs_too_much_memory_is_an_error_that_says_what_to_set(tiny, monkeypatch):
+    monkeypatch.setattr(FewShotDetectionModel, "loss", out_of_memory)
+    with pytest.raises(
+        MemoryError, match=r"n_way=3 x \(k_shot=1 \+ n_query=1\) = 6 pictures of imgsz=64 .*smaller n_way"
+    ):
+        train(tiny, "memory", **{**EPISODIC, "epochs": 1})
+
+
+def test_the_loader_of_validation_may_have_smaller_batches(stage2, monkeypatch):
+    monkeypatch.setattr(stage2, "batch_size", 5)
+    assert stage2.get_dataloader(stage2.data["val"], 5, mode="val").batch_size == 5
+    with pytest.raises(MemoryError):
+        stage2.get_dataloader(stage2.data["train"], 5, mode="train")
+
+
+SAFETY = {"nonfinite": "raise", "nonfinite_limit": 3, "doctor": 10}
+
+
+@pytest.mark.parametrize("key", SAFETY)
+def test_a_key_that_both_stages_use_does_not_ask_for_stage_two(tiny, log, key):
+    """Alone it is a run of our trainer in stage 1."""
+    trainer = YOLO("yolo11n.yaml")._smart_load("trainer")(
+        overrides={**QUICK, key: SAFETY[key], "model": "yolo11n.yaml", "data": str(tiny / "data.yaml"),
+                   "project": str(tiny), "name": "safety"}
+    )  # fmt: skip
+    assert type(trainer) is FewShotTrainer and trainer.args.stage == 1 and not trainer.episodic
+    expected = {"nonfinite": "skip", "nonfinite_limit": 10, "doctor": 50, key: SAFETY[key]}
+    assert {k: getattr(trainer.args, k) for k in SAFETY} == expected
+    assert trainer.args.n_way is trainer.args.grad_clip is trainer.args.supcon is None
+    assert trainer.doctor.every == expected["doctor"] and "has no effect" not in log.text
+
+
+def test_resolving_keys():
+    defaults = {"nonfinite": "skip", "nonfinite_limit": 10, "doctor": 50}
+    nothing = dict.fromkeys(KEYS)
+    assert resolve({}) == {**nothing, **defaults, "stage": 1}
+    assert resolve(SAFETY) == {**nothing, **SAFETY, "stage": 1}
+    assert resolve({"doctor": 0}) == {**nothing, **defaults, "doctor": 0, "stage": 1}
+    assert resolve({"stage": 1, "n_way": 3}) == {**nothing, **defaults, "n_way": 3, "stage": 1}
+    everything = {k: key.default for k, key in KEYS.items()}
+    assert resolve({"stage": 2}) == {**everything, "stage": 2}
+    assert resolve({**SAFETY, "n_way": 3}) == {**everything, **SAFETY, "n_way": 3, "stage": 2}
+
+
+def test_a_compiled_model_is_not_measured(tiny):
+    overrides = {**EPISODIC, "model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml"), "doctor": 5}
+    for compiled in (False, True):
+        trainer = FewShotTrainer("stage2.yaml", {**overrides, "project": str(tiny), "compile": compiled})
+        assert trainer.doctor.every == (0 if compiled else 5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"nonfinite": "ignore"}, "Valid 'nonfinite' values are skip, raise"),
+        ({"nonfinite_limit": 0}, "'nonfinite_limit' must be finite and >= 1"),
+        ({"doctor": -1}, "'doctor' must be finite and >= 0"),
+    ],
+)
+def test_bad_safety_settings_are_errors(tiny, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny, "bad", **{**EPISODIC, **overrides})

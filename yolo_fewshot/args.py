@@ -47,7 +47,15 @@ KEYS: dict[str, Key] = {
     "dfl_mean_max": Key(float, 15.0, "clamp of the mean DFL of a batch, four sides summed", above=True),
     "dfl_clamp_mode": Key(str, "hard", "gradient above a clamp: zero, or scaled down", choices=("hard", "rescale")),
     "grad_clip": Key(float, 5.0, "greatest gradient norm of the loss itself, not multiplied by batch size", above=True),
+    "nonfinite": Key(
+        str, "skip", "a step whose loss or gradient is NaN or Inf: skip it, or raise", choices=("skip", "raise")
+    ),
+    "nonfinite_limit": Key(int, 10, "such steps in a row after which training stops", 1),
+    "doctor": Key(int, 50, "batches from one measurement of every term's gradient to the next, 0 for none"),
 }
+
+# Those that both stages use. Only the others ask for stage 2.
+EVERY_STAGE = ("nonfinite", "nonfinite_limit", "doctor")
 
 # Keys of predict, track, val and export.
 ENROLL_KEYS: dict[str, Key] = {
@@ -120,8 +128,8 @@ def refuse_support(args: dict[str, Any]) -> None:
 def resolve(args: dict[str, Any]) -> dict[str, Any]:
     """Return the values of our keys that a training run uses.
 
-    The stage is the given one, else 2 if any other key of ours is set, else 1. Stage 2 takes the table's default for
-    every key not given. Stage 1 has no episodes, so there the keys stay as they are.
+    The stage is the given one, else 2 if a key is set that stage 1 has no use for, else 1. Stage 2 takes the table's
+    default for every key not given, stage 1 only for those of `EVERY_STAGE`.
 
     Args:
         args (dict[str, Any]): A configuration that passed `check`.
@@ -130,10 +138,9 @@ def resolve(args: dict[str, Any]) -> dict[str, Any]:
         (dict[str, Any]): A value (or None) for every key of the table.
     """
     given = {k: args.get(k) for k in KEYS}
-    stage = given["stage"] or (2 if used(args) else 1)
-    if stage == 2:
-        given = {k: key.default if given[k] is None else given[k] for k, key in KEYS.items()}
-    return {**given, "stage": stage}
+    stage = given["stage"] or (2 if set(used(args)) - set(EVERY_STAGE) else 1)
+    defaults = {k: KEYS[k].default for k in (KEYS if stage == 2 else EVERY_STAGE)}
+    return {**given, **{k: v for k, v in defaults.items() if given[k] is None}, "stage": stage}
 
 
 def episode_size(args: dict[str, Any]) -> int:

@@ -54,7 +54,32 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
     LOGGER.info(f"Results saved to {Path(save).resolve()}")
 
 
+def doctor(**kwargs: Any) -> None:
+    """Look at the data and rehearse a training run.
+
+    Args:
+        **kwargs (Any): Arguments of `yolo_fewshot.doctor.doctor`.
+
+    Raises:
+        SystemExit: If something was found that training cannot do with.
+    """
+    from yolo_fewshot.doctor import doctor
+
+    levels = [f.level for f in doctor(**kwargs)]
+    summary = f"{levels.count('error')} errors, {levels.count('warning')} warnings"
+    if "error" in levels:
+        raise SystemExit(f"\n{summary}")
+    LOGGER.info(f"\n{summary}")
+
+
 COMMANDS = {
+    "doctor": Command(
+        doctor,
+        "look at the data, the first losses, the time and the memory of a training run before it starts",
+        {"data": "data.yaml", "model": "model to train, i.e. best.pt or fewshot.yaml"},
+        {"cfg": "recipe (stage2.yaml)", "KEY": "any other argument of yolo train, i.e. imgsz=320 n_way=4"},
+        "yolo-fewshot doctor model=best.pt cfg=stage2.yaml data=base.yaml",
+    ),
     "enroll": Command(
         enroll,
         "teach a few-shot model new classes from a few labelled examples, and save it",
@@ -119,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         if not value.strip():
             raise SystemExit(f"'{text}' is no key=value pair.\n\n{usage(name)}")
         valid = {**command.required, **command.optional}
-        if key not in valid:
+        if key not in valid and "KEY" not in valid:
             similar = [f"{k}=" for k in difflib.get_close_matches(key, valid)]
             hint = f" Similar: {', '.join(similar)}." if similar else ""
             raise SystemExit(f"'{key}=' is no argument of yolo-fewshot {name}.{hint}\n\n{usage(name)}")
@@ -129,5 +154,5 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{', '.join(missing)} must be given.\n\n{usage(name)}")
     try:
         command.run(**args)
-    except (FileNotFoundError, TypeError, ValueError) as e:
+    except (FileNotFoundError, RuntimeError, SyntaxError, TypeError, ValueError) as e:
         raise SystemExit(f"{type(e).__name__}: {e}") from e

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ultralytics.utils.loss import BboxLoss, v8DetectionLoss
+from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.metrics import bbox_iou
 
 from yolo_fewshot.assign import RecordingAssigner
+from yolo_fewshot.head import BOX_PRIOR, class_prior
 from yolo_fewshot.losses import ClampedDFLoss, CPELoss, SupConLoss, TripletLoss
 from yolo_fewshot.prototypes import class_means, pool_objects
 
@@ -29,22 +32,30 @@ class _PerAnchorDFL(nn.Module):
         return self.dfl.per_anchor(pred_dist, target)
 
 
-class ClampedBboxLoss(BboxLoss):
-    """Ultralytics' box loss with the clamped DFL."""
+class RecordingBboxLoss(BboxLoss):
+    """Ultralytics' box loss, in stage 2 with the clamped DFL, keeping its last values.
 
-    def __init__(self, dfl: ClampedDFLoss):
+    Attributes:
+        last (tuple[torch.Tensor, torch.Tensor]): CIoU loss and DFL as last returned.
+    """
+
+    def __init__(self, reg_max: int, dfl: ClampedDFLoss | None = None):
         """Initialize the loss.
 
         Args:
-            dfl (ClampedDFLoss): The DFL to use.
+            reg_max (int): Bins per side; without DFL if 1.
+            dfl (ClampedDFLoss, optional): The DFL to use instead of Ultralytics' own.
         """
-        super().__init__(dfl.reg_max)
-        self.dfl_loss = _PerAnchorDFL(dfl)
+        super().__init__(reg_max)
+        self.clamped = dfl
+        if dfl is not None:
+            self.dfl_loss = _PerAnchorDFL(dfl)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return CIoU loss and DFL as Ultralytics does, with the mean of the DFL clamped."""
+        """Return CIoU loss and DFL as Ultralytics does, with the mean of the clamped DFL clamped."""
         box, dfl = super().forward(*args, **kwargs)
-        return box, self.dfl_loss.dfl.clamp_mean(dfl)
+        self.last = box, dfl if self.clamped is None else self.clamped.clamp_mean(dfl)
+        return self.last
 
 
 class FewShotLoss(v8DetectionLoss):
@@ -53,6 +64,11 @@ class FewShotLoss(v8DetectionLoss):
     Stage 1 is Ultralytics' `v8DetectionLoss`. Stage 2 adds, for a batch that is an episode, the detection loss of the
     query pictures under prototypes of the support pictures (`epi_loss`), SupCon, CPE and triplet terms, and replaces
     the DFL by the clamped one. For other batches, as in validation, those terms are zero.
+
+    Attributes:
+        loss_names (tuple[str, ...]): Names of the terms.
+        clamped_dfl (ClampedDFLoss | None): The DFL of stage 2, with its counts of clamps.
+        watch (Callable | None): Called with this loss, predictions and batch after the terms of a batch were computed.
     """
 
     def __init__(self, model: nn.Module, tal_topk: int = 10, tal_topk2: int | None = None):
@@ -65,18 +81,20 @@ class FewShotLoss(v8DetectionLoss):
         """
         super().__init__(model, tal_topk, tal_topk2)
         self.episodic = getattr(self.hyp, "stage", None) == 2
+        self.assigner = RecordingAssigner.like(self.assigner)
+        self.watch: Callable[[FewShotLoss, dict, dict], None] | None = None
+        self.clamped_dfl: ClampedDFLoss | None = None
+        h = self.hyp
+        if self.episodic and self.use_dfl:
+            self.clamped_dfl = ClampedDFLoss(self.reg_max, h.dfl_side_max, h.dfl_mean_max, h.dfl_clamp_mode)
+        self.bbox_loss = RecordingBboxLoss(self.reg_max, self.clamped_dfl).to(self.device)
         if not self.episodic:
             return
-        h = self.hyp
-        self.assigner = RecordingAssigner.like(self.assigner)
         self.loss_names = (*self.loss_names, *EPISODE_TERMS)
         self.project = model.model[-1].proj
         self.supcon = SupConLoss(h.supcon_tau)
         self.cpe = CPELoss(h.cpe_tau, h.cpe_iou, h.cpe_weight)
         self.triplet = TripletLoss(h.triplet_margin, soft=h.triplet_soft)
-        if self.use_dfl:
-            dfl = ClampedDFLoss(self.reg_max, h.dfl_side_max, h.dfl_mean_max, h.dfl_clamp_mode)
-            self.bbox_loss = ClampedBboxLoss(dfl).to(self.device)
 
     def loss(
         self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]
@@ -92,20 +110,90 @@ class FewShotLoss(v8DetectionLoss):
             loss (torch.Tensor): (3,) in stage 1, (7,) in stage 2, in the order of `loss_names`.
             items (dict[str, torch.Tensor]): Weighted terms by name, not multiplied by the batch size.
         """
-        if not self.episodic:
-            return super().loss(preds, batch)
-        loss = self.get_assigned_targets_and_loss(preds, batch)[1]
-        terms = loss.new_zeros(len(EPISODE_TERMS))
-        if "support" in batch and "embeds" in preds:
-            device = preds["embeds"].device.type
-            with torch.autocast(device, enabled=False):
-                terms = self.episode_terms(preds, batch)
+        terms = self.terms(preds, batch)
+        if self.watch is not None:
+            self.watch(self, preds, batch)
         self.assigner.forget()
-        loss = torch.cat([loss, terms])
-        return loss * len(preds["boxes"]), dict(zip(self.loss_names, loss.detach()))
+        self.bbox_loss.last = self._episode = None
+        return terms * len(preds["boxes"]), dict(zip(self.loss_names, terms.detach()))
 
-    def episode_terms(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the weighted episode, SupCon, CPE and triplet terms of an episode, (4,) float32."""
+    def terms(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the weighted terms in the order of `loss_names`, (3,) in stage 1, (7,) in stage 2."""
+        if not self.use_dfl:  # distances times the stride leave float16; with DFL they are bounded
+            preds = {**preds, "boxes": preds["boxes"].float()}
+        loss = self.get_assigned_targets_and_loss(preds, batch)[1]
+        self._episode = []
+        if not self.episodic:
+            return loss
+        if "support" in batch and "embeds" in preds:
+            with torch.autocast(preds["embeds"].device.type, enabled=False):
+                self._episode = self.episode_terms(preds, batch)
+        return torch.cat([loss, torch.stack(self._episode) if self._episode else loss.new_zeros(len(EPISODE_TERMS))])
+
+    def parts(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the terms by name, each with a graph of its own up to the predictions.
+
+        The gradient of an element of `terms` passes through all of them, where 0 times Inf is NaN.
+
+        Args:
+            preds (dict[str, torch.Tensor]): Raw predictions of one branch, from which `terms` was computed last.
+            batch (dict[str, torch.Tensor]): The batch of it.
+
+        Returns:
+            (dict[str, torch.Tensor]): 0-dim weighted terms.
+        """
+        box, dfl = self.bbox_loss.last
+        with self.aside(), self._replayed():
+            cls = self.get_assigned_targets_and_loss({**preds, "boxes": preds["boxes"].detach()}, batch)[1][1]
+        return dict(zip(self.loss_names, [self.hyp.box * box, cls, self.hyp.dfl * dfl, *self._episode]))
+
+    @torch.no_grad()
+    def chance(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return what the terms of a batch are for a head that knows nothing, with the anchors as last assigned.
+
+        Boxes and scores are those at initialization, and all embeddings are alike: 4 ln(reg_max) for the DFL (less if
+        the target scores of the batch sum to less than 1), the logarithm of the number of contrasts for SupCon, the
+        margin for the triplet term.
+
+        Args:
+            preds (dict[str, torch.Tensor]): Raw predictions of one branch, from which `terms` was computed last.
+            batch (dict[str, torch.Tensor]): The batch of it.
+
+        Returns:
+            (torch.Tensor): Weighted terms, as `terms` returns them.
+        """
+        prior = class_prior(self.nc, self.stride).to(self.device)
+        sizes = [x.shape[2] * x.shape[3] for x in preds["feats"]]
+        scores = torch.cat([p.expand(n) for p, n in zip(prior, sizes)]).expand(preds["scores"].shape)
+        blank = {**preds, "boxes": torch.full_like(preds["boxes"], BOX_PRIOR), "scores": scores, "logit_bias": prior}
+        if "embeds" in preds:
+            blank["embeds"] = torch.zeros_like(preds["embeds"])
+        with self.aside(), self._replayed():
+            return self.terms(blank, batch)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Compute what is no part of the training: random state and counts of clamps are put back."""
+        dfl = self.clamped_dfl
+        counts = (dfl.side_clamped, dfl.mean_clamped) if dfl else ()
+        try:
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                yield
+        finally:
+            if dfl:
+                dfl.side_clamped, dfl.mean_clamped = counts
+
+    @contextlib.contextmanager
+    def _replayed(self) -> Iterator[None]:
+        """Assign the anchors as last time, whatever the predictions are."""
+        self.assigner.replay = True
+        try:
+            yield
+        finally:
+            self.assigner.replay = False
+
+    def episode_terms(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return the weighted episode, SupCon, CPE and triplet terms of an episode, 0-dim float32 each."""
         h = self.hyp
         labels, target_boxes, target_scores, fg_mask, gt_idx = self.assigner.assigned
         embeds = preds["embeds"].transpose(1, 2)
@@ -123,14 +211,12 @@ class FewShotLoss(v8DetectionLoss):
             y_support = torch.where(drawn, y_support, -1)
         prototypes, counts = class_means(objects, y_support, self.nc)
         ways = counts.nonzero()[:, 0]
-        return torch.stack(
-            [
-                h.cls * self.episode_loss(preds, embeds[~support], target_scores[~support], prototypes[ways], ways),
-                h.supcon * self.supcon_term(objects, y, prototypes[ways], ways),
-                h.cpe * self.cpe_term(embeds, fg, labels[fg].long(), target_boxes[fg]),
-                h.triplet * self.triplet_term(objects, y, preds["frozen"]),
-            ]
-        )
+        return [
+            h.cls * self.episode_loss(preds, embeds[~support], target_scores[~support], prototypes[ways], ways),
+            h.supcon * self.supcon_term(objects, y, prototypes[ways], ways),
+            h.cpe * self.cpe_term(embeds, fg, labels[fg].long(), target_boxes[fg]),
+            h.triplet * self.triplet_term(objects, y, preds["frozen"]),
+        ]
 
     def episode_loss(
         self,
@@ -177,6 +263,50 @@ class FewShotLoss(v8DetectionLoss):
         """Triplet of every object with the frozen prototypes; without any, batch-hard among the objects."""
         keep = y >= 0
         return self.triplet(objects[keep], y[keep], frozen.float() if bool(frozen.any()) else None)
+
+
+def part_gradients(part: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradient of one of `FewShotLoss.parts`, as the backward pass of training has it.
+
+    Args:
+        part (torch.Tensor): 0-dim term; its graph stays usable.
+        inputs (list[torch.Tensor]): Tensors to differentiate by.
+
+    Returns:
+        (tuple[torch.Tensor | None, ...]): A gradient for each, or None where the term does not depend on it.
+    """
+    if not part.requires_grad:
+        return (None,) * len(inputs)
+    with torch.autocast(part.device.type, enabled=False):  # which would also cast the backward pass
+        return torch.autograd.grad(part, inputs, retain_graph=True, allow_unused=True)
+
+
+def gain_key(term: str) -> str:
+    """Return the configuration key of a term's gain.
+
+    Args:
+        term (str): Name of the term, with or without `_loss`.
+
+    Returns:
+        (str): Name of the key.
+    """
+    name = term.removesuffix("_loss")
+    return {"l1": "dfl", "epi": "cls", "sup": "supcon", "tri": "triplet"}.get(name, name)
+
+
+def branch_losses(model: nn.Module) -> list[FewShotLoss]:
+    """Return the loss of every branch of the head, the one-to-many branch first; made now if no batch was seen yet.
+
+    Args:
+        model (nn.Module): Few-shot model, not wrapped for several GPUs.
+
+    Returns:
+        (list[FewShotLoss]): The losses that the model uses.
+    """
+    if getattr(model, "criterion", None) is None:
+        model.criterion = model.init_criterion()
+    criterion = model.criterion
+    return [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
 
 
 def balanced_sample(labels: torch.Tensor, n: int) -> torch.Tensor:

@@ -55,24 +55,35 @@ def save_checkpoint(ckpt: dict[str, Any], file: str | Path) -> None:
     AtomicPath(file).write_bytes(buffer.getvalue())
 
 
+class StagedPath(type(Path())):
+    """A path that goes by the name of a file, also in messages, while it reads and writes a copy, `<name>.new`."""
+
+    def __fspath__(self) -> str:
+        """Return the file that is read and written."""
+        return f"{self}.new"
+
+
 @contextlib.contextmanager
-def restored_on_failure(*files: Path) -> Iterator[None]:
-    """Keep a copy, `<name>.bak`, of files that are rewritten in place, and put it back if that fails or is interrupted.
+def staged(*files: Path) -> Iterator[list[StagedPath]]:
+    """Build new versions of files aside, and replace the files when all is done, the last one first.
+
+    A failure, an interruption or a kill leaves the files as they were.
 
     Args:
-        *files (Path): The files; those that do not exist are ignored.
+        *files (Path): The files; those that do not exist may be made.
 
     Yields:
-        (None): Control, while the copies exist.
+        (list[StagedPath]): Paths to read and write instead, which begin as copies.
     """
-    copies = {f: Path(f"{f}.bak") for f in map(Path, files) if f.exists()}
-    for f, copy in copies.items():
-        shutil.copy2(f, copy)
+    new = [StagedPath(f) for f in files]
     try:
-        yield
-    except BaseException:
-        for f, copy in copies.items():
-            os.replace(copy, f)
-        raise
-    for copy in copies.values():
-        copy.unlink(missing_ok=True)
+        for f, n in zip(files, new):
+            if f.exists():
+                shutil.copy2(f, n)
+        yield new
+        for f, n in reversed(list(zip(files, new))):
+            if n.exists():
+                os.replace(n, f)
+    finally:
+        for n in new:
+            n.unlink(missing_ok=True)

@@ -1,74 +1,144 @@
-"""Keeps a non-finite loss or gradient out of the weights, and says where it came from."""
+"""Keeps a non-finite loss, gradient or statistic out of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from ultralytics.utils import LOGGER
 
 
 class Guard:
-    """Clips gradients, and tells when a step has to be skipped.
+    """Clips gradients, tells when a step has to be skipped, and undoes what the batches of such a step did.
 
     Attributes:
         norms (list[float]): Gradient norms before clipping, of the steps taken since `reset`.
-        skipped (int): Steps skipped since `reset`.
+        clipped (int): Those above the limit.
+        skipped (int): Steps skipped since `reset` because something was not finite.
+        overflows (int): Steps skipped since `reset` because a gradient multiplied by the AMP scale overflowed.
+        in_a_row (int): Steps counted in `skipped` since the last step that was taken.
     """
 
-    def __init__(self):
-        """Initialize the counters."""
+    def __init__(self, model: nn.Module):
+        """Initialize the counters and keep the statistics of the model.
+
+        Args:
+            model (nn.Module): Model in training, not wrapped for several GPUs.
+        """
+        self.parameters = dict(model.named_parameters())
+        self.buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
+        self.statistics = self._flat_buffers()
+        self.in_a_row = 0
         self.reset()
 
     def reset(self) -> None:
-        """Set the counters to zero, as at the start of an epoch."""
+        """Set the counters of an epoch to zero."""
         self.norms: list[float] = []
-        self.skipped = 0
+        self.clipped = self.skipped = self.overflows = 0
 
-    def clip(self, model: nn.Module, max_norm: float, scale: float, loss: torch.Tensor) -> bool:
-        """Clip the gradients of a model in place, and return whether the step may be taken.
+    def clip(self, max_norm: float, scale: float, loss: torch.Tensor) -> bool:
+        """Clip the gradients in place, and return whether the step may be taken.
+
+        One number for each of gradient, loss and statistics is read from the device. Processes that train together
+        give the same answer.
 
         Args:
-            model (nn.Module): Model after the backward pass, gradients unscaled.
             max_norm (float): Greatest norm of the gradient divided by `scale`.
             scale (float): Factor by which the loss was multiplied before the backward pass.
             loss (torch.Tensor): That loss.
 
         Returns:
-            (bool): False, after a warning that names the cause, if the loss or the gradient is not finite.
+            (bool): False if anything is not finite; the gradients are left as they are then.
         """
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        norm, value = torch.stack([total.float(), loss.detach().float().to(total.device)]).tolist()  # the only sync
-        ok = math.isfinite(norm) and math.isfinite(value)
-        if ok:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm * scale, total)
-            self.norms.append(norm / scale)
-        else:  # gradients are as they were, so that the first bad one can be named
+        graded = [p for p in self.parameters.values() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in graded])
+        statistics = self._flat_buffers()
+        largest = torch.linalg.vector_norm(statistics, math.inf) if len(statistics) else total.new_zeros(())
+        seen = torch.stack([total.float(), loss.detach().float(), largest.to(total.device)])
+        if dist.is_available() and dist.is_initialized():  # NaN and Inf of one process reach all
+            dist.all_reduce(seen[1:], dist.ReduceOp.SUM)
+        norm, *others = seen.tolist()  # the only wait for the device
+        if not all(map(math.isfinite, (norm, *others))):
+            return False
+        torch.nn.utils.clip_grads_with_norm_(graded, max_norm * scale, total)
+        self.norms.append(norm / scale)
+        self.clipped += norm > max_norm * scale
+        self.statistics, self.in_a_row = statistics, 0
+        return True
+
+    def skip(self, overflow: bool) -> None:
+        """Count a step that is skipped.
+
+        Args:
+            overflow (bool): Whether it is one that AMP is expected to have.
+        """
+        if overflow:
+            self.overflows += 1
+        else:
             self.skipped += 1
-            what = describe_nonfinite(model.named_parameters()) or f"loss={value}"
-            LOGGER.warning(f"Non-finite {what}. Skipping this optimizer step ({self.skipped} skipped in this epoch).")
-        return ok
+            self.in_a_row += 1
+
+    @torch.no_grad()
+    def undo(self, source: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Put the statistics back as they were after the last step, and replace weights that are not finite.
+
+        Args:
+            source (nn.Module): Model to take such weights from, the moving average.
+            optimizer (torch.optim.Optimizer): Optimizer, whose state of such weights is dropped.
+
+        Returns:
+            (list[str]): Names of the weights that were replaced.
+
+        Raises:
+            FloatingPointError: If they are not finite in `source` either.
+        """
+        parts = self.statistics.split([b.numel() for b in self.buffers])
+        for b, kept in zip(self.buffers, parts):
+            b.copy_(kept.view_as(b))
+        bad = nonfinite(self.parameters)
+        spare = dict(source.named_parameters())
+        for name in bad:
+            good = spare[name]
+            if not torch.isfinite(good).all():
+                raise FloatingPointError(
+                    f"The weights of {name} are not finite, nor is their moving average. Go on from the last "
+                    "checkpoint with a smaller lr0."
+                )
+            self.parameters[name].copy_(good)
+            optimizer.state.pop(self.parameters[name], None)
+        return bad
 
     def columns(self) -> dict[str, float]:
-        """Return the columns for results.csv: mean norm before clipping, and the steps skipped."""
+        """Return the columns for results.csv.
+
+        Returns:
+            (dict[str, float]): Mean gradient norm before clipping, and the number of all steps, of those clipped, of
+                those skipped, and of those skipped for an overflow of AMP.
+        """
         mean = sum(self.norms) / len(self.norms) if self.norms else 0.0
-        return {"train/grad_norm": round(mean, 5), "train/skipped": self.skipped}
+        return {
+            "train/grad_norm": round(mean, 5),
+            "train/steps": len(self.norms) + self.skipped + self.overflows,
+            "train/clipped": self.clipped,
+            "train/skipped": self.skipped,
+            "train/overflows": self.overflows,
+        }
+
+    def _flat_buffers(self) -> torch.Tensor:
+        """Return a copy of all floating-point buffers, (N,)."""
+        return torch.cat([b.reshape(-1).float() for b in self.buffers]) if self.buffers else torch.zeros(0)
 
 
-def describe_nonfinite(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
-    """Name the first parameter whose gradient has a NaN or Inf.
+def nonfinite(tensors: dict[Any, torch.Tensor]) -> list[Any]:
+    """Return the names of the tensors that have a NaN or Inf.
 
     Args:
-        parameters (Iterable[tuple[str, nn.Parameter]]): Names and parameters.
+        tensors (dict[Any, torch.Tensor]): Tensors by name.
 
     Returns:
-        (str): Name, minimum, maximum and mean of its gradient, or "" if all are finite.
+        (list[Any]): Names, in the same order.
     """
-    for name, p in parameters:
-        if p.grad is not None and not torch.isfinite(p.grad).all():
-            g = p.grad.float()
-            return f"gradient in {name}: min={g.min():.4g}, max={g.max():.4g}, mean={g.mean():.4g}"
-    return ""
+    flags = [torch.isfinite(t).all() for t in tensors.values()]
+    return [k for k, ok in zip(tensors, torch.stack(flags).tolist()) if not ok] if flags else []

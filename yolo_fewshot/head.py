@@ -17,6 +17,21 @@ from ultralytics.nn.modules.conv import Conv
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils.torch_utils import fuse_conv_and_bn, initialize_weights
 
+BOX_PRIOR = 2.0  # Ultralytics' initial bias of the box branch
+
+
+def class_prior(nc: int, stride: torch.Tensor) -> torch.Tensor:
+    """Return Ultralytics' initial bias of a class logit: about 5 objects in a picture of 640 x 640.
+
+    Args:
+        nc (int): Number of classes.
+        stride (torch.Tensor): Strides of the levels in pixels, (nl,).
+
+    Returns:
+        (torch.Tensor): Bias of every level, (nl,) float32.
+    """
+    return torch.tensor([math.log(5 / nc / (640 / s) ** 2) for s in stride.tolist()])
+
 
 class Embedding(Conv):
     """Linear embedding of the class stem's features: 1x1 conv and BatchNorm, no activation.
@@ -91,13 +106,12 @@ class Prototypes(nn.Module):
             setattr(self, name, nn.Parameter(rows, self.weight.requires_grad) if name == "weight" else rows)
 
     def set_prior(self, stride: torch.Tensor) -> None:
-        """Set the bias of every level to Ultralytics' prior: about 5 objects in a picture of 640 x 640.
+        """Set the bias of every level to Ultralytics' prior.
 
         Args:
             stride (torch.Tensor): Strides of the levels in pixels, (nl,).
         """
-        for i, s in enumerate(stride.tolist()):
-            self.bias.data[i] = math.log(5 / len(self.weight) / (640 / s) ** 2)
+        self.bias.data.copy_(class_prior(len(self.weight), stride))
 
     def rows(self, level: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the classifier of one level, which is linear in the embedding.
@@ -228,7 +242,7 @@ class FewShotDetect(Detect):
         """Set the biases of box and class branches to Ultralytics' initial values; needs the strides."""
         for branch, bank in zip(self.branches, self.banks):
             for box in getattr(self, f"{branch}cv2"):
-                box[-1].bias.data[:] = 2.0
+                box[-1].bias.data[:] = BOX_PRIOR
             bank.set_prior(self.stride)
 
     def freeze_prototypes(self, classes: list[int]) -> None:

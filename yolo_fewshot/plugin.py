@@ -27,7 +27,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     "ultralytics.utils.checks": ("check_file", "check_yaml"),
     "ultralytics.cfg": ("get_cfg", "CFG_INT_KEYS", "CFG_FLOAT_KEYS", "CFG_BOOL_KEYS", "CFG_STR_KEYS"),
     "ultralytics.utils.metrics": ("bbox_iou", "ap_per_class", "DetMetrics.process", "DetMetrics.results_dict"),
-    "ultralytics.utils.torch_utils": ("init_seeds", "initialize_weights"),
+    "ultralytics.utils.torch_utils": ("init_seeds", "initialize_weights", "autocast", "unwrap_model"),
     "ultralytics.utils.tal": ("TaskAlignedAssigner.forward",),
     "ultralytics.utils.loss": (
         "v8DetectionLoss.get_assigned_targets_and_loss",
@@ -62,6 +62,9 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "BaseTrainer.save_metrics",
         "BaseTrainer.final_eval",
         "BaseTrainer.run_callbacks",
+        "BaseTrainer.plot_metrics",
+        "BaseTrainer.read_results_csv",
+        "BaseTrainer.on_plot",
     ),
     "ultralytics.data.utils": ("verify_image_label", "img2label_paths", "find_dataset_yaml", "check_det_dataset"),
     "ultralytics.models.yolo.detect.val": (

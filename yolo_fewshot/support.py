@@ -16,6 +16,8 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, checks
 
+from yolo_fewshot.wording import few
+
 MIN_SIDE = 0.99  # least side of a box in pixels: 1, less the rounding of label files
 LAYOUTS = (
     "A support set is a data.yaml, a .txt list of pictures with YOLO label files, or a folder with one sub-folder of "
@@ -92,10 +94,10 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
     if source.is_dir():
         return _read_crops(source)
     if source.suffix.lower() == ".txt":
-        data, files = _data_beside(source), _pictures(source)
+        data, files = _data_beside(source), list_pictures(source)
     else:
         data = _load_data(source)
-        files = [x for p in _train_paths(source, data) for x in _pictures(p)]
+        files = [x for p in _train_paths(source, data) for x in list_pictures(p)]
     files = list(dict.fromkeys(files))
     if not files:
         raise ValueError(f"{source} names no pictures. Give at least one, labelled, per class.")
@@ -110,7 +112,7 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
     new = [] if "names" in data else [i for i in ids if i not in known]
     if new:
         LOGGER.warning(
-            f"{source} has class indices that the model does not have, named {_few([f'class{i}' for i in new])}. To "
+            f"{source} has class indices that the model does not have, named {few([f'class{i}' for i in new])}. To "
             "give names, write them into classes.txt beside the list, one a line, or enrol from a data.yaml."
         )
     names = data.get("names") or known | {i: f"class{i}" for i in new}
@@ -118,19 +120,14 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
     shown = [names[i] for i in ids]
     twice = sorted({n for n in shown if shown.count(n) > 1})
     if twice:
-        raise ValueError(f"Several class indices of {source} have the name {_few(twice)}. Names must be unique.")
+        raise ValueError(f"Several class indices of {source} have the name {few(twice)}. Names must be unique.")
     missing = [n for n in names.values() if n not in shown and n not in known.values()]
     if missing and source.suffix.lower() != ".txt":
         raise ValueError(
-            f"No box for {_few(missing)} in {source.name}. Label at least one object of every new class, or leave the "
+            f"No box for {few(missing)} in {source.name}. Label at least one object of every new class, or leave the "
             "class out of 'names'."
         )
     return Support(names, labels, False, source, data.get("channels") or 3)
-
-
-def _few(items: list[str], sep: str = ", ") -> str:
-    """Join at most five items, and say how many more there are."""
-    return sep.join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 def _find(support: str | Path) -> Path:
@@ -205,7 +202,7 @@ def _train_paths(file: Path, data: dict[str, Any]) -> list[Path]:
     missing = [str(p) for p in paths if not p.exists()]
     if missing:
         raise FileNotFoundError(
-            f"The train split of {file} does not exist: {_few(missing)}. Correct 'train:' or 'path:'."
+            f"The train split of {file} does not exist: {few(missing)}. Correct 'train:' or 'path:'."
         )
     return paths
 
@@ -220,8 +217,15 @@ def _is_picture(file: str) -> bool:
     return file.rpartition(".")[-1].lower() in utils.IMG_FORMATS
 
 
-def _pictures(path: Path) -> list[str]:
-    """Return the pictures in and below a folder, those of a list, or the picture itself."""
+def list_pictures(path: Path) -> list[str]:
+    """Return the pictures in and below a folder, those of a list, or the picture itself.
+
+    Args:
+        path (Path): Folder, .txt list or picture.
+
+    Returns:
+        (list[str]): Picture files.
+    """
     if path.is_dir():  # glob, unlike pathlib, leaves hidden files out
         files = glob.glob(os.path.join(glob.escape(str(path)), "**", "*.*"), recursive=True)
         return sorted(x for x in files if _is_picture(x))
@@ -247,7 +251,7 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
     missing = [f for f in files if not os.path.isfile(f)]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(files)} pictures do not exist: {_few(missing)}. Paths in a list are relative to "
+            f"{len(missing)} of {len(files)} pictures do not exist: {few(missing)}. Paths in a list are relative to "
             "its folder, or else to the working directory."
         )
     args = zip(files, label_files, repeat(""), repeat(False), repeat(nc), *map(repeat, kpt_shape), repeat(False))
@@ -265,7 +269,7 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
             labels.append(_label(file, shape, boxes[:, :1], boxes[:, 1:]))
     if corrupt:
         text = f"{len(corrupt)} of {len(files)} pictures or their label files are corrupt"
-        raise ValueError(f"{text}: {_few(corrupt, '; ')}. Correct or remove them.")
+        raise ValueError(f"{text}: {few(corrupt, '; ')}. Correct or remove them.")
     if notes:
         LOGGER.warning("\n".join(notes))
     return labels
@@ -288,7 +292,7 @@ def _check_boxes(labels: list[dict[str, Any]], label_files: list[str], names: di
                 bad.append(f"{file}: {names[int(c)]} ({w:.3g} x {h:.3g} pixels)")
     if bad:
         raise ValueError(
-            f"{len(bad)} of the boxes cover less than a pixel of their picture in width or height: {_few(bad)}. "
+            f"{len(bad)} of the boxes cover less than a pixel of their picture in width or height: {few(bad)}. "
             "Correct or remove them."
         )
 
@@ -306,7 +310,7 @@ def _read_crops(folder: Path) -> Support:
         raise ValueError(f"{folder} looks like a data set with labels, and has no data.yaml. {LAYOUTS}")
     empty = [name for name, files in classes.items() if not files]
     if empty:
-        raise ValueError(f"No pictures in the sub-folders {_few(empty)} of {folder}. {LAYOUTS}")
+        raise ValueError(f"No pictures in the sub-folders {few(empty)} of {folder}. {LAYOUTS}")
     files = [f for x in classes.values() for f in x]
     ids = np.repeat(np.arange(len(classes), dtype=np.float32), [len(x) for x in classes.values()])
     labels = _verify(files, [""] * len(files), len(classes), (0, 0))

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from ultralytics.cfg import cfg2dict, get_cfg
 from ultralytics.data.build import InfiniteDataLoader, seed_worker
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML
+from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.checks import check_yaml
-from ultralytics.utils.torch_utils import init_seeds
+from ultralytics.utils.torch_utils import autocast, init_seeds, unwrap_model
 
 from yolo_fewshot import args as table
 from yolo_fewshot import plugin
 from yolo_fewshot.calibrate import choose_pull
+from yolo_fewshot.criterion import branch_losses
+from yolo_fewshot.diagnosis import diagnose
 from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset
-from yolo_fewshot.files import AtomicPath, restored_on_failure, save_checkpoint
-from yolo_fewshot.guard import Guard
+from yolo_fewshot.files import AtomicPath, save_checkpoint, staged
+from yolo_fewshot.guard import Guard, nonfinite
+from yolo_fewshot.loss_doctor import LossDoctor, report
 from yolo_fewshot.memory import remember
 from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.plots import plot_losses
 
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put other pictures into a picture
 STOCK_CLIP = 10.0  # Ultralytics' own, on the loss multiplied by the batch size
+
+
+class AllEpochsDone(Exception):
+    """Tells Ultralytics' training loop that there is no epoch left to train."""
 
 
 class FewShotTrainer(DetectionTrainer):
@@ -37,6 +47,7 @@ class FewShotTrainer(DetectionTrainer):
     Attributes:
         episodic (bool): Whether this run is stage 2.
         guard (Guard): Gradient clip and skipped steps.
+        doctor (LossDoctor): Gradient of each term and its chance level.
 
     Examples:
         >>> from yolo_fewshot import FewShotTrainer
@@ -73,7 +84,10 @@ class FewShotTrainer(DetectionTrainer):
             merged.update(self._resolve(merged, given))
         super().__init__(merged, {k: merged[k] for k in overrides}, _callbacks)
         self.episodic = self.args.stage == 2
-        self.guard = Guard()
+        self._batch: dict[str, Any] | None = None
+        self._loaded: list[dict[str, Any]] = []  # batches of a step of several
+        self._finite_tloss: dict[str, torch.Tensor] | None = None
+        self.doctor = LossDoctor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
         self.last, self.best, self.wdir = AtomicPath(self.last), AtomicPath(self.best), AtomicPath(self.wdir)
 
     @staticmethod
@@ -81,7 +95,7 @@ class FewShotTrainer(DetectionTrainer):
         """Return what the stage decides: our keys' values and, in stage 2, the batch and the mixing of pictures."""
         values = table.resolve(merged)
         if values["stage"] == 1:
-            idle = [k for k in table.used(merged) if k not in {"stage", "grad_clip"}]
+            idle = [k for k in table.used(merged) if k not in {"stage", "grad_clip", *table.EVERY_STAGE}]
             if idle:
                 LOGGER.warning(f"Stage 1 has no episodes, so {', '.join(f'{k}=' for k in idle)} has no effect there.")
             return values
@@ -110,11 +124,19 @@ class FewShotTrainer(DetectionTrainer):
         Returns:
             (FewShotDetectionModel): The model. In stage 2 the prototypes that it took from the weights are kept as
                 anchors of the triplet term.
+
+        Raises:
+            ValueError: If a weight is not finite.
         """
         model = FewShotDetectionModel(cfg, ch=self.data["channels"], nc=self.data["nc"], verbose=verbose and RANK == -1)
         model = self.set_model_names_for_load(model)
         if weights:
             model.load(weights)
+            if bad := nonfinite({k: v for k, v in model.state_dict().items() if v.is_floating_point()}):
+                raise ValueError(
+                    f"'model={self.args.model}' cannot be trained: {len(bad)} of its tensors have a NaN or Inf, "
+                    f"such as {bad[0]}. Use another checkpoint."
+                )
             if self.episodic and not self.resume:
                 model.model[-1].freeze_prototypes(model.transferred)
         return model
@@ -130,7 +152,16 @@ class FewShotTrainer(DetectionTrainer):
 
         Returns:
             (InfiniteDataLoader): The loader; in stage 2 its length is `episodes`.
+
+        Raises:
+            MemoryError: If Ultralytics asks for smaller batches of stage 2, as it does when memory runs out.
         """
+        if mode == "train" and self.episodic and self.batch_size < table.episode_size(vars(self.args)):
+            raise MemoryError(
+                f"An episode of n_way={self.args.n_way} x (k_shot={self.args.k_shot} + n_query={self.args.n_query}) = "
+                f"{table.episode_size(vars(self.args))} pictures of imgsz={self.args.imgsz} needs more memory than "
+                f"{self.device} has. Set a smaller n_way, k_shot, n_query or imgsz."
+            )
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
         if mode != "train" or not self.episodic:
             return loader
@@ -153,71 +184,201 @@ class FewShotTrainer(DetectionTrainer):
         )
 
     def run_callbacks(self, event: str) -> None:
-        """Run the callbacks of an event; an epoch starts with fresh counters and, in stage 2, its own random state.
+        """Run the callbacks of an event, after what guard and doctor have to do then.
 
         Args:
             event (str): Name of the event.
         """
-        if event == "on_train_epoch_start":
-            self.guard.reset()
-            self._finite_tloss = None
-            if self.episodic:  # an interrupted run and an uninterrupted one have the same state here
-                init_seeds(self.args.seed + 1 + RANK + 1000 * self.epoch, deterministic=self.args.deterministic)
+        if event == "on_train_start":
+            self.guard = Guard(unwrap_model(self.model))
+        elif event == "on_train_epoch_start":
+            self._start_epoch()
+        elif event == "on_train_batch_start":
+            self.doctor.watch(unwrap_model(self.model), self.scaler)
+        elif event == "on_train_epoch_end":
+            self._end_epoch()
+        elif event == "on_train_end" and (text := report(self._results(), self.args)):
+            LOGGER.info(f"{colorstr('Loss doctor:')} {text}")
         super().run_callbacks(event)
 
+    def _start_epoch(self) -> None:
+        """Set the counters to zero and, in stage 2, the random state to that of the epoch."""
+        self.guard.reset()
+        self.doctor.reset()
+        for loss in branch_losses(unwrap_model(self.model)):
+            if loss.clamped_dfl:
+                loss.clamped_dfl.reset_counts()
+        if self.episodic:  # an interrupted run and an uninterrupted one have the same state here
+            init_seeds(self.args.seed + 1 + RANK + 1000 * self.epoch, deterministic=self.args.deterministic)
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device as Ultralytics does, and keep those of a step for its diagnosis.
+
+        Args:
+            batch (dict): Collated batch.
+
+        Returns:
+            (dict): Preprocessed batch.
+        """
+        if self.accumulate > 1:
+            self._loaded.append(dict(batch))  # as loaded, for they stay on the CPU
+        self._batch = super().preprocess_batch(batch)
+        return self._batch
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context in which this run computes a batch."""
+        return autocast(torch.bfloat16 if self.args.amp == "bf16" else self.amp, device=self.device.type)
+
     def optimizer_step(self) -> None:
-        """Clip the gradient, then take a step, or skip it if the loss or the gradient is not finite."""
+        """Clip the gradient, then take a step, or skip it if the loss or the gradient is not finite.
+
+        Raises:
+            FloatingPointError: If it is not finite and `nonfinite=raise`, or so many times in a row that training
+                cannot go on.
+        """
         self.scaler.unscale_(self.optimizer)
         # Ultralytics multiplies the loss by the pictures of all processes and adds up `accumulate` batches. An episode
         # is the batch of one process.
         scale = self.batch_size * self.accumulate * (max(self.world_size, 1) if self.episodic else 1)
         clip = self.args.grad_clip or STOCK_CLIP / scale
-        finite = self.guard.clip(self.model, clip, scale, self.loss)
-        if finite:
+        if self.guard.clip(clip, scale, self.loss):
             self.scaler.step(self.optimizer)
             self._finite_tloss = self.tloss
-        else:  # neither the running means nor, after the last batch, the whole epoch may suffer
-            self.tloss = self._finite_tloss or {k: torch.zeros_like(v) for k, v in self.tloss.items()}
-            self.loss = torch.zeros_like(self.loss)
+            if self.ema:
+                self.ema.update(self.model)
+        else:
+            self._skip_step()
         self.scaler.update()  # after an overflow this halves the scale
         self.optimizer.zero_grad()
-        if self.ema and finite:
-            self.ema.update(self.model)
+        self._batch, self._loaded = None, []
+
+    def _skip_step(self) -> None:
+        """Say why a step is skipped, and undo what its batches did to the model and to the log."""
+        float16 = self.amp and self.args.amp != "bf16"
+        about = self.data["names"], self.autocast, float16, self.scaler.is_enabled()
+        found = diagnose(unwrap_model(self.model), self._batch, *about)
+        for batch in self._loaded[:-1]:  # it may be another batch of the step
+            if not found.certain:
+                found = diagnose(unwrap_model(self.model), super().preprocess_batch(batch), *about)
+        if dist.is_available() and dist.is_initialized():  # the batch at fault may be that of another process
+            of_all: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(of_all, found)
+            found = max(of_all, key=lambda x: x.certain)
+        restored = self.guard.undo(self.ema.ema, self.optimizer)
+        self.guard.skip(found.overflow)
+        # Neither the running means nor, after its last batch, the whole epoch may suffer.
+        self.tloss = self._finite_tloss or {k: torch.zeros_like(v) for k, v in self.tloss.items()}
+        self.loss = torch.zeros_like(self.loss)
+        if found.overflow:
+            LOGGER.info(
+                f"AMP: {found.cause} ({self.scaler.get_scale():g}). Skipping this optimizer step. {found.advice}"
+            )
+            return
+        text = f"Non-finite {found}"
+        if restored:
+            text += f" Weights of {', '.join(restored)} were taken from the moving average."
+        if self.args.nonfinite == "raise":
+            raise FloatingPointError(f"{text} Training stops because of nonfinite=raise.")
+        limit, row = self.args.nonfinite_limit or table.KEYS["nonfinite_limit"].default, self.guard.in_a_row
+        if row >= limit:
+            raise FloatingPointError(
+                f"{text} Training stops after {row} such steps in a row (nonfinite_limit={limit}); last.pt is that "
+                "of the last epoch."
+            )
+        counts = f"{self.guard.skipped} in this epoch, {row} in a row"
+        LOGGER.warning(f"{text} Skipping this optimizer step ({counts}).")
+
+    def _end_epoch(self) -> None:
+        """Look at the batches that the last step left over, which are part of the next epoch's first step."""
+        if self._batch is None:
+            return
+        bad = (~torch.isfinite(torch.stack([self.loss.detach(), *self.tloss.values()]))).any().int()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if bad:
+            self._skip_step()
+            self.optimizer.zero_grad()
+            self._batch, self._loaded = None, []
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """Resume from a checkpoint; the episodes go on with those of the next epoch.
 
         Args:
             ckpt (dict, optional): Checkpoint.
+
+        Raises:
+            AllEpochsDone: If the run was stopped after its last epoch, when its last steps have been done here.
         """
+        if self.resume and ckpt and ckpt["optimizer"] and ckpt["epoch"] + 1 == self.epochs:
+            self.epoch, self.epoch_time, self.tloss = self.epochs - 1, 0.0, {}  # what loggers read
+            self.lr = {f"lr/pg{i}": x["lr"] for i, x in enumerate(self.optimizer.param_groups)}
+            self.final_eval()
+            if RANK in {-1, 0}:
+                if self.args.plots:
+                    self.plot_metrics()
+                self.run_callbacks("on_train_end")
+            raise AllEpochsDone
         super().resume_training(ckpt)
+        if not self.resume:
+            return
         if self.episodic:
             self.train_loader.sampler.set_epoch(self.start_epoch)
+        if RANK in {-1, 0} and self.csv.exists():  # an epoch that was cut off may have left a row, or a part of one
+            lines = self.csv.read_text().splitlines(keepends=True)
+            rows = [x for x in lines[1:] if x.endswith("\n") and float(x.partition(",")[0]) <= self.start_epoch]
+            AtomicPath(self.csv).write_bytes("".join([*lines[:1], *rows]).encode())
+
+    def train(self) -> None:
+        """Train, or finish a run that was stopped after its last epoch."""
+        with contextlib.suppress(AllEpochsDone):
+            super().train()
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
-        """Save the metrics of an epoch to results.csv, with the columns `train/grad_norm` and `train/skipped`.
+        """Save the metrics of an epoch to results.csv, with the columns of guard and doctor.
 
         Args:
             metrics (dict): Metrics by column.
         """
-        super().save_metrics({**metrics, **self.guard.columns()})
+        dfl = [x.clamped_dfl for x in branch_losses(unwrap_model(self.model)) if x.clamped_dfl]
+        clamps = {
+            f"train/{k}_clamped": sum(int(getattr(x, f"{k[:-1]}_clamped")) for x in dfl) for k in ("sides", "means")
+        }
+        super().save_metrics({**metrics, **self.guard.columns(), **clamps, **self.doctor.columns()})
+
+    def plot_metrics(self) -> None:
+        """Plot results.png as Ultralytics does, and losses.png."""
+        super().plot_metrics()
+        results = self.read_results_csv()
+        if self.doctor.every and results:
+            file = self.save_dir / "losses.png"
+            plot_losses(results, file)
+            self.on_plot(file)
+
+    def _results(self) -> list[dict[str, float]]:
+        """Return the rows of results.csv."""
+        columns = self.read_results_csv()
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def final_eval(self) -> None:
-        """Strip and validate the checkpoints, and choose how they enroll; an interruption leaves them as they were."""
-        with restored_on_failure(self.last, self.best):
-            super().final_eval()
-            if RANK in {-1, 0}:
-                self._prepare_enrolment()
+        """Strip and validate the checkpoints, and choose how they enroll; until all is done they stay as they were."""
+        files = self.last, self.best
+        try:
+            with staged(*files) as (self.last, self.best):
+                super().final_eval()
+                if RANK in {-1, 0}:
+                    self._prepare_enrolment()
+        finally:
+            self.last, self.best = files
 
     def _prepare_enrolment(self) -> None:
         """Store what enrolment needs of the base data, for the best model, in both checkpoints."""
-        files = [f for f in (self.best, self.last) if f.exists()]
-        model = load_checkpoint(files[0])[0].to(self.device)
+        files = [os.fspath(f) for f in (self.best, self.last) if f.exists()]
+        ckpts = [torch.load(f, map_location="cpu", weights_only=False) for f in files]
+        model = deepcopy(ckpts[0]["model"]).float().to(self.device)
         labels = [loader.dataset.labels for loader in (self.train_loader, self.test_loader)]
         model.memory = remember(model, labels[0], self.args.imgsz, self.args.seed)
         pull = choose_pull(model, *labels, self.args.imgsz, self.args.seed)
         LOGGER.info(f"Enrolment from one shot, on base classes: '{'mean' if pull == math.inf else 'fit'}' is better")
-        for file in files:
-            ckpt = torch.load(file, map_location="cpu", weights_only=False)
+        for ckpt, file in zip(ckpts, files):
             ckpt["model"].pull, ckpt["model"].memory = pull, model.memory
             save_checkpoint(ckpt, file)

@@ -202,18 +202,24 @@ def test_values_at_the_ends_of_a_range_pass():
 
 @pytest.mark.parametrize(
     ("given", "stage"),
-    [({}, 1), ({"stage": 1}, 1), ({"stage": 2}, 2), ({"n_way": 4}, 2), ({"wide": False}, 2), ({"supcon": 0.0}, 2)],
-)
+    [
+        ({}, 1), ({"stage": 1}, 1), ({"stage": 2}, 2), ({"n_way": 4}, 2), ({"wide": False}, 2), ({"supcon": 0.0}, 2),
+        ({"nonfinite": "raise", "doctor": 5, "nonfinite_limit": 3}, 1), ({"doctor": 5, "n_way": 4}, 2),
+    ],
+)  # fmt: skip
 def test_stage_follows_from_the_keys(given: dict, stage: int):
     values = args.resolve({**DEFAULT_CFG_DICT, **given})
     assert list(values) == list(args.KEYS)
-    defaults = {k: key.default if stage == 2 else None for k, key in args.KEYS.items()}
+    everywhere = ("nonfinite", "nonfinite_limit", "doctor")
+    defaults = {k: key.default if stage == 2 or k in everywhere else None for k, key in args.KEYS.items()}
     assert values == {**defaults, **given, "stage": stage}
 
 
 def test_stage_1_keeps_what_is_given():
     values = args.resolve({"stage": 1, "n_way": 5, "grad_clip": 1.0})
-    assert {k: v for k, v in values.items() if v is not None} == {"stage": 1, "n_way": 5, "grad_clip": 1.0}
+    safety = {"nonfinite": "skip", "nonfinite_limit": 10, "doctor": 50}
+    given = {"stage": 1, "n_way": 5, "grad_clip": 1.0}
+    assert {k: v for k, v in values.items() if v is not None} == {**given, **safety}
 
 
 def test_episode_size():

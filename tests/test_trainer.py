@@ -332,7 +332,7 @@ YOLO({str(tiny / "stock11n.yaml")!r}).train(data={str(tiny / "data.yaml")!r}, ep
 
 def test_an_interrupted_end_of_training_leaves_resumable_checkpoints(tiny, monkeypatch):
     def interrupted(f, **_):
-        Path(f).write_bytes(b"half")
+        f.write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ultralytics.engine.trainer.strip_optimizer", interrupted)

@@ -441,6 +441,38 @@ def test_raise_stops_at_once_and_names_the_pictures_but_lets_amp_find_its_scale(
     assert finite(trainers[0].model)
 
 
+def test_only_a_finite_loss_can_be_an_overflow_of_amp(tiny, monkeypatch):
+    """With a scaler, a gradient that overflows is one thing, and a batch whose loss was NaN another."""
+
+    class Scaler(torch.amp.GradScaler):
+        def __init__(self):
+            super().__init__("cpu", init_scale=1.0, enabled=True)
+
+    asked, trainers = [], []
+
+    def bad_gradient(trainer, batch):
+        trainers.append(trainer)
+        trainer.scaler = Scaler()
+        trainer.scaler.scale(torch.zeros(()))  # which makes its scale
+        head = trainer.model.model[-1]
+        hook = head.prototypes.bias.register_hook(lambda g: hook.remove() or g * float("inf"))
+
+    spoil(monkeypatch, {2}, bad_gradient)
+    monkeypatch.setattr("yolo_fewshot.trainer.diagnose", lambda *a: asked.append(a[-1]) or diagnose(*a))
+    train(tiny, "overflow", **{**EPISODIC, "epochs": 1})
+    assert asked == [True] and trainers[0].guard.overflows == 1 and trainers[0].guard.skipped == 0
+    assert trainers[0].scaler.get_scale() == 0.5
+    asked.clear()
+
+    def bad_loss(trainer, batch):
+        bad_gradient(trainer, batch)
+        batch["img"][0] = float("nan")
+
+    spoil(monkeypatch, {2}, bad_loss)
+    train(tiny, "overflow", **{**EPISODIC, "epochs": 1})
+    assert asked == [False] and trainers[1].guard.overflows == 0 and trainers[1].guard.skipped == 1
+
+
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_their_cause(tiny, monkeypatch, log):
     seen = spoil(monkeypatch, {2, 4, 5}, spoil_picture)
     settings = {**EPISODIC, "episodes": 8, "epochs": 1, "nonfinite_limit": 2}

@@ -69,7 +69,7 @@ def diagnose(
         names (dict[int, str]): Class names.
         autocast (Callable): Returns the context of the forward pass.
         float16 (bool): Whether that is mixed precision with float16.
-        scaled (bool): Whether the loss was scaled for AMP.
+        scaled (bool): Whether the loss was scaled for AMP, and finite.
 
     Returns:
         (Diagnosis): What was found.

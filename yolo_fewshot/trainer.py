@@ -255,7 +255,8 @@ class FewShotTrainer(DetectionTrainer):
     def _skip_step(self) -> None:
         """Say why a step is skipped, and undo what its batches did to the model and to the log."""
         float16 = self.amp and self.args.amp != "bf16"
-        about = self.data["names"], self.autocast, float16, self.scaler.is_enabled()
+        scaled = self.scaler.is_enabled() and bool(torch.isfinite(self.loss))  # which an overflow of the scale leaves
+        about = self.data["names"], self.autocast, float16, scaled
         found = diagnose(unwrap_model(self.model), self._batch, *about)
         for batch in self._loaded[:-1]:  # it may be another batch of the step
             if not found.certain:
@@ -263,7 +264,7 @@ class FewShotTrainer(DetectionTrainer):
         if dist.is_available() and dist.is_initialized():  # the batch at fault may be that of another process
             of_all: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(of_all, found)
-            found = max(of_all, key=lambda x: x.certain)
+            found = max(of_all, key=lambda x: (x.certain, not x.overflow))
         restored = self.guard.undo(self.ema.ema, self.optimizer)
         self.guard.skip(found.overflow)
         # Neither the running means nor, after its last batch, the whole epoch may suffer.

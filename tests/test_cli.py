@@ -128,13 +128,54 @@ def test_the_doctor_needs_data_and_a_model(rehearsed):
     assert rehearsed[0] == []
 
 
+def test_the_split_takes_all_keys_that_it_lists(monkeypatch):
+    asked = []
+    monkeypatch.setattr("yolo_fewshot.splits.split", lambda **kwargs: asked.append(kwargs))
+    cli.main(["split", "data=a.yaml", "novel=cat,hot dog", "out=7"])
+    cli.main(["split", "data=2017.json", "novel", "=", "['a', 'b']", "out=7", "shots=1,3", "seeds=2", "val=8"])
+    cli.main(["split", "data=a.json", "novel=[a, b]", "out=b", "shots=5", "val=c", "images=2017", "val_images=7"])
+    assert asked == [
+        {"data": "a.yaml", "novel": "cat,hot dog", "out": "7"},
+        {"data": "2017.json", "novel": ["a", "b"], "out": "7", "shots": (1, 3), "seeds": 2, "val": "8"},
+        {
+            **{"data": "a.json", "novel": "[a, b]", "out": "b", "shots": 5},
+            **{"val": "c", "images": "2017", "val_images": "7"},
+        },
+    ]
+    known = {**cli.COMMANDS["split"].required, **cli.COMMANDS["split"].optional}
+    assert known.keys() == set().union(*asked)
+
+
+def test_the_split_end_to_end(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / kind / folder).mkdir(parents=True)
+        for i in range(4):
+            picture = np.full((32, 32, 3), 10 * i + 100 * (folder == "val"), np.uint8)
+            assert cv2.imwrite(f"images/{folder}/{i}.png", picture)
+            Path(f"labels/{folder}/{i}.txt").write_text(f"{i % 2} 0.5 0.5 0.5 0.5\n")
+    Path("2024.yaml").write_text("train: images/train\nval: images/val\nnames: [bus, car]\n")
+    cli.main(["split", "data=2024.yaml", "novel=bus", "out=7", "shots=1,2", "seeds=1"])
+    assert f"Results saved to {tmp_path / '7'}" in caplog.text
+    assert f"data={tmp_path / '7'}/data.yaml support={tmp_path / '7'}/novel_2shot_seed0.yaml" in caplog.text
+    assert len(list(Path("7/images/shots/seed0_2shot").iterdir())) == 2
+    text = text_of("split", "data=2024.yaml", "novel=bis", "out=8")
+    assert text.startswith("ValueError: 'novel=' names classes that 2024.yaml does not have: bis (similar: bus)")
+    assert text_of("split", "data=2024.yaml", "novel=bus", "out=7").startswith("ValueError: 'out=7' exists")
+    assert text_of("split", "data=2024.yaml", "novel=bus", "out=8", "shots=0").startswith("ValueError: 'shots=0' is")
+    assert text_of("split", "novel=bus").startswith("data=, out= must be given.")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["2024.yaml", "7", "images", "labels"]
+
+
 def test_the_help_is_a_table():
     assert re.search(r"^  doctor +look at the data, .* before it starts$", cli.usage(), re.M)
     assert re.search(r"^  \[KEY=\] +any other argument of yolo train", cli.usage("doctor"), re.M)
     for name, command in cli.COMMANDS.items():
         texts = [*command.required.values(), *command.optional.values()]
         rows = [x for x in cli.usage(name).splitlines() if x.startswith("  ")]
-        assert {row.index(text) for row, text in zip(rows, texts)} == {14} and len(rows) == len(texts)
+        assert {row.index(text) for row, text in zip(rows, texts)} == {16} and len(rows) == len(texts)
 
 
 def test_an_unknown_command(nothing_loaded):

@@ -151,7 +151,7 @@ def test_a_query_is_judged_by_prototypes_of_other_pictures_only(batch):
     def prototypes_with(p):
         seen = {}
 
-        def spy(preds_, query, targets, prototypes, ways):
+        def spy(preds_, query, targets, prototypes, ways, counted):
             seen["p"] = prototypes
             return query.sum() * 0
 

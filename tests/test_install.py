@@ -101,7 +101,7 @@ def test_wheel_has_configs_start_up_files_and_licence_but_no_tests(wheel: Path):
     assert len(names) == len(set(names))
     assert {n for n in names if "/" not in n} == START_UP
     assert {n for n in names if n.startswith("yolo_fewshot/cfg/")} == {
-        f"yolo_fewshot/cfg/{p.name}" for p in (REPO / "cfg").glob("*.yaml")
+        f"yolo_fewshot/{p.relative_to(REPO).as_posix()}" for p in (REPO / "cfg").rglob("*.yaml")
     }
     modules = {p.relative_to(REPO).as_posix() for p in (REPO / "yolo_fewshot").glob("*.py")}
     assert modules <= set(names)

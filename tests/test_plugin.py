@@ -162,8 +162,8 @@ def test_misspelt_keys_get_a_suggestion(typo: str, key: str):
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("stage", 3, "Valid 'stage' values are between 1 and 2."),
-        ("stage", 0, "Valid 'stage' values are between 1 and 2."),
+        ("stage", 4, "Valid 'stage' values are between 1 and 3."),
+        ("stage", 0, "Valid 'stage' values are between 1 and 3."),
         ("n_way", 0, "'n_way' must be finite and >= 1."),
         ("k_shot", -1, "'k_shot' must be finite and >= 1."),
         ("n_query", 0, "'n_query' must be finite and >= 1."),

@@ -28,7 +28,7 @@ class Key(NamedTuple):
 
 
 KEYS: dict[str, Key] = {
-    "stage": Key(int, None, "1: ordinary detection training of the few-shot head; 2: episodes", 1, 2),
+    "stage": Key(int, None, "1: ordinary training of the few-shot head; 2: episodes; 3: adapt to shots", 1, 3),
     "n_way": Key(int, 8, "classes drawn per episode", 1),
     "k_shot": Key(int, 1, "support pictures per drawn class", 1),
     "n_query": Key(int, 1, "query pictures per drawn class", 1),
@@ -47,6 +47,8 @@ KEYS: dict[str, Key] = {
     "dfl_mean_max": Key(float, 15.0, "clamp of the mean DFL of a batch, four sides summed", above=True),
     "dfl_clamp_mode": Key(str, "hard", "gradient above a clamp: zero, or scaled down", choices=("hard", "rescale")),
     "grad_clip": Key(float, 5.0, "greatest gradient norm of the loss itself, not multiplied by batch size", above=True),
+    "base_replay": Key(str, None, "data.yaml whose train pictures are mixed into the shots of stage 3, half and half"),
+    "steps": Key(int, None, "optimizer steps of stage 3, by the number of shots if not given", 1),
     "nonfinite": Key(
         str, "skip", "a step whose loss or gradient is NaN or Inf: skip it, or raise", choices=("skip", "raise")
     ),
@@ -54,8 +56,9 @@ KEYS: dict[str, Key] = {
     "doctor": Key(int, 50, "batches from one measurement of every term's gradient to the next, 0 for none"),
 }
 
-# Those that both stages use. Only the others ask for stage 2.
+# Those that all stages use, and those of stage 3. The others ask for stage 2.
 EVERY_STAGE = ("nonfinite", "nonfinite_limit", "doctor")
+ADAPTING = ("base_replay", "steps")
 
 # Keys of predict, track, val and export.
 ENROLL_KEYS: dict[str, Key] = {
@@ -128,8 +131,8 @@ def refuse_support(args: dict[str, Any]) -> None:
 def resolve(args: dict[str, Any]) -> dict[str, Any]:
     """Return the values of our keys that a training run uses.
 
-    The stage is the given one, else 2 if a key is set that stage 1 has no use for, else 1. Stage 2 takes the table's
-    default for every key not given, stage 1 only for those of `EVERY_STAGE`.
+    The stage is the given one, else 3 if a key of stage 3 is set, else 2 if one of stage 2 is, else 1. Stage 2 takes
+    the table's default for every key not given, the others only for those of `EVERY_STAGE`.
 
     Args:
         args (dict[str, Any]): A configuration that passed `check`.
@@ -138,7 +141,8 @@ def resolve(args: dict[str, Any]) -> dict[str, Any]:
         (dict[str, Any]): A value (or None) for every key of the table.
     """
     given = {k: args.get(k) for k in KEYS}
-    stage = given["stage"] or (2 if set(used(args)) - set(EVERY_STAGE) else 1)
+    asked = set(used(args)) - set(EVERY_STAGE)
+    stage = given["stage"] or (3 if asked & set(ADAPTING) else 2 if asked else 1)
     defaults = {k: KEYS[k].default for k in (KEYS if stage == 2 else EVERY_STAGE)}
     return {**given, **{k: v for k, v in defaults.items() if given[k] is None}, "stage": stage}
 

@@ -72,6 +72,18 @@ def doctor(**kwargs: Any) -> None:
     LOGGER.info(f"\n{summary}")
 
 
+def split(**kwargs: Any) -> None:
+    """Make K-shot splits of a detection data set.
+
+    Args:
+        **kwargs (Any): Arguments of `yolo_fewshot.splits.split`.
+    """
+    from yolo_fewshot.splits import split
+
+    paths = {"data", "out", "val", "images", "val_images"}  # digits come as an int
+    split(**{k: str(v) if k in paths and v is not None else v for k, v in kwargs.items()})
+
+
 COMMANDS = {
     "doctor": Command(
         doctor,
@@ -96,6 +108,23 @@ COMMANDS = {
         },
         "yolo-fewshot enroll model=best.pt support=shots.yaml save=site-a.pt",
     ),
+    "split": Command(
+        split,
+        "split a data set into base classes and K shots of novel ones, linking its pictures",
+        {
+            "data": "data.yaml, or COCO json of the train pictures",
+            "novel": "names of the novel classes, i.e. bird,bus, or a YAML with a list of them, i.e. voc-split1.yaml",
+            "out": "folder to write",
+        },
+        {
+            "shots": "numbers of labelled objects of each novel class (1,3,5,10)",
+            "seeds": "number of draws (3)",
+            "val": "COCO json of the val pictures, if data= is one",
+            "images": "folder of its train pictures",
+            "val_images": "folder of its val pictures, images= if not given",
+        },
+        "yolo-fewshot split data=VOC.yaml novel=voc-split1.yaml out=voc1",
+    ),
 }
 
 
@@ -113,8 +142,8 @@ def usage(name: str | None = None) -> str:
         lines = ["Usage: yolo-fewshot COMMAND key=value ...", "", "Commands:", *rows, ""]
         return "\n".join([*lines, "yolo-fewshot COMMAND --help lists the keys of a command."])
     c = COMMANDS[name]
-    rows = [f"  {k + '=':<12}{text}" for k, text in c.required.items()]
-    rows += [f"  [{k}=]{'':<{max(9 - len(k), 1)}}{text}" for k, text in c.optional.items()]
+    rows = [f"  {k + '=':<14}{text}" for k, text in c.required.items()]
+    rows += [f"  [{k}=]{'':<{max(11 - len(k), 1)}}{text}" for k, text in c.optional.items()]
     return "\n".join([f"yolo-fewshot {name}: {c.help}", "", *rows, "", f"Example: {c.example}"])
 
 

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.metrics import bbox_iou
+from ultralytics.utils.tal import make_anchors
 
 from yolo_fewshot.assign import RecordingAssigner
 from yolo_fewshot.head import BOX_PRIOR, class_prior
 from yolo_fewshot.losses import ClampedDFLoss, CPELoss, SupConLoss, TripletLoss
+from yolo_fewshot.masked import outside, without_ignored
 from yolo_fewshot.prototypes import class_means, pool_objects
 
 EPISODE_TERMS = ("epi_loss", "sup_loss", "cpe_loss", "tri_loss")
@@ -68,6 +70,8 @@ class FewShotLoss(v8DetectionLoss):
     Attributes:
         loss_names (tuple[str, ...]): Names of the terms.
         clamped_dfl (ClampedDFLoss | None): The DFL of stage 2, with its counts of clamps.
+        masked (bool): Whether batches may have objects to ignore, see `MaskedDataset`: anchors in their boxes are no
+            background.
         watch (Callable | None): Called with this loss, predictions and batch after the terms of a batch were computed.
     """
 
@@ -79,6 +83,7 @@ class FewShotLoss(v8DetectionLoss):
             tal_topk (int): Anchors per object, see `TaskAlignedAssigner`.
             tal_topk2 (int, optional): Secondary top-k of one-to-one branches.
         """
+        self.masked, self._outside = False, None
         super().__init__(model, tal_topk, tal_topk2)
         self.episodic = getattr(self.hyp, "stage", None) == 2
         self.assigner = RecordingAssigner.like(self.assigner)
@@ -110,12 +115,30 @@ class FewShotLoss(v8DetectionLoss):
             loss (torch.Tensor): (3,) in stage 1, (7,) in stage 2, in the order of `loss_names`.
             items (dict[str, torch.Tensor]): Weighted terms by name, not multiplied by the batch size.
         """
+        if self.masked:
+            batch, ignored = without_ignored(batch)
+            anchors, stride = make_anchors(preds["feats"], self.stride, 0.5)
+            size = torch.tensor(batch["img"].shape[:1:-1], device=self.device)
+            self._outside = outside(ignored.to(self.device), anchors * stride, size, len(preds["boxes"]))
         terms = self.terms(preds, batch)
         if self.watch is not None:
             self.watch(self, preds, batch)
         self.assigner.forget()
-        self.bbox_loss.last = self._episode = None
+        self.bbox_loss.last = self._episode = self._outside = None
         return terms * len(preds["boxes"]), dict(zip(self.loss_names, terms.detach()))
+
+    @property
+    def class_weights(self) -> torch.Tensor | None:
+        """Factors of the class loss: Ultralytics' by class, and 0 at background anchors in boxes to ignore."""
+        if self._outside is None:
+            return self._class_weights
+        counted = (self._outside | self.assigner.assigned[3]).unsqueeze(-1)
+        return counted if self._class_weights is None else self._class_weights * counted
+
+    @class_weights.setter
+    def class_weights(self, value: torch.Tensor | None) -> None:
+        """Set the factors by class."""
+        self._class_weights = value
 
     def terms(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the weighted terms in the order of `loss_names`, (3,) in stage 1, (7,) in stage 2."""
@@ -211,8 +234,10 @@ class FewShotLoss(v8DetectionLoss):
             y_support = torch.where(drawn, y_support, -1)
         prototypes, counts = class_means(objects, y_support, self.nc)
         ways = counts.nonzero()[:, 0]
+        query = ~support
+        counted = None if self._outside is None else (self._outside | fg_mask)[query].unsqueeze(-1).float()
         return [
-            h.cls * self.episode_loss(preds, embeds[~support], target_scores[~support], prototypes[ways], ways),
+            h.cls * self.episode_loss(preds, embeds[query], target_scores[query], prototypes[ways], ways, counted),
             h.supcon * self.supcon_term(objects, y, prototypes[ways], ways),
             h.cpe * self.cpe_term(embeds, fg, labels[fg].long(), target_boxes[fg]),
             h.triplet * self.triplet_term(objects, y, preds["frozen"]),
@@ -225,6 +250,7 @@ class FewShotLoss(v8DetectionLoss):
         target_scores: torch.Tensor,
         prototypes: torch.Tensor,
         ways: torch.Tensor,
+        counted: torch.Tensor | None,
     ) -> torch.Tensor:
         """BCE of the query pictures' episode logits; objects of classes that are no way are negatives."""
         sizes = [x.shape[2] * x.shape[3] for x in preds["feats"]]
@@ -234,7 +260,8 @@ class FewShotLoss(v8DetectionLoss):
         )
         logits = query.float() @ prototypes.t() * scale + bias
         targets = target_scores[..., ways].float()
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / targets.sum().clamp(min=1)
+        loss = F.binary_cross_entropy_with_logits(logits, targets, counted, reduction="sum")
+        return loss / targets.sum().clamp(min=1)
 
     def supcon_term(
         self, objects: torch.Tensor, y: torch.Tensor, prototypes: torch.Tensor, ways: torch.Tensor
@@ -253,6 +280,8 @@ class FewShotLoss(v8DetectionLoss):
             b, a = embeds.shape[:2]
             is_bg = embeds.new_ones(b * a, dtype=torch.bool)
             is_bg[fg[0] * a + fg[1]] = False
+            if self._outside is not None:
+                is_bg &= self._outside.view(-1)
             bg = torch.randint(b * a, (CPE_ANCHORS // 4,), device=embeds.device)
             bg = bg[is_bg[bg]]
         rows = torch.cat([embeds[fg[0][chosen], fg[1][chosen]], embeds.reshape(b * a, -1)[bg]])

@@ -165,3 +165,17 @@ def choose(
     scores = [ap50(x._replace(truths=x.truths * ~few)) for x in found]
     best = scores[1] > scores[0] + MARGIN
     return options[best], found[best]
+
+
+def table_of(classes: dict[str, dict[str, Any]]) -> str:
+    """Return enrolled classes as a table, in the format of Ultralytics' validation table.
+
+    Args:
+        classes (dict[str, dict]): As in `Shots.classes`.
+
+    Returns:
+        (str): One row a class: shots, method, and the suggested confidence threshold.
+    """
+    rows = [("Enrolled class", "Shots", "Method", "Conf")]
+    rows += [(n, x["shots"], x["method"], "-" if x["conf"] is None else f"{x['conf']:g}") for n, x in classes.items()]
+    return "\n".join(f"{name:>22}{shots:>11}{method:>11}{conf:>11}" for name, shots, method, conf in rows)

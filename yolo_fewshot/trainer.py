@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import statistics
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,25 +15,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import Dataset
 from ultralytics.cfg import cfg2dict, get_cfg
 from ultralytics.data.build import InfiniteDataLoader, seed_worker
+from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.checks import check_yaml
 from ultralytics.utils.torch_utils import autocast, init_seeds, unwrap_model
 
 from yolo_fewshot import args as table
 from yolo_fewshot import plugin
+from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, merged_names, only_new, relabel, steps_for
 from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.diagnosis import diagnose
+from yolo_fewshot.enroll import enroll, table_of
 from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset
+from yolo_fewshot.features import support_views
 from yolo_fewshot.files import AtomicPath, save_checkpoint, staged
 from yolo_fewshot.guard import Guard, nonfinite
 from yolo_fewshot.loss_doctor import LossDoctor, report
+from yolo_fewshot.masked import has_ignored, masked
 from yolo_fewshot.memory import remember
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plots import plot_losses
+from yolo_fewshot.support import read_support
 
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put other pictures into a picture
 STOCK_CLIP = 10.0  # Ultralytics' own, on the loss multiplied by the batch size
@@ -94,11 +104,13 @@ class FewShotTrainer(DetectionTrainer):
     def _resolve(merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Return what the stage decides: our keys' values and, in stage 2, the batch and the mixing of pictures."""
         values = table.resolve(merged)
-        if values["stage"] == 1:
-            idle = [k for k in table.used(merged) if k not in {"stage", "grad_clip", *table.EVERY_STAGE}]
+        if values["stage"] != 2:
+            works = {"stage", "grad_clip", *table.EVERY_STAGE, *(table.ADAPTING if values["stage"] == 3 else ())}
+            idle = [k for k in table.used(merged) if k not in works]
             if idle:
-                LOGGER.warning(f"Stage 1 has no episodes, so {', '.join(f'{k}=' for k in idle)} has no effect there.")
-            return values
+                what = f"Stage {values['stage']} has no episodes"
+                LOGGER.warning(f"{what}, so {', '.join(f'{k}=' for k in idle)} has no effect there.")
+            return values if values["stage"] == 1 else {**values, "rect": False, "nbs": merged["batch"]}
         size = table.episode_size(values)
         if given.get("batch") not in {None, DEFAULT_CFG_DICT["batch"], size}:
             LOGGER.warning(
@@ -128,6 +140,8 @@ class FewShotTrainer(DetectionTrainer):
         Raises:
             ValueError: If a weight is not finite.
         """
+        if weights and self.args.stage == 3 and not self.resume:
+            weights = self._enrolled(weights)
         model = FewShotDetectionModel(cfg, ch=self.data["channels"], nc=self.data["nc"], verbose=verbose and RANK == -1)
         model = self.set_model_names_for_load(model)
         if weights:
@@ -139,7 +153,70 @@ class FewShotTrainer(DetectionTrainer):
                 )
             if self.episodic and not self.resume:
                 model.model[-1].freeze_prototypes(model.transferred)
+            if self.args.stage == 3:
+                model.enrolled, model.pull, model.memory = weights.enrolled, weights.pull, weights.memory
         return model
+
+    def _enrolled(self, weights: nn.Module) -> nn.Module:
+        """Return a copy of a model in which the new classes of the shots are enrolled."""
+        support = only_new(self.support, weights.names)
+        if not any(len(x["cls"]) for x in support.labels):
+            return weights
+        weights = deepcopy(weights).float().eval().to(self.device)
+        result = enroll(weights, support, self.args.imgsz, views=support_views(vars(self.args), support.crops))
+        LOGGER.info(table_of(result.classes))
+        return weights.cpu()
+
+    def get_dataset(self) -> dict[str, Any]:
+        """Return what Ultralytics knows of the data; in stage 3 with the classes of the model and of the shots.
+
+        Returns:
+            (dict): Paths, class names and so on.
+
+        Raises:
+            ValueError: If stage 3 is not to start from a few-shot checkpoint.
+        """
+        data = super().get_dataset()
+        if self.args.stage != 3:
+            return data
+        start = load_checkpoint(self.model)[0] if Path(str(self.model)).suffix == ".pt" else None
+        if not isinstance(start, FewShotDetectionModel):
+            raise ValueError(
+                f"'model={self.args.model}' cannot be adapted. Stage 3 starts from a few-shot checkpoint, i.e. the "
+                "best.pt of stage 2."
+            )
+        self.support = read_support(self.args.data, start.names)
+        names = merged_names(start.names, self.support.names, self.support.labels)
+        self.labelled = data, check_det_dataset(self.args.base_replay) if self.args.base_replay else None
+        return {**data, "names": names, "nc": len(names)}
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Dataset:
+        """Return Ultralytics' data set; in stage 3 with the model's class indices, and with base pictures to train on.
+
+        Args:
+            img_path (str): Path to the pictures.
+            mode (str): 'train' or 'val'.
+            batch (int, optional): Pictures in a batch.
+
+        Returns:
+            (Dataset): The data set.
+
+        Raises:
+            ValueError: If pictures of stage 3 show a class that neither the model nor the shots know.
+        """
+        if self.args.stage != 3:
+            return masked(super().build_dataset(img_path, mode, batch), self.data, mode)
+        shots, base = self.labelled
+        parts = [(shots, img_path)] + ([(base, base["train"])] if base and mode == "train" else [])
+        merged, datasets = self.data, []
+        try:
+            for self.data, path in parts:  # labels are read by the names in their own file
+                datasets.append(masked(super().build_dataset(path, mode, batch), self.data, mode))
+                relabel(datasets[-1], self.data["names"], merged["names"])
+                datasets[-1].data = merged
+        finally:
+            self.data = merged
+        return ShotsAndBase(datasets) if mode == "train" else datasets[0]
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         """Return Ultralytics' loader, or in stage 2 the loader of episodes.
@@ -163,17 +240,23 @@ class FewShotTrainer(DetectionTrainer):
                 f"{self.device} has. Set a smaller n_way, k_shot, n_query or imgsz."
             )
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
-        if mode != "train" or not self.episodic:
-            return loader
         a = self.args
-        dataset = EpisodicDataset(loader.dataset)
-        sampler = EpisodeSampler(
-            dataset.labels, self.data["names"], a.n_way, a.k_shot, a.n_query, a.episodes, a.seed, max(RANK, 0)
-        )
-        workers = min(os.cpu_count() // max(self.world_size, 1), a.workers, a.episodes)
+        if mode != "train" or a.stage == 1:
+            return loader
+        if self.episodic:
+            dataset = EpisodicDataset(loader.dataset)
+            sampler = EpisodeSampler(
+                dataset.labels, self.data["names"], a.n_way, a.k_shot, a.n_query, a.episodes, a.seed, max(RANK, 0)
+            )
+            batch_size, batches = sampler.episode_size, a.episodes
+        else:
+            dataset, batches = loader.dataset, -(-self._steps() // a.epochs)
+            shots, base = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
+            sampler = AdaptSampler(shots, base, batch_size, batches, a.seed, max(RANK, 0))
+        workers = min(os.cpu_count() // max(self.world_size, 1), a.workers, batches)
         return InfiniteDataLoader(
             dataset,
-            batch_size=sampler.episode_size,
+            batch_size=batch_size,
             sampler=sampler,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
@@ -183,6 +266,16 @@ class FewShotTrainer(DetectionTrainer):
             generator=torch.Generator().manual_seed(a.seed),  # starting it must not disturb the run's random state
         )
 
+    def _steps(self) -> int:
+        """Return the optimizer steps of stage 3."""
+        if self.args.steps:
+            return self.args.steps
+        counts = Counter(int(c) for x in self.support.labels for c in x["cls"].flat)
+        shots = statistics.median(counts.values())
+        steps = steps_for(shots)
+        LOGGER.info(f"{colorstr('adapt:')} {shots:g} shots a class (median), {steps} steps")
+        return steps
+
     def run_callbacks(self, event: str) -> None:
         """Run the callbacks of an event, after what guard and doctor have to do then.
 
@@ -191,6 +284,8 @@ class FewShotTrainer(DetectionTrainer):
         """
         if event == "on_train_start":
             self.guard = Guard(unwrap_model(self.model))
+            for loss in branch_losses(unwrap_model(self.model)):
+                loss.masked = has_ignored(self.train_loader.dataset)
         elif event == "on_train_epoch_start":
             self._start_epoch()
         elif event == "on_train_batch_start":
@@ -322,7 +417,7 @@ class FewShotTrainer(DetectionTrainer):
         super().resume_training(ckpt)
         if not self.resume:
             return
-        if self.episodic:
+        if self.args.stage != 1:
             self.train_loader.sampler.set_epoch(self.start_epoch)
         if RANK in {-1, 0} and self.csv.exists():  # an epoch that was cut off may have left a row, or a part of one
             lines = self.csv.read_text().splitlines(keepends=True)
@@ -376,6 +471,8 @@ class FewShotTrainer(DetectionTrainer):
         files = [os.fspath(f) for f in (self.best, self.last) if f.exists()]
         ckpts = [torch.load(f, map_location="cpu", weights_only=False) for f in files]
         model = deepcopy(ckpts[0]["model"]).float().to(self.device)
+        if self.args.stage == 3:  # the base classes' anchors have been stored when these were trained
+            return
         labels = [loader.dataset.labels for loader in (self.train_loader, self.test_loader)]
         model.memory = remember(model, labels[0], self.args.imgsz, self.args.seed)
         pull = choose_pull(model, *labels, self.args.imgsz, self.args.seed)

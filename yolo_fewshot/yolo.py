@@ -84,7 +84,7 @@ class FewShotYOLO(YOLO):
         finally:
             model.train(training).to(home)
         self._changed()
-        LOGGER.info(table_of(result.classes))
+        LOGGER.info(enrolment.table_of(result.classes))
         for name, files in result.doubtful.items():
             LOGGER.warning(f"{name}: check {', '.join(files)}, which looks more like another class of the support set.")
         return {name: record["shots"] for name, record in result.classes.items()}
@@ -150,7 +150,7 @@ class FewShotYOLO(YOLO):
         new, kwargs = kwargs.get("support"), self._enroll_from(kwargs)
         enrolled = getattr(self.model, "enrolled", None)
         if enrolled and not (self.predictor or new) and kwargs.get("verbose", True):
-            LOGGER.info(table_of(enrolled))
+            LOGGER.info(enrolment.table_of(enrolled))
         return super().predict(source, stream, predictor, **kwargs)
 
     def val(self, validator: Any = None, **kwargs: Any) -> Any:
@@ -210,17 +210,3 @@ class FewShotYOLO(YOLO):
         if not isinstance(self.model, FewShotDetectionModel):
             raise TypeError(no_head(self, f"{what}()"))
         return self.model
-
-
-def table_of(classes: dict[str, dict[str, Any]]) -> str:
-    """Return enrolled classes as a table, in the format of Ultralytics' validation table.
-
-    Args:
-        classes (dict[str, dict]): As in `Shots.classes`.
-
-    Returns:
-        (str): One row a class: shots, method, and the suggested confidence threshold.
-    """
-    rows = [("Enrolled class", "Shots", "Method", "Conf")]
-    rows += [(n, x["shots"], x["method"], "-" if x["conf"] is None else f"{x['conf']:g}") for n, x in classes.items()]
-    return "\n".join(f"{name:>22}{shots:>11}{method:>11}{conf:>11}" for name, shots, method, conf in rows)

@@ -1,0 +1,137 @@
+"""Objects that a picture shows but that are not labelled there: training neither learns nor punishes them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.utils import img2label_paths
+
+IGNORED = -1.0  # class of such an object between loading and loss
+
+
+class MaskedDataset(YOLODataset):
+    """A `YOLODataset` that also loads boxes to ignore, so that they are augmented with their picture.
+
+    They come from files of lines `x y w h`, normalized, in a folder beside `labels`, as `yolo-fewshot split` writes.
+
+    Attributes:
+        ignored (dict[str, np.ndarray]): Boxes to ignore by picture file, (n, 4) float32; only pictures that have some.
+
+    Examples:
+        >>> dataset = MaskedDataset.of(dataset, "ignore")
+    """
+
+    @classmethod
+    def of(cls, dataset: YOLODataset, folder: str) -> MaskedDataset:
+        """Take over a data set.
+
+        Args:
+            dataset (YOLODataset): Data set, which must not be used afterwards.
+            folder (str): Name of the folder of boxes to ignore.
+
+        Returns:
+            (MaskedDataset): The same with boxes to ignore.
+        """
+        masked = cls.__new__(cls)
+        masked.__dict__ = dataset.__dict__
+        files = [x["im_file"] for x in dataset.labels]
+        masked.ignored = {f: b for f, b in zip(files, map(_read_boxes, _beside(files, folder))) if len(b)}
+        return masked
+
+    def update_labels_info(self, label: dict[str, Any]) -> dict[str, Any]:
+        """Add the boxes to ignore, with the class `IGNORED`, then proceed as Ultralytics does.
+
+        Args:
+            label (dict): Labels of a picture.
+
+        Returns:
+            (dict): Labels with instances.
+        """
+        boxes = self.ignored.get(label["im_file"])
+        if boxes is not None:
+            label["cls"] = np.concatenate([label["cls"], np.full((len(boxes), 1), IGNORED, np.float32)])
+            label["bboxes"], label["segments"] = np.concatenate([label["bboxes"], boxes]), []
+        return super().update_labels_info(label)
+
+
+def masked(dataset: YOLODataset, data: dict[str, Any], mode: str) -> YOLODataset:
+    """Return a data set to train on with its boxes to ignore, if its data.yaml names a folder of them.
+
+    Args:
+        dataset (YOLODataset): Data set.
+        data (dict): What its data.yaml says, such as `fewshot: {ignore: ignore}`.
+        mode (str): 'train', or 'val', where nothing is ignored.
+
+    Returns:
+        (YOLODataset): The data set.
+    """
+    section = data.get("fewshot")
+    folder = section.get("ignore") if isinstance(section, dict) else None
+    return MaskedDataset.of(dataset, str(folder)) if folder and mode == "train" else dataset
+
+
+def has_ignored(dataset: Any) -> bool:
+    """Return whether a data set, or one that it is made of, has boxes to ignore.
+
+    Args:
+        dataset (Any): A data set, `EpisodicDataset` or `ShotsAndBase`.
+
+    Returns:
+        (bool): True if so.
+    """
+    parts = getattr(dataset, "parts", None) or [getattr(dataset, "dataset", None)]
+    return bool(getattr(dataset, "ignored", None)) or any(has_ignored(x) for x in parts if x is not None)
+
+
+def _beside(files: list[str], folder: str) -> list[str]:
+    """Return the files of boxes to ignore of some pictures."""
+    labels = f"{os.sep}labels{os.sep}"
+    return [f"{os.sep}{folder}{os.sep}".join(x.rsplit(labels, 1)) for x in img2label_paths(files)]
+
+
+def _read_boxes(file: str) -> np.ndarray:
+    """Return the boxes of a file, (n, 4) float32, none if there is no such file."""
+    if not os.path.isfile(file):
+        return np.zeros((0, 4), np.float32)
+    with open(file, encoding="utf-8") as f:
+        rows = [x.split() for x in f if x.strip()]
+    if any(len(x) != 4 for x in rows):
+        raise ValueError(f"{file} must have lines of four numbers, x y w h of a box to ignore.")
+    return np.array(rows, dtype=np.float32).reshape(-1, 4)
+
+
+def without_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Divide the objects of a batch.
+
+    Args:
+        batch (dict): Collated batch.
+
+    Returns:
+        batch (dict): The batch with the labelled objects only.
+        ignored (torch.Tensor): Picture index, x, y, w, h, normalized, of the others, (n, 5).
+    """
+    drop = batch["cls"].view(-1) == IGNORED
+    ignored = torch.cat([batch["batch_idx"].view(-1, 1), batch["bboxes"]], 1)[drop]
+    return {**batch, **{k: batch[k][~drop] for k in ("cls", "bboxes", "batch_idx")}}, ignored
+
+
+def outside(ignored: torch.Tensor, anchors: torch.Tensor, size: torch.Tensor, n: int) -> torch.Tensor:
+    """Return which anchors have their centre outside all boxes to ignore.
+
+    Args:
+        ignored (torch.Tensor): Picture index, x, y, w, h, normalized, (n, 5).
+        anchors (torch.Tensor): Centres in pixels, (A, 2).
+        size (torch.Tensor): Width and height of the pictures in pixels, (2,).
+        n (int): Number of pictures B.
+
+    Returns:
+        (torch.Tensor): (B, A) bool.
+    """
+    centre, half = ignored[:, 1:3] * size, ignored[:, 3:5] * size / 2
+    inside = ((anchors[None] - centre[:, None]).abs() < half[:, None]).all(2)
+    count = inside.new_zeros(n, len(anchors), dtype=torch.int).index_add(0, ignored[:, 0].long(), inside.int())
+    return count == 0

@@ -205,13 +205,15 @@ def test_values_at_the_ends_of_a_range_pass():
     [
         ({}, 1), ({"stage": 1}, 1), ({"stage": 2}, 2), ({"n_way": 4}, 2), ({"wide": False}, 2), ({"supcon": 0.0}, 2),
         ({"nonfinite": "raise", "doctor": 5, "nonfinite_limit": 3}, 1), ({"doctor": 5, "n_way": 4}, 2),
+        ({"steps": 50}, 3), ({"base_replay": "base.yaml", "n_way": 4}, 3), ({"stage": 3}, 3),
     ],
 )  # fmt: skip
 def test_stage_follows_from_the_keys(given: dict, stage: int):
     values = args.resolve({**DEFAULT_CFG_DICT, **given})
     assert list(values) == list(args.KEYS)
-    everywhere = ("nonfinite", "nonfinite_limit", "doctor")
-    defaults = {k: key.default if stage == 2 or k in everywhere else None for k, key in args.KEYS.items()}
+    everywhere, adapting = {"nonfinite", "nonfinite_limit", "doctor"}, {"base_replay", "blend", "steps"}
+    used = everywhere | {1: set(), 2: set(args.KEYS) - adapting, 3: adapting}[stage]
+    defaults = {k: key.default if k in used else None for k, key in args.KEYS.items()}
     assert values == {**defaults, **given, "stage": stage}
 
 

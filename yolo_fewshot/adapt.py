@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 from torch.utils.data import Dataset, Sampler
 from ultralytics.data.dataset import YOLODataset
 
@@ -23,6 +25,23 @@ def steps_for(shots: float) -> int:
         (int): Steps.
     """
     return 120
+
+
+@torch.no_grad()
+def blend(model: nn.Module, start: dict[str, torch.Tensor], part: float) -> None:
+    """Move the weights and statistics of a model towards those that its training started from.
+
+    Between the two lies a model that has learned from a few pictures and forgotten less: Wortsman et al. 2022, "Robust
+    fine-tuning of zero-shot models", arXiv:2109.01903.
+
+    Args:
+        model (nn.Module): Trained model, changed in place.
+        start (dict[str, torch.Tensor]): State of the model before training.
+        part (float): Part of the trained weights, 0 to 1.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(start[name].to(value), 1 - part)
 
 
 def merged_names(known: dict[int, str], names: dict[int, str], labels: list[dict[str, Any]]) -> dict[int, str]:
@@ -180,6 +199,14 @@ class AdaptSampler(Sampler):
         """
         if not self._running:
             self.epoch = epoch
+
+    def restart(self, epoch: int) -> None:
+        """Draw this epoch next, after the loader has dropped what it had asked for ahead.
+
+        Args:
+            epoch (int): Epoch, counted from 0.
+        """
+        self.epoch = epoch
 
 
 def _cycle(rng: np.random.Generator, n: int, count: int) -> np.ndarray:

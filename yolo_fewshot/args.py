@@ -48,6 +48,9 @@ KEYS: dict[str, Key] = {
     "dfl_clamp_mode": Key(str, "hard", "gradient above a clamp: zero, or scaled down", choices=("hard", "rescale")),
     "grad_clip": Key(float, 5.0, "greatest gradient norm of the loss itself, not multiplied by batch size", above=True),
     "base_replay": Key(str, None, "data.yaml whose train pictures are mixed into the shots of stage 3, half and half"),
+    "blend": Key(
+        float, 0.5, "part of the trained weights in those that stage 3 ends with; the rest is the start", high=1
+    ),
     "steps": Key(int, None, "optimizer steps of stage 3, by the number of shots if not given", 1),
     "nonfinite": Key(
         str, "skip", "a step whose loss or gradient is NaN or Inf: skip it, or raise", choices=("skip", "raise")
@@ -58,7 +61,7 @@ KEYS: dict[str, Key] = {
 
 # Those that all stages use, and those of stage 3. The others ask for stage 2.
 EVERY_STAGE = ("nonfinite", "nonfinite_limit", "doctor")
-ADAPTING = ("base_replay", "steps")
+ADAPTING = ("base_replay", "blend", "steps")
 
 # Keys of predict, track, val and export.
 ENROLL_KEYS: dict[str, Key] = {
@@ -131,8 +134,8 @@ def refuse_support(args: dict[str, Any]) -> None:
 def resolve(args: dict[str, Any]) -> dict[str, Any]:
     """Return the values of our keys that a training run uses.
 
-    The stage is the given one, else 3 if a key of stage 3 is set, else 2 if one of stage 2 is, else 1. Stage 2 takes
-    the table's default for every key not given, the others only for those of `EVERY_STAGE`.
+    The stage is the given one, else 3 if a key of stage 3 is set, else 2 if one of stage 2 is, else 1. Keys of the
+    stage that are not given, and those of `EVERY_STAGE`, take the table's default.
 
     Args:
         args (dict[str, Any]): A configuration that passed `check`.
@@ -143,7 +146,8 @@ def resolve(args: dict[str, Any]) -> dict[str, Any]:
     given = {k: args.get(k) for k in KEYS}
     asked = set(used(args)) - set(EVERY_STAGE)
     stage = given["stage"] or (3 if asked & set(ADAPTING) else 2 if asked else 1)
-    defaults = {k: KEYS[k].default for k in (KEYS if stage == 2 else EVERY_STAGE)}
+    own = {1: (), 2: [k for k in KEYS if k not in ADAPTING], 3: ADAPTING}[stage]
+    defaults = {k: KEYS[k].default for k in (*own, *EVERY_STAGE)}
     return {**given, **{k: v for k, v in defaults.items() if given[k] is None}, "stage": stage}
 
 

@@ -139,7 +139,7 @@ def describe_batch(batch: dict[str, Any], names: dict[int, str]) -> str:
         (str): The text.
     """
     drawn = batch["way"] if "way" in batch else batch["cls"].flatten()
-    classes = [names.get(c, str(c)) for c in sorted({int(c) for c in drawn.tolist()})]
+    classes = [names.get(c, str(c)) for c in sorted({int(c) for c in drawn.tolist() if c >= 0})]
     kind = "Episode" if "way" in batch else "Batch"
     return f"{kind} of {', '.join(classes) or 'no class'}: {', '.join(batch['im_file'])}."
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from ultralytics.data.dataset import YOLODataset
-from ultralytics.data.utils import img2label_paths
 
 IGNORED = -1.0  # class of such an object between loading and loss
 
@@ -27,20 +26,22 @@ class MaskedDataset(YOLODataset):
 
     @classmethod
     def of(cls, dataset: YOLODataset, folder: str) -> MaskedDataset:
-        """Take over a data set.
+        """Turn a data set into one with boxes to ignore, in place, since its mosaic refers to it.
 
         Args:
-            dataset (YOLODataset): Data set, which must not be used afterwards.
+            dataset (YOLODataset): Data set.
             folder (str): Name of the folder of boxes to ignore.
 
         Returns:
-            (MaskedDataset): The same with boxes to ignore.
+            (MaskedDataset): The data set.
+
+        Raises:
+            ValueError: If a file of boxes to ignore is malformed.
         """
-        masked = cls.__new__(cls)
-        masked.__dict__ = dataset.__dict__
+        dataset.__class__ = cls
         files = [x["im_file"] for x in dataset.labels]
-        masked.ignored = {f: b for f, b in zip(files, map(_read_boxes, _beside(files, folder))) if len(b)}
-        return masked
+        dataset.ignored = {f: b for f, b in zip(files, map(_read_boxes, _beside(files, folder))) if len(b)}
+        return dataset
 
     def update_labels_info(self, label: dict[str, Any]) -> dict[str, Any]:
         """Add the boxes to ignore, with the class `IGNORED`, then proceed as Ultralytics does.
@@ -54,7 +55,8 @@ class MaskedDataset(YOLODataset):
         boxes = self.ignored.get(label["im_file"])
         if boxes is not None:
             label["cls"] = np.concatenate([label["cls"], np.full((len(boxes), 1), IGNORED, np.float32)])
-            label["bboxes"], label["segments"] = np.concatenate([label["bboxes"], boxes]), []
+            label["bboxes"] = np.concatenate([label["bboxes"], boxes])
+        label["segments"] = []  # boxes to ignore have none, and mixed pictures need all or none
         return super().update_labels_info(label)
 
 
@@ -87,10 +89,23 @@ def has_ignored(dataset: Any) -> bool:
     return bool(getattr(dataset, "ignored", None)) or any(has_ignored(x) for x in parts if x is not None)
 
 
+def fully_labelled(dataset: YOLODataset) -> list[dict[str, Any]]:
+    """Return the labels of the pictures without boxes to ignore, or of all pictures if each has some.
+
+    Args:
+        dataset (YOLODataset): Data set.
+
+    Returns:
+        (list[dict]): Labels.
+    """
+    ignored = getattr(dataset, "ignored", {})
+    return [x for x in dataset.labels if x["im_file"] not in ignored] or dataset.labels
+
+
 def _beside(files: list[str], folder: str) -> list[str]:
-    """Return the files of boxes to ignore of some pictures."""
-    labels = f"{os.sep}labels{os.sep}"
-    return [f"{os.sep}{folder}{os.sep}".join(x.rsplit(labels, 1)) for x in img2label_paths(files)]
+    """Return the files of boxes to ignore of some pictures, which lie as label files do; "" outside of 'images'."""
+    images, beside = f"{os.sep}images{os.sep}", f"{os.sep}{folder}{os.sep}"
+    return [os.path.splitext(beside.join(x.rsplit(images, 1)))[0] + ".txt" if images in x else "" for x in files]
 
 
 def _read_boxes(file: str) -> np.ndarray:
@@ -99,9 +114,10 @@ def _read_boxes(file: str) -> np.ndarray:
         return np.zeros((0, 4), np.float32)
     with open(file, encoding="utf-8") as f:
         rows = [x.split() for x in f if x.strip()]
-    if any(len(x) != 4 for x in rows):
-        raise ValueError(f"{file} must have lines of four numbers, x y w h of a box to ignore.")
-    return np.array(rows, dtype=np.float32).reshape(-1, 4)
+    try:
+        return np.array(rows, dtype=np.float32).reshape(len(rows), 4)
+    except ValueError as e:
+        raise ValueError(f"{file} must have lines of four numbers, x y w h of a box to ignore.") from e
 
 
 def without_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:

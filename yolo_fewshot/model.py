@@ -125,12 +125,13 @@ class FewShotDetectionModel(DetectionModel):
 
     def _copy_prototypes(self, source: Any, src_head: FewShotDetect, verbose: bool) -> list[int]:
         """Copy the rows of the prototypes whose class the source has too, and return them."""
-        names, src_names = ({i: str(n).strip().lower() for i, n in m.names.items()} for m in (self, source))
+        names, src_names = ({i: str(n).strip() for i, n in m.names.items()} for m in (self, source))
         if any(all(str(i) == n for i, n in x.items()) for x in (names, src_names)):
             index = {i: i for i in names} if len(names) == len(src_names) else {}
         else:
-            lookup = {n: i for i, n in src_names.items()}
-            index = {i: lookup[n] for i, n in names.items() if n in lookup}
+            exact, lower = {n: i for i, n in src_names.items()}, {n.lower(): i for i, n in src_names.items()}
+            found = {i: exact.get(n, lower.get(n.lower())) for i, n in names.items()}
+            index = {i: j for i, j in found.items() if j is not None}
         if not index:
             return []
         dst, src = list(index), list(index.values())

@@ -64,6 +64,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "BaseTrainer.run_callbacks",
         "BaseTrainer.plot_metrics",
         "BaseTrainer.read_results_csv",
+        "BaseTrainer._close_dataloader_mosaic",
         "BaseTrainer.on_plot",
     ),
     "ultralytics.data.utils": ("verify_image_label", "img2label_paths", "find_dataset_yaml", "check_det_dataset"),

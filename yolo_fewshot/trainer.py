@@ -27,7 +27,7 @@ from ultralytics.utils.torch_utils import autocast, init_seeds, unwrap_model
 
 from yolo_fewshot import args as table
 from yolo_fewshot import plugin
-from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, merged_names, only_new, relabel, steps_for
+from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, blend, merged_names, only_new, relabel, steps_for
 from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.diagnosis import diagnose
@@ -37,7 +37,7 @@ from yolo_fewshot.features import support_views
 from yolo_fewshot.files import AtomicPath, save_checkpoint, staged
 from yolo_fewshot.guard import Guard, nonfinite
 from yolo_fewshot.loss_doctor import LossDoctor, report
-from yolo_fewshot.masked import has_ignored, masked
+from yolo_fewshot.masked import fully_labelled, has_ignored, masked
 from yolo_fewshot.memory import remember
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plots import plot_losses
@@ -110,7 +110,14 @@ class FewShotTrainer(DetectionTrainer):
             if idle:
                 what = f"Stage {values['stage']} has no episodes"
                 LOGGER.warning(f"{what}, so {', '.join(f'{k}=' for k in idle)} has no effect there.")
-            return values if values["stage"] == 1 else {**values, "rect": False, "nbs": merged["batch"]}
+            if values["stage"] == 1:
+                return values
+            if merged["batch"] < 1:
+                raise ValueError(f"'batch={merged['batch']}' is an invalid value. In stage 3 'batch' must be >= 1.")
+            return {**values, "rect": False, "nbs": merged["batch"]}
+        idle = [k for k in table.used(merged) if k in table.ADAPTING]
+        if idle:
+            LOGGER.warning(f"{', '.join(f'{k}=' for k in idle)} has no effect in stage 2. Use it with cfg=stage3.yaml.")
         size = table.episode_size(values)
         if given.get("batch") not in {None, DEFAULT_CFG_DICT["batch"], size}:
             LOGGER.warning(
@@ -140,7 +147,9 @@ class FewShotTrainer(DetectionTrainer):
         Raises:
             ValueError: If a weight is not finite.
         """
-        if weights and self.args.stage == 3 and not self.resume:
+        if self.args.stage == 3 and not weights:
+            raise ValueError("'pretrained=False' leaves stage 3 nothing to adapt. Leave it out.")
+        if self.args.stage == 3 and not self.resume:
             weights = self._enrolled(weights)
         model = FewShotDetectionModel(cfg, ch=self.data["channels"], nc=self.data["nc"], verbose=verbose and RANK == -1)
         model = self.set_model_names_for_load(model)
@@ -155,7 +164,17 @@ class FewShotTrainer(DetectionTrainer):
                 model.model[-1].freeze_prototypes(model.transferred)
             if self.args.stage == 3:
                 model.enrolled, model.pull, model.memory = weights.enrolled, weights.pull, weights.memory
+                self._keep_start(model)
         return model
+
+    def _keep_start(self, model: FewShotDetectionModel) -> None:
+        """Keep the state that stage 3 starts from, as `enrolled.pt`, so that a resumed run knows it, too."""
+        file = self.wdir / "enrolled.pt"
+        if self.resume:
+            model = load_checkpoint(file)[0]
+        elif RANK in {-1, 0}:
+            save_checkpoint({"model": model, "train_args": vars(self.args)}, file)
+        self._start = {k: v.clone() for k, v in model.state_dict().items()}
 
     def _enrolled(self, weights: nn.Module) -> nn.Module:
         """Return a copy of a model in which the new classes of the shots are enrolled."""
@@ -266,6 +285,12 @@ class FewShotTrainer(DetectionTrainer):
             generator=torch.Generator().manual_seed(a.seed),  # starting it must not disturb the run's random state
         )
 
+    def _close_dataloader_mosaic(self) -> None:
+        """Stop mixing pictures as Ultralytics does, which then asks the loader for this epoch anew."""
+        super()._close_dataloader_mosaic()
+        if self.args.stage == 3:
+            self.train_loader.sampler.restart(self.epoch)
+
     def _steps(self) -> int:
         """Return the optimizer steps of stage 3."""
         if self.args.steps:
@@ -297,13 +322,13 @@ class FewShotTrainer(DetectionTrainer):
         super().run_callbacks(event)
 
     def _start_epoch(self) -> None:
-        """Set the counters to zero and, in stage 2, the random state to that of the epoch."""
+        """Set the counters to zero and, in stages 2 and 3, the random state to that of the epoch."""
         self.guard.reset()
         self.doctor.reset()
         for loss in branch_losses(unwrap_model(self.model)):
             if loss.clamped_dfl:
                 loss.clamped_dfl.reset_counts()
-        if self.episodic:  # an interrupted run and an uninterrupted one have the same state here
+        if self.args.stage != 1:  # an interrupted run and an uninterrupted one have the same state here
             init_seeds(self.args.seed + 1 + RANK + 1000 * self.epoch, deterministic=self.args.deterministic)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -385,6 +410,13 @@ class FewShotTrainer(DetectionTrainer):
         LOGGER.warning(f"{text} Skipping this optimizer step ({counts}).")
 
     def _end_epoch(self) -> None:
+        """Look at the batches that the last step left over, and end stage 3 between its start and its end."""
+        self._check_leftover()
+        if self.args.stage == 3 and self.epoch + 1 >= self.epochs:
+            LOGGER.info(f"{colorstr('adapt:')} {self.args.blend:.0%} of the trained weights, the rest of enrolled.pt")
+            blend(self.ema.ema, self._start, self.args.blend)
+
+    def _check_leftover(self) -> None:
         """Look at the batches that the last step left over, which are part of the next epoch's first step."""
         if self._batch is None:
             return
@@ -471,12 +503,16 @@ class FewShotTrainer(DetectionTrainer):
         files = [os.fspath(f) for f in (self.best, self.last) if f.exists()]
         ckpts = [torch.load(f, map_location="cpu", weights_only=False) for f in files]
         model = deepcopy(ckpts[0]["model"]).float().to(self.device)
-        if self.args.stage == 3:  # the base classes' anchors have been stored when these were trained
-            return
-        labels = [loader.dataset.labels for loader in (self.train_loader, self.test_loader)]
-        model.memory = remember(model, labels[0], self.args.imgsz, self.args.seed)
-        pull = choose_pull(model, *labels, self.args.imgsz, self.args.seed)
-        LOGGER.info(f"Enrolment from one shot, on base classes: '{'mean' if pull == math.inf else 'fit'}' is better")
+        trained_on, about = self.train_loader.dataset, (self.args.imgsz, self.args.seed)
+        if self.args.stage == 3:  # what the base data told before holds, except for their embeddings
+            for base in trained_on.parts[1:]:
+                model.memory = remember(model, fully_labelled(base), *about)
+        else:
+            labels = fully_labelled(trained_on.dataset if self.episodic else trained_on)
+            model.memory = remember(model, labels, *about)
+            model.pull = choose_pull(model, labels, self.test_loader.dataset.labels, *about)
+            better = "mean" if model.pull == math.inf else "fit"
+            LOGGER.info(f"Enrolment from one shot, on base classes: '{better}' is better")
         for ckpt, file in zip(ckpts, files):
-            ckpt["model"].pull, ckpt["model"].memory = pull, model.memory
+            ckpt["model"].pull, ckpt["model"].memory = model.pull, model.memory
             save_checkpoint(ckpt, file)

@@ -1,0 +1,522 @@
+import logging
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.data.build import InfiniteDataLoader
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.utils import YAML
+
+from yolo_fewshot import FewShotTrainer, FewShotYOLO
+from yolo_fewshot import trainer as module
+from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, merged_names, only_new, relabel, steps_for
+from yolo_fewshot.args import ADAPTING, EVERY_STAGE, KEYS, check, resolve
+from yolo_fewshot.criterion import branch_losses
+from yolo_fewshot.demo import BASE, NOVEL
+from yolo_fewshot.episodes import EpisodeSampler
+from yolo_fewshot.masked import IGNORED
+from yolo_fewshot.plugin import cfg_dir
+from yolo_fewshot.support import Support
+
+ROWS = ("weight", "gain", "offset")  # what a bank holds of every class
+NEW = tuple(reversed(NOVEL))  # the order in which the shots of these tests number the novel classes
+QUICK = {
+    "imgsz": 96, "workers": 0, "plots": False, "verbose": False, "batch": 4, "steps": 4, "epochs": 2, "mosaic": 0.0,
+    "scale": 0.0, "translate": 0.0, "warmup_epochs": 0, "exist_ok": True,
+}  # fmt: skip
+
+
+# Names and labels
+
+
+def labels_of(*classes):
+    return [
+        {"im_file": f"{i}.png", "cls": np.array(c, np.float32).reshape(-1, 1), "bboxes": np.full((len(c), 4), i / 10)}
+        for i, c in enumerate(classes)
+    ]
+
+
+def test_new_classes_are_appended_in_the_order_of_their_label_index():
+    known = {0: "a", 1: "b"}
+    names = {0: "d", 1: "b", 2: "e", 3: "c", 4: "unseen"}
+    assert merged_names(known, names, labels_of([3, 1], [], [0, 0, 2])) == {0: "a", 1: "b", 2: "d", 3: "e", 4: "c"}
+    assert known == {0: "a", 1: "b"}
+    assert merged_names(known, names, labels_of([1], [])) == known
+    assert merged_names(known, names, []) == known
+    assert merged_names({0: "1"}, {0: 2, 1: 1}, labels_of([0, 1])) == {0: "1", 1: "2"}  # names that YAML made numbers
+
+
+def test_only_boxes_of_new_classes_are_enrolled():
+    labels = labels_of([0, 1, 2], [1], [2, 2])
+    support = Support({0: "new", 1: "old", 2: "newer"}, labels, True, Path("shots"), 1)
+    kept = only_new(support, {0: "other", 1: "old"})
+    assert [x["cls"].flatten().tolist() for x in kept.labels] == [[0, 2], [], [2, 2]]
+    assert [x["bboxes"].shape for x in kept.labels] == [(2, 4), (0, 4), (2, 4)]
+    assert [x["im_file"] for x in kept.labels] == ["0.png", "1.png", "2.png"]
+    assert kept._replace(labels=labels) == support and [len(x["cls"]) for x in labels] == [3, 1, 2]
+    assert all(not len(x["cls"]) for x in only_new(support, dict(enumerate(("newer", "old", "new")))).labels)
+
+
+def test_labels_get_the_class_indices_of_a_model_by_name():
+    dataset = SimpleNamespace(labels=labels_of([0, 2, 0], [], [1]))
+    relabel(dataset, {0: "c", 1: "a", 2: "b", 3: "unseen"}, {0: "a", 1: "b", 2: "x", 3: "c"})
+    assert [x["cls"].tolist() for x in dataset.labels] == [[[3], [1], [3]], [], [[0]]]
+    assert all(x["cls"].dtype == np.float32 and x["cls"].shape[1:] == (1,) for x in dataset.labels)
+    with pytest.raises(ValueError, match=r"^1\.png shows c, d, of which the model knows nothing"):
+        relabel(
+            SimpleNamespace(labels=labels_of([0], [2, 3, 2], [0])),
+            {0: "a", 1: "b", 2: "d", 3: "c"},
+            {0: "a", 1: "b"},
+        )
+
+
+# The data set
+
+
+class Part:
+    """What `ShotsAndBase` uses of a `YOLODataset`."""
+
+    mosaic = True
+
+    def __init__(self, name, n):
+        self.name, self.labels, self.closed = name, [{"im_file": f"{name}{i}"} for i in range(n)], []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        assert 0 <= i < len(self)
+        return f"{self.name}{i}"
+
+    def close_mosaic(self, hyp):
+        self.closed.append(hyp)
+
+    collate_fn = staticmethod(YOLODataset.collate_fn)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (3, 2), (1, 5)])
+def test_base_pictures_come_after_the_shots(sizes):
+    parts = [Part(name, n) for name, n in zip("ab", sizes)]
+    dataset = ShotsAndBase(parts)
+    expected = [f"{name}{i}" for name, n in zip("ab", sizes) for i in range(n)]
+    assert [dataset[i] for i in range(len(dataset))] == expected
+    assert [x["im_file"] for x in dataset.labels] == expected and len(dataset) == sum(sizes)
+    assert dataset.collate_fn is parts[0].collate_fn
+    with pytest.raises(IndexError):
+        dataset[sum(sizes)]
+
+
+def test_both_parts_stop_mixing_pictures_together():
+    parts = [Part("a", 3), Part("b", 2)]
+    dataset, hyp = ShotsAndBase(parts), object()
+    assert dataset.mosaic is True
+    parts[0].mosaic = False
+    assert dataset.mosaic is True  # the other still does
+    dataset.mosaic = False
+    assert dataset.mosaic is parts[0].mosaic is parts[1].mosaic is False
+    dataset.close_mosaic(hyp)
+    assert parts[0].closed == parts[1].closed == [hyp]
+
+
+# The sampler
+
+
+@pytest.mark.parametrize(("batch", "base", "replayed"), [(8, 20, 4), (5, 20, 2), (8, 2, 4), (1, 20, 0), (6, 0, 0)])
+def test_batches_are_half_shots_and_half_base_pictures(batch, base, replayed):
+    sampler = AdaptSampler(7, base, batch, 9)
+    drawn = np.array(list(sampler)).reshape(9, batch)
+    assert len(sampler) == drawn.size
+    assert (drawn[:, : batch - replayed] < 7).all() and (drawn[:, batch - replayed :] >= 7).all()
+    assert drawn.min() >= 0 and drawn.max() < 7 + base
+    for n, stream in ((7, drawn[:, : batch - replayed].ravel()), (base, drawn[:, batch - replayed :].ravel() - 7)):
+        for start in range(0, len(stream), max(n, 1)):  # every picture comes before any comes again
+            part = stream[start : start + n].tolist()
+            assert len(set(part)) == len(part)
+            if len(part) == n:
+                assert set(part) == set(range(n))
+
+
+def test_epochs_depend_on_seed_epoch_and_rank_alone():
+    def epochs(n=3, **values):
+        sampler = AdaptSampler(7, 20, 6, 4, **values)
+        return [list(sampler) for _ in range(n)]
+
+    first = epochs()
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert epochs() == first
+    assert all(isinstance(i, int) for i in first[0])
+    different = [*first, *epochs(seed=1), *epochs(rank=1)]
+    assert len({tuple(x) for x in different}) == 9
+    assert epochs(seed=1, rank=2) == epochs(seed=1, rank=2)
+
+
+def test_epochs_are_set_as_those_of_episodes_are():
+    labels = labels_of(*[[i % 3] for i in range(12)])
+    for make in (
+        lambda: AdaptSampler(7, 20, 6, 4),
+        lambda: EpisodeSampler(labels, {0: "a", 1: "b", 2: "c"}, n_way=2, k_shot=1, n_query=1, episodes=3),
+    ):
+        whole, late = make(), make()
+        expected = [list(whole) for _ in range(4)]
+        late.set_epoch(1)
+        late.set_epoch(2)
+        assert list(late) == expected[2]
+        late.set_epoch(0)  # it counts for itself once it runs
+        assert list(late) == expected[3]
+
+
+def test_closing_the_mosaic_skips_no_epoch_where_processes_load():
+    sampler, other = AdaptSampler(7, 20, 6, 4), AdaptSampler(7, 20, 6, 4)
+    expected = [list(other) for _ in range(3)]
+    loader = InfiniteDataLoader(list(range(27)), batch_size=6, sampler=sampler, num_workers=2, prefetch_factor=4)
+    try:
+        seen = [torch.cat(list(loader)).tolist()]
+        sampler.restart(1)
+        loader.reset()  # as Ultralytics does when it closes the mosaic
+        seen += [torch.cat(list(loader)).tolist()]
+    finally:
+        loader.close()
+    assert seen == expected[:2]
+
+
+# Settings
+
+
+def test_keys_of_stage_three_choose_it():
+    for k, v in (("base_replay", "base.yaml"), ("steps", 7)):
+        assert k in ADAPTING
+        values = resolve({k: v})
+        assert values["stage"] == 3 and values[k] == v
+        assert all(values[x] is not None for x in EVERY_STAGE)
+        assert not [x for x in KEYS if values[x] is not None and x not in {"stage", *ADAPTING, *EVERY_STAGE}]
+        assert resolve({k: v, "n_way": 5})["stage"] == 3 and resolve({k: v, "nonfinite": "raise"})["stage"] == 3
+        assert resolve({k: v, "stage": 2})["stage"] == 2
+    assert resolve({"n_way": 5})["stage"] == 2 and resolve({"doctor": 5})["stage"] == 1
+    assert resolve({"stage": 3})["steps"] is None
+    assert not any(resolve({"stage": 2})[k] for k in ADAPTING)
+    with pytest.raises(ValueError, match="'steps' must be finite and >= 1"):
+        check({"steps": 0})
+
+
+def test_the_recipe_of_stage_three_is_valid_and_does_not_look_at_val():
+    recipe = YAML.load(cfg_dir() / "stage3.yaml")
+    assert recipe["stage"] == 3 and recipe["val"] is False and recipe["data"] == "fewshot-demo-novel.yaml"
+    check(recipe)
+    assert not [k for k in KEYS if recipe.get(k) is not None and k not in {"stage", *ADAPTING, *EVERY_STAGE}]
+    assert all(steps_for(k) >= 1 and isinstance(steps_for(k), int) for k in (1, 2.5, 5, 10, 1000))
+
+
+# Runs
+
+
+def copy_part(files, root, split, number):
+    """Copy pictures with their labels, whose classes get other numbers; `number` drops some."""
+    for file in files:
+        label = Path(str(file).replace("/images/", "/labels/")).with_suffix(".txt")
+        rows = [x.split(" ", 1) for x in label.read_text().splitlines()]
+        rows = [f"{number((BASE + NOVEL)[int(c)])} {box}\n" for c, box in rows]
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, root / "images" / split)
+        (root / "labels" / split / label.name).write_text("".join(rows))
+
+
+@pytest.fixture(scope="module")
+def site(demo, tmp_path_factory):
+    """Shots and base pictures that both number their classes otherwise than the model does."""
+    root = tmp_path_factory.mktemp("site")
+    shots = [demo / x for x in (demo / "novel_5shot.txt").read_text().split()]
+    copy_part(shots, root / "shots", "train", NEW.index)
+    copy_part(sorted((demo / "images/novel_query").iterdir())[:4], root / "shots", "val", NEW.index)
+    base = tuple(reversed(BASE))
+    copy_part(sorted((demo / "images/train").iterdir())[:10], root / "base", "train", base.index)
+    (root / "base/ignore/train").mkdir(parents=True)
+    (root / "base/ignore/train/0000.txt").write_text("0.5 0.5 0.25 0.25\n")
+    for name, classes, val in (("shots", NEW, "images/val"), ("base", base, "images/train")):
+        data = {"path": str(root / name), "train": "images/train", "val": val, "names": list(classes)}
+        YAML.save(root / f"{name}.yaml", {**data, "fewshot": {"novel": [], "ignore": "ignore"}})
+    return root
+
+
+def settings(site, start, **overrides):
+    paths = {"model": str(start.best), "data": str(site / "shots.yaml"), "base_replay": str(site / "base.yaml")}
+    return {**QUICK, **paths, "project": str(site), **overrides}
+
+
+@pytest.fixture(scope="module")
+def start(trained):
+    """The trainer of stage 2."""
+    return trained[1]
+
+
+class Seen:
+    """What a run showed: its batches, the model before the first step, and the calls of enrolment."""
+
+    def __init__(self, patch):
+        self.batches, self.enrolments, self.model = [], [], None
+        preprocess, enrol, callbacks = FewShotTrainer.preprocess_batch, module.enroll, FewShotTrainer.run_callbacks
+
+        def preprocess_batch(trainer, batch):
+            assert batch["img"].shape[0] == len(batch["im_file"])
+            classes = [sorted(batch["cls"][batch["batch_idx"] == i, 0].tolist()) for i in range(len(batch["im_file"]))]
+            self.batches.append((trainer.epoch, list(batch["im_file"]), classes))
+            return preprocess(trainer, batch)
+
+        def run_callbacks(trainer, event):
+            if event == "on_train_start" and self.model is None:
+                self.model = deepcopy(trainer.model)
+            callbacks(trainer, event)
+
+        patch.setattr(FewShotTrainer, "preprocess_batch", preprocess_batch)
+        patch.setattr(FewShotTrainer, "run_callbacks", run_callbacks)
+        patch.setattr(module, "enroll", lambda *a, **k: self.enrolments.append(a) or enrol(*a, **k))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    return Seen(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def adapted(site, start):
+    """The trainer of a whole run, and what it showed."""
+    trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="adapted"))
+    with pytest.MonkeyPatch.context() as m:
+        seen = Seen(m)
+        trainer.train()
+    return trainer, seen
+
+
+def checkpoint(file):
+    ckpt = torch.load(file, map_location="cpu", weights_only=False)
+    return ckpt.get("ema") or ckpt["model"]
+
+
+EXPECTED = dict(enumerate((*BASE, *NEW)))
+
+
+def test_classes_of_the_shots_are_appended_and_old_ids_are_kept(adapted, start):
+    assert checkpoint(start.best).names == dict(enumerate(BASE))
+    trainer, seen = adapted
+    for model in (seen.model, trainer.model, checkpoint(trainer.best), checkpoint(trainer.last)):
+        assert model.names == EXPECTED and model.nc == model.model[-1].nc == model.yaml["nc"] == 32
+        assert all(len(bank.weight) == 32 for bank in model.model[-1].banks)
+
+
+def test_a_run_begins_with_the_novel_classes_enrolled(adapted, start, site):
+    model = FewShotYOLO(start.best)
+    model.enroll(str(site / "shots.yaml"), imgsz=96)
+    expected, first = model.model.float(), adapted[1].model
+    assert expected.names == first.names and len(adapted[1].enrolments) == 1
+    for bank, other in zip(first.model[-1].banks, expected.model[-1].banks):
+        for name in ROWS:
+            torch.testing.assert_close(getattr(bank, name).data, getattr(other, name).data, rtol=1e-5, atol=1e-6)
+    rows = first.model[-1].prototypes
+    assert not torch.equal(rows.gain[24:], torch.ones(8)) or not torch.equal(rows.offset[24:], torch.zeros(8))
+    other = expected.state_dict()
+    for k, v in first.state_dict().items():
+        torch.testing.assert_close(v, other[k], rtol=1e-5, atol=1e-6, msg=k)
+    assert first.enrolled.keys() == set(NOVEL)
+    assert {k: v["shots"] for k, v in first.enrolled.items()} == {k: v["shots"] for k, v in expected.enrolled.items()}
+
+
+def test_base_pictures_are_in_every_batch_and_classes_are_those_of_the_model(adapted, site):
+    trainer, seen = adapted
+    assert len(seen.batches) == 4 and [x[0] for x in seen.batches] == [0, 0, 1, 1]
+    index = {n: i for i, n in EXPECTED.items()}
+    ignored = 0
+    for _, files, classes in seen.batches:
+        assert ["/shots/" in x for x in files] == [True, True, False, False]
+        assert ["/base/" in x for x in files] == [False, False, True, True]
+        for file, found in zip(files, classes):
+            names = NEW if "/shots/" in file else tuple(reversed(BASE))
+            label = Path(file.replace("/images/", "/labels/")).with_suffix(".txt")
+            expected = [index[names[int(x.split()[0])]] for x in label.read_text().splitlines()]
+            assert sorted(expected) == [x for x in found if x != IGNORED]
+            assert (IGNORED in found) == file.endswith("base/images/train/0000.jpg")
+            ignored += found.count(IGNORED)
+    assert all(x.masked for x in branch_losses(trainer.model)) and ignored <= 1
+    assert type(trainer.train_loader.dataset) is ShotsAndBase
+
+
+def test_labels_of_validation_pictures_are_those_of_the_model(adapted, site):
+    found = {Path(x["im_file"]).stem: x["cls"].flatten().tolist() for x in adapted[0].test_loader.dataset.labels}
+    assert len(found) == 4
+    for file in (site / "shots/labels/val").glob("*.txt"):
+        ids = [24 + int(x.split()[0]) for x in file.read_text().splitlines()]
+        assert found[file.stem] == ids
+
+
+def test_what_the_model_knows_of_its_classes_survives(adapted, start):
+    before, (trainer, seen) = checkpoint(start.best), adapted
+    assert before.pull is not None and before.memory
+    for model in (trainer.model, checkpoint(trainer.best), checkpoint(trainer.last)):
+        assert model.pull == before.pull
+        assert model.enrolled.keys() == set(NOVEL)
+        assert {k: v["conf"] for k, v in model.enrolled.items()} == {
+            k: v["conf"] for k, v in seen.model.enrolled.items()
+        }
+        assert len(model.memory) == len(before.memory) == len(model.model[-1].banks)
+        for embeds, level, cls in model.memory:
+            assert len(embeds) == len(level) == len(cls) > 0 and torch.isfinite(embeds.float()).all()
+            assert cls.min() == -1 and 0 <= cls.max() < 24  # classes of base pictures, and background
+
+
+def test_a_run_trains_and_its_results_are_recorded(adapted):
+    trainer, seen = adapted
+    rows = trainer._results()
+    assert len(rows) == 2 and [x["train/steps"] for x in rows] == [2, 2]
+    assert all(np.isfinite(x[k]) for x in rows for k in x if k.startswith("train/"))
+    first, last = seen.model.model[-1].prototypes.weight, trainer.model.model[-1].prototypes.weight
+    assert (first - last).abs().amax(1).flatten().gt(0).all()
+    recorded = YAML.load(trainer.save_dir / "args.yaml")
+    assert recorded["stage"] == 3 and recorded["nbs"] == recorded["batch"] == 4 and recorded["n_way"] is None
+
+
+def test_the_adapted_model_validates_and_predicts_through_the_stock_class(adapted, site):
+    trainer, _ = adapted
+    model = YOLO(trainer.best)
+    assert model.names == EXPECTED
+    result = model.val(data=str(site / "shots.yaml"), imgsz=96, workers=0, plots=False, project=str(site))
+    assert 0 <= result.box.map50 <= 1
+    assert sorted(result.box.ap_class_index.tolist()) == sorted(
+        {int(c) for x in trainer.test_loader.dataset.labels for c in x["cls"].flat}
+    )
+    (found,) = model.predict(str(site / "shots/images/train/0000.jpg"), imgsz=96, conf=0.001, verbose=False)
+    assert found.names == EXPECTED and len(found.boxes) and found.boxes.cls.max() < 32
+
+
+def test_an_interrupted_run_goes_on_with_the_same_batches_and_enrols_only_once(adapted, site, start, seen, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def interrupt(self, metrics):
+        if self.epoch == 1:
+            raise Stop
+        return save_metrics(self, metrics)
+
+    save_metrics = FewShotTrainer.save_metrics
+    with monkeypatch.context() as m, pytest.raises(Stop):
+        m.setattr(FewShotTrainer, "save_metrics", interrupt)
+        FewShotTrainer("stage3.yaml", settings(site, start, name="cut")).train()
+    assert seen.batches == adapted[1].batches and len(seen.enrolments) == 1
+    last = site / "cut/weights/last.pt"
+    saved, seen.model = checkpoint(last).float(), None
+    seen.batches.clear()
+    YOLO(last).train(resume=True)
+    assert seen.batches == adapted[1].batches[2:] and len(seen.enrolments) == 1
+    # It began from the trained weights, not from those of an enrolment.
+    assert seen.model.names == EXPECTED and seen.model.enrolled.keys() == set(NOVEL)
+    for bank, other in zip(seen.model.model[-1].banks, saved.model[-1].banks):
+        torch.testing.assert_close(bank.weight.data, other.weight.data, rtol=1e-3, atol=1e-4)
+    final = checkpoint(site / "cut/weights/best.pt")
+    assert final.names == EXPECTED and final.enrolled.keys() == set(NOVEL) and final.memory
+    assert final.pull == checkpoint(start.best).pull
+
+
+def built(site, start, cfg="stage3.yaml", **overrides):
+    """A trainer that has its model, but has not trained."""
+    trainer = FewShotTrainer(cfg, settings(site, start, name="built", **overrides))
+    trainer.setup_model()
+    return trainer
+
+
+def test_the_built_in_data_sets(site, start, seen):
+    """Shots that count their classes as the model does, and that were enrolled without base pictures."""
+    trainer = built(site, start, data="fewshot-demo-novel.yaml", base_replay=None, batch=5, steps=5)
+    assert trainer.model.names == dict(enumerate((*BASE, *NOVEL))) and len(seen.enrolments) == 1
+    trainer.model.args = trainer.args
+    loader = trainer.get_dataloader(trainer.data["train"], 5, -1)
+    assert len(loader) == 3 and len(loader.dataset) == 12  # 5 steps in 2 epochs
+    assert sorted(set(loader.sampler)) == list(range(12))
+    assert {int(c) for x in loader.dataset.labels for c in x["cls"].flat} == set(range(24, 32))
+
+
+def test_classes_that_are_enrolled_already_are_not_enrolled_again(site, start, enrolled, seen):
+    trainer = built(site, start, model=str(enrolled), data="fewshot-demo-novel.yaml", base_replay=None)
+    before = checkpoint(enrolled)
+    assert not seen.enrolments and trainer.model.names == before.names and trainer.model.enrolled == before.enrolled
+    for bank, other in zip(trainer.model.model[-1].banks, before.model[-1].banks):
+        assert all(torch.equal(getattr(bank, k), getattr(other, k).float()) for k in ROWS)
+
+
+def test_a_name_in_another_case_costs_the_old_class_nothing(site, start, tmp_path):
+    data = YAML.load(site / "shots.yaml")
+    data["names"][0] = BASE[0].upper()
+    YAML.save(tmp_path / "shots.yaml", data)
+    trainer, before = built(site, start, data=str(tmp_path / "shots.yaml")), checkpoint(start.best).float()
+    row = trainer.model.model[-1].prototypes.weight[0, :, 0].detach()
+    assert torch.cosine_similarity(row, before.model[-1].prototypes.weight[0, :, 0], dim=0) > 0.999
+
+
+def test_steps_are_chosen_by_the_median_shots_of_a_class(site, start, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "steps_for", lambda shots: asked.append(shots) or 7)
+    trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="steps", steps=None))
+    assert trainer._steps() == 7 and asked == [5]
+    trainer.support = trainer.support._replace(labels=labels_of([0, 0, 1], [1, 1, 1, 2], [0, 0, 0, 0]))
+    assert trainer._steps() == 7 and asked == [5, 4]
+    trainer.args.steps = 3
+    assert trainer._steps() == 3 and len(asked) == 2
+
+
+def test_a_batch_size_to_be_found_is_no_nominal_batch_size(site, start):
+    with pytest.raises(ValueError, match="'batch=-1' is an invalid value. In stage 3 'batch' must be >= 1"):
+        FewShotTrainer("stage3.yaml", settings(site, start, name="auto", batch=-1))
+
+
+# Errors
+
+
+@pytest.mark.parametrize("kind", ["stock", "yaml", "stock yaml"])
+def test_only_few_shot_checkpoints_can_be_adapted(site, start, tmp_path, kind):
+    model = {"yaml": "yolo11n-fewshot.yaml", "stock yaml": "yolo11n.yaml"}.get(kind, str(tmp_path / "stock.pt"))
+    if kind == "stock":
+        YOLO("yolo11n.yaml").save(model)
+    with pytest.raises(ValueError, match=r"cannot be adapted\. Stage 3 starts from a few-shot checkpoint"):
+        FewShotTrainer("stage3.yaml", settings(site, start, name=f"bad {kind}", model=model))
+    assert not any((site / f"bad {kind}/weights").iterdir())
+
+
+def test_a_class_without_shots_that_the_model_does_not_know_is_an_error(site, start, tmp_path):
+    data = YAML.load(site / "shots.yaml")
+    YAML.save(tmp_path / "shots.yaml", {**data, "names": [*data["names"], "unicorn"]})
+    with pytest.raises(ValueError, match=r"No box for unicorn in shots\.yaml"):
+        FewShotTrainer("stage3.yaml", settings(site, start, name="unicorn", data=str(tmp_path / "shots.yaml")))
+
+
+def test_base_pictures_of_a_class_that_nobody_knows_are_an_error_that_names_them(site, start, tmp_path):
+    shutil.copytree(site / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.cache"))
+    data = YAML.load(site / "base.yaml")
+    YAML.save(tmp_path / "base.yaml", {**data, "path": str(tmp_path / "base"), "names": [*data["names"], "unicorn"]})
+    label = tmp_path / "base/labels/train/0003.txt"
+    label.write_text(f"{label.read_text()}24 0.5 0.5 0.2 0.2\n")
+    trainer = built(site, start, base_replay=str(tmp_path / "base.yaml"))
+    data = trainer.data
+    with pytest.raises(ValueError, match=r"base.images.train.0003\.jpg shows unicorn, of which the model knows"):
+        trainer.get_dataloader(data["train"], 4, -1)
+    assert trainer.data is data
+
+
+def test_base_pictures_that_do_not_exist_are_an_error_before_training(site, start, monkeypatch):
+    monkeypatch.setattr(FewShotTrainer, "get_model", lambda *a, **k: pytest.fail("too late"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        FewShotTrainer("stage3.yaml", settings(site, start, name="nowhere", base_replay="nowhere.yaml")).train()
+
+
+def test_keys_of_episodes_have_no_effect_in_stage_three(site, start, caplog):
+    logging.getLogger("ultralytics").addHandler(caplog.handler)
+    try:
+        FewShotTrainer("stage3.yaml", settings(site, start, name="idle", n_way=3, supcon=1.0, grad_clip=2.0))
+        assert "Stage 3 has no episodes, so n_way=, supcon= has no effect there." in caplog.text
+        caplog.clear()
+        FewShotTrainer("stage3.yaml", settings(site, start, name="idle", grad_clip=2.0))
+        assert "has no effect" not in caplog.text
+    finally:
+        logging.getLogger("ultralytics").removeHandler(caplog.handler)

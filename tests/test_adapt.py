@@ -467,7 +467,7 @@ def test_steps_are_chosen_by_the_median_shots_of_a_class(site, start, monkeypatc
 
 
 def test_a_batch_size_to_be_found_is_no_nominal_batch_size(site, start):
-    with pytest.raises(ValueError, match="'batch=-1' is an invalid value. In stage 3 'batch' must be >= 1"):
+    with pytest.raises(ValueError, match=r"'batch=-1' is an invalid value\. In stage 3 'batch' must be >= 1"):
         FewShotTrainer("stage3.yaml", settings(site, start, name="auto", batch=-1))
 
 

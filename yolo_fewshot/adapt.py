@@ -16,7 +16,7 @@ from yolo_fewshot.wording import few
 
 
 def steps_for(shots: float) -> int:
-    """Return the optimizer steps of stage 3.
+    """Return the optimizer steps of stage 3: 120 for one shot, 300 for five or more.
 
     Args:
         shots (float): Shots of a class.
@@ -24,7 +24,7 @@ def steps_for(shots: float) -> int:
     Returns:
         (int): Steps.
     """
-    return 120
+    return min(300, round(75 + 45 * shots))
 
 
 @torch.no_grad()

@@ -84,7 +84,36 @@ def split(**kwargs: Any) -> None:
     split(**{k: str(v) if k in paths and v is not None else v for k, v in kwargs.items()})
 
 
+def benchmark(**kwargs: Any) -> None:
+    """Measure methods with K shots of novel classes.
+
+    Args:
+        **kwargs (Any): Arguments of `yolo_fewshot.benchmark.benchmark`.
+    """
+    from yolo_fewshot.benchmark import benchmark
+
+    paths = {"data", "model", "stock", "stage1", "out"}  # digits come as an int
+    benchmark(**{k: str(v) if k in paths and v is not None else v for k, v in kwargs.items()})
+
+
 COMMANDS = {
+    "benchmark": Command(
+        benchmark,
+        "measure stock fine-tuning, enrolment, adaptation and ablations on K shots, over several draws",
+        {"data": "folder that yolo-fewshot split wrote", "model": "few-shot checkpoint after stage 2, i.e. best.pt"},
+        {
+            "stock": "stock detector trained on base.yaml (model= folded)",
+            "stage1": "few-shot checkpoint before stage 2, for the ablations",
+            "shots": "numbers of shots (1,3,5,10)",
+            "seeds": "number of draws (3)",
+            "methods": "some of stock,mean,fit,auto,adapt,replay (these), no_episodes,minus_supcon,minus_cpe,"
+            "minus_triplet,minus_contrast,two_way",
+            "out": "folder to write, or to go on with (benchmark)",
+            "save": "keep the training runs (False)",
+            "KEY": "any other argument of yolo train, i.e. imgsz=160 fliplr=0 device=0",
+        },
+        "yolo-fewshot benchmark data=voc1 model=best.pt stock=stock.pt shots=1,5 out=voc1-results",
+    ),
     "doctor": Command(
         doctor,
         "look at the data, the first losses, the time and the memory of a training run before it starts",

@@ -80,7 +80,7 @@ def split(
     Examples:
         >>> split("VOC.yaml", "voc-split1.yaml", "voc1")
     """
-    counts, target, chosen = _shot_counts(shots), _new_folder(out), _novel_names(novel)
+    counts, target, chosen = shot_counts(shots), _new_folder(out), _novel_names(novel)
     if type(seeds) is not int or seeds < 1:
         raise ValueError(f"'seeds={seeds}' is an invalid value. It must be an int of at least 1, the number of draws.")
     if Path(data).suffix.lower() == ".json":
@@ -117,8 +117,18 @@ def split(
     return target
 
 
-def _shot_counts(shots: Any) -> list[int]:
-    """Return the numbers of shots, sorted."""
+def shot_counts(shots: Any) -> list[int]:
+    """Return numbers of shots, sorted.
+
+    Args:
+        shots (Any): Numbers, or a text with commas.
+
+    Returns:
+        (list[int]): The numbers.
+
+    Raises:
+        ValueError: If one is no int of at least 1.
+    """
     values = [str(x).strip() for x in (shots if isinstance(shots, (list, tuple)) else str(shots).split(","))]
     if not values or not all(x.isdecimal() and int(x) for x in values):
         raise ValueError(f"'shots={shots}' is an invalid value. It must be ints of at least 1, i.e. shots=1,3,5,10.")

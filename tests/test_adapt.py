@@ -14,7 +14,7 @@ from ultralytics.utils import YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
 from yolo_fewshot import trainer as module
-from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, merged_names, only_new, relabel, steps_for
+from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, merged_names, only_new, relabel
 from yolo_fewshot.args import ADAPTING, EVERY_STAGE, KEYS, check, resolve
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.demo import BASE, NOVEL
@@ -209,7 +209,7 @@ def test_the_recipe_of_stage_three_is_valid_and_does_not_look_at_val():
     assert recipe["stage"] == 3 and recipe["val"] is False and recipe["data"] == "fewshot-demo-novel.yaml"
     check(recipe)
     assert not [k for k in KEYS if recipe.get(k) is not None and k not in {"stage", *ADAPTING, *EVERY_STAGE}]
-    assert all(steps_for(k) >= 1 and isinstance(steps_for(k), int) for k in (1, 2.5, 5, 10, 1000))
+    assert {k: recipe[k] for k in ("steps", "blend")} == {k: KEYS[k].default for k in ("steps", "blend")}
 
 
 # Runs
@@ -453,17 +453,6 @@ def test_a_name_in_another_case_costs_the_old_class_nothing(site, start, tmp_pat
     trainer, before = built(site, start, data=str(tmp_path / "shots.yaml")), checkpoint(start.best).float()
     row = trainer.model.model[-1].prototypes.weight[0, :, 0].detach()
     assert torch.cosine_similarity(row, before.model[-1].prototypes.weight[0, :, 0], dim=0) > 0.999
-
-
-def test_steps_are_chosen_by_the_median_shots_of_a_class(site, start, monkeypatch):
-    asked = []
-    monkeypatch.setattr(module, "steps_for", lambda shots: asked.append(shots) or 7)
-    trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="steps", steps=None))
-    assert trainer._steps() == 7 and asked == [5]
-    trainer.support = trainer.support._replace(labels=labels_of([0, 0, 1], [1, 1, 1, 2], [0, 0, 0, 0]))
-    assert trainer._steps() == 7 and asked == [5, 4]
-    trainer.args.steps = 3
-    assert trainer._steps() == 3 and len(asked) == 2
 
 
 def test_a_batch_size_to_be_found_is_no_nominal_batch_size(site, start):

@@ -15,18 +15,6 @@ from yolo_fewshot.support import Support
 from yolo_fewshot.wording import few
 
 
-def steps_for(shots: float) -> int:
-    """Return the optimizer steps of stage 3: 120 for one shot, 300 for five or more.
-
-    Args:
-        shots (float): Shots of a class.
-
-    Returns:
-        (int): Steps.
-    """
-    return min(300, round(75 + 45 * shots))
-
-
 @torch.no_grad()
 def blend(model: nn.Module, start: dict[str, torch.Tensor], part: float) -> None:
     """Move the weights and statistics of a model towards those that its training started from.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import statistics
-from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +25,7 @@ from ultralytics.utils.torch_utils import autocast, init_seeds, unwrap_model
 
 from yolo_fewshot import args as table
 from yolo_fewshot import plugin
-from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, blend, merged_names, only_new, relabel, steps_for
+from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, blend, merged_names, only_new, relabel
 from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.diagnosis import diagnose
@@ -269,7 +267,7 @@ class FewShotTrainer(DetectionTrainer):
             )
             batch_size, batches = sampler.episode_size, a.episodes
         else:
-            dataset, batches = loader.dataset, -(-self._steps() // a.epochs)
+            dataset, batches = loader.dataset, -(-a.steps // a.epochs)
             shots, base = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
             sampler = AdaptSampler(shots, base, batch_size, batches, a.seed, max(RANK, 0))
         workers = min(os.cpu_count() // max(self.world_size, 1), a.workers, batches)
@@ -290,16 +288,6 @@ class FewShotTrainer(DetectionTrainer):
         super()._close_dataloader_mosaic()
         if self.args.stage == 3:
             self.train_loader.sampler.restart(self.epoch)
-
-    def _steps(self) -> int:
-        """Return the optimizer steps of stage 3."""
-        if self.args.steps:
-            return self.args.steps
-        counts = Counter(int(c) for x in self.support.labels for c in x["cls"].flat)
-        shots = statistics.median(counts.values())
-        steps = steps_for(shots)
-        LOGGER.info(f"{colorstr('adapt:')} {shots:g} shots a class (median), {steps} steps")
-        return steps
 
     def run_callbacks(self, event: str) -> None:
         """Run the callbacks of an event, after what guard and doctor have to do then.

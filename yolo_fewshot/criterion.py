@@ -1,4 +1,4 @@
-"""The loss of stages 1 and 2: Ultralytics' own, and in stage 2 the clamped DFL and the meta-learning terms."""
+"""The loss of all stages: Ultralytics' own, and in stage 2 the clamped DFL and the meta-learning terms."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class RecordingBboxLoss(BboxLoss):
 class FewShotLoss(v8DetectionLoss):
     """Detection loss of one branch of a few-shot model.
 
-    Stage 1 is Ultralytics' `v8DetectionLoss`. Stage 2 adds, for a batch that is an episode, the detection loss of the
-    query pictures under prototypes of the support pictures (`epi_loss`), SupCon, CPE and triplet terms, and replaces
-    the DFL by the clamped one. For other batches, as in validation, those terms are zero.
+    Stages 1 and 3 are Ultralytics' `v8DetectionLoss`. Stage 2 adds, for a batch that is an episode, the detection loss
+    of the query pictures under prototypes of the support pictures (`epi_loss`), SupCon, CPE and triplet terms, and
+    replaces the DFL by the clamped one. For other batches, as in validation, those terms are zero.
 
     Attributes:
         loss_names (tuple[str, ...]): Names of the terms.

@@ -1,4 +1,4 @@
-"""The trainer of stages 1 and 2."""
+"""The trainer of stages 1 to 3."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class AllEpochsDone(Exception):
 
 
 class FewShotTrainer(DetectionTrainer):
-    """Trains a few-shot detector: stage 1 on ordinary batches, stage 2 on episodes.
+    """Trains a few-shot detector: stage 1 on ordinary batches, stage 2 on episodes, stage 3 on shots from enrolment.
 
     Attributes:
         episodic (bool): Whether this run is stage 2.
@@ -143,7 +143,7 @@ class FewShotTrainer(DetectionTrainer):
                 anchors of the triplet term.
 
         Raises:
-            ValueError: If a weight is not finite.
+            ValueError: If a weight is not finite, or stage 3 has nothing to start from.
         """
         if self.args.stage == 3 and not weights:
             raise ValueError("'pretrained=False' leaves stage 3 nothing to adapt. Leave it out.")
@@ -236,7 +236,7 @@ class FewShotTrainer(DetectionTrainer):
         return ShotsAndBase(datasets) if mode == "train" else datasets[0]
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
-        """Return Ultralytics' loader, or in stage 2 the loader of episodes.
+        """Return Ultralytics' loader, in stage 2 the loader of episodes, in stage 3 that of shots and base pictures.
 
         Args:
             dataset_path (str): Path to the pictures.
@@ -245,7 +245,7 @@ class FewShotTrainer(DetectionTrainer):
             mode (str): 'train' or 'val'.
 
         Returns:
-            (InfiniteDataLoader): The loader; in stage 2 its length is `episodes`.
+            (InfiniteDataLoader): The loader; in stage 2 its length is `episodes`, in stage 3 `steps` / `epochs`.
 
         Raises:
             MemoryError: If Ultralytics asks for smaller batches of stage 2, as it does when memory runs out.

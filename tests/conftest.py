@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,37 @@ def ultralytics_home() -> Iterator[Path]:
     assert json.loads((HOME / "Ultralytics" / "settings.json").read_text())["runs_dir"] == str(HOME / "runs")
     yield HOME
     shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def draw_tiny() -> Callable[[Path, int], Path]:
+    """A function that draws a data set of 4 classes, pictures of 64 px, and tiny models into a folder."""
+    import cv2
+    import numpy as np
+
+    from yolo_fewshot.plugin import cfg_dir
+
+    def draw(root: Path, pictures: int) -> Path:
+        rng = np.random.default_rng(0)
+        for split in ("train", "val"):
+            (root / "images" / split).mkdir(parents=True)
+            (root / "labels" / split).mkdir(parents=True)
+            for i in range(pictures):
+                picture = rng.integers(180, 220, (64, 64, 3), dtype=np.uint8)
+                x, y, s = rng.integers((4, 4, 20), (28, 28, 32)).tolist()
+                colour = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)][i % 4]
+                cv2.rectangle(picture, (x, y), (x + s, y + s), colour, -1)
+                cv2.imwrite(str(root / f"images/{split}/{i:02}.png"), picture)
+                box = [(x + s / 2) / 64, (y + s / 2) / 64, s / 64, s / 64]
+                (root / f"labels/{split}/{i:02}.txt").write_text(" ".join(map(str, [i % 4, *box])))
+        (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [blue, green, red, black]\n")
+        for family in ("yolo11", "yolo26"):
+            text = (cfg_dir() / f"{family}-fewshot.yaml").read_text()
+            text = text.replace("n: [0.50, 0.25, 1024]", "n: [0.50, 0.125, 1024]")
+            (root / f"{family}n-tiny.yaml").write_text(text)
+        return root
+
+    return draw
 
 
 @pytest.fixture(scope="session")

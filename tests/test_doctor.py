@@ -7,8 +7,6 @@ import tempfile
 from collections import defaultdict
 from types import SimpleNamespace
 
-import cv2
-import numpy as np
 import pytest
 import torch
 import ultralytics.engine.trainer
@@ -18,36 +16,23 @@ from yolo_fewshot import FewShotTrainer, cli
 from yolo_fewshot import doctor as module
 from yolo_fewshot.data_check import Finding
 from yolo_fewshot.doctor import MARKS, STEPS, Rehearsal, _duration, compare_terms, doctor, estimate
-from yolo_fewshot.plugin import cfg_dir
 
 TERMS = ("box", "cls", "dfl", "epi", "sup", "cpe", "tri")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A folder with a tiny model and a data set of 4 classes, 8 pictures of 64 px each."""
-    root = tmp_path_factory.mktemp("tiny")
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        (root / "images" / split).mkdir(parents=True)
-        (root / "labels" / split).mkdir(parents=True)
-        for i in range(32):
-            picture = rng.integers(180, 220, (64, 64, 3), dtype=np.uint8)
-            x, y, s = rng.integers((4, 4, 20), (28, 28, 32)).tolist()
-            colour = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)][i % 4]
-            cv2.rectangle(picture, (x, y), (x + s, y + s), colour, -1)
-            cv2.imwrite(str(root / f"images/{split}/{i:02}.png"), picture)
-            box = [(x + s / 2) / 64, (y + s / 2) / 64, s / 64, s / 64]
-            (root / f"labels/{split}/{i:02}.txt").write_text(" ".join(map(str, [i % 4, *box])))
-    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [blue, green, red, black]\n")
-    text = (cfg_dir() / "yolo11-fewshot.yaml").read_text()
-    text = text.replace("n: [0.50, 0.25, 1024]", "n: [0.50, 0.125, 1024]")
-    (root / "tiny.yaml").write_text(text)
-    return root
+def tiny(tmp_path_factory, draw_tiny):
+    """A folder with tiny models and a data set of 4 classes, 8 pictures of 64 px each."""
+    return draw_tiny(tmp_path_factory.mktemp("tiny"), 32)
 
 
 def settings(tiny, **overrides):
-    return {"data": str(tiny / "data.yaml"), "model": str(tiny / "tiny.yaml"), "n_way": 3, "imgsz": 64} | overrides
+    return {
+        "data": str(tiny / "data.yaml"),
+        "model": str(tiny / "yolo11n-tiny.yaml"),
+        "n_way": 3,
+        "imgsz": 64,
+    } | overrides
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,6 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 
 from yolo_fewshot import FewShotTrainer
 from yolo_fewshot.doctor import doctor
-from yolo_fewshot.plugin import cfg_dir
 
 EPOCHS, EPISODES = 3, 2
 SETTINGS = {
@@ -147,30 +145,13 @@ LENGTH = {x: EPOCHS if x in IN_TRAINING else 1 for x in KILLS}  # in epochs
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A folder with a tiny model and a data set of 4 classes, 4 pictures of 64 px each."""
-    root = tmp_path_factory.mktemp("tiny")
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        (root / "images" / split).mkdir(parents=True)
-        (root / "labels" / split).mkdir(parents=True)
-        for i in range(16):
-            picture = rng.integers(180, 220, (64, 64, 3), dtype=np.uint8)
-            x, y, s = rng.integers((4, 4, 20), (28, 28, 32)).tolist()
-            colour = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)][i % 4]
-            cv2.rectangle(picture, (x, y), (x + s, y + s), colour, -1)
-            cv2.imwrite(str(root / f"images/{split}/{i:02}.png"), picture)
-            box = [(x + s / 2) / 64, (y + s / 2) / 64, s / 64, s / 64]
-            (root / f"labels/{split}/{i:02}.txt").write_text(" ".join(map(str, [i % 4, *box])))
-    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [blue, green, red, black]\n")
-    text = (cfg_dir() / "yolo11-fewshot.yaml").read_text()
-    text = text.replace("n: [0.50, 0.25, 1024]", "n: [0.50, 0.125, 1024]")
-    (root / "tiny.yaml").write_text(text)
-    return root
+def tiny(tmp_path_factory, draw_tiny):
+    """A folder with tiny models and a data set of 4 classes, 4 pictures of 64 px each."""
+    return draw_tiny(tmp_path_factory.mktemp("tiny"), 16)
 
 
 def settings(tiny, **overrides):
-    paths = {"model": str(tiny / "tiny.yaml"), "data": str(tiny / "data.yaml"), "project": str(tiny)}
+    paths = {"model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml"), "project": str(tiny)}
     return {**SETTINGS, **paths, **overrides}
 
 
@@ -329,6 +310,7 @@ def resumed(tmp_path, monkeypatch, text, start_epoch, resume=True):
     if text is not None:
         (tmp_path / "results.csv").write_text(text)
     trainer = FewShotTrainer.__new__(FewShotTrainer)
+    trainer.args = SimpleNamespace(stage=2)
     trainer.resume, trainer.epochs, trainer.episodic, trainer.csv = resume, 20, True, tmp_path / "results.csv"
     started = []
     trainer.train_loader = SimpleNamespace(sampler=SimpleNamespace(set_epoch=started.append))

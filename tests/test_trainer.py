@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -27,27 +26,9 @@ EPISODIC = {**QUICK, "n_way": 3, "k_shot": 1, "n_query": 1, "episodes": 4}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A folder with a tiny model and a data set of 4 classes, 8 pictures of 64 px each."""
-    root = tmp_path_factory.mktemp("tiny")
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        (root / "images" / split).mkdir(parents=True)
-        (root / "labels" / split).mkdir(parents=True)
-        for i in range(32):
-            picture = rng.integers(180, 220, (64, 64, 3), dtype=np.uint8)
-            x, y, s = rng.integers((4, 4, 20), (28, 28, 32)).tolist()
-            colour = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)][i % 4]
-            cv2.rectangle(picture, (x, y), (x + s, y + s), colour, -1)
-            cv2.imwrite(str(root / f"images/{split}/{i:02}.png"), picture)
-            box = [(x + s / 2) / 64, (y + s / 2) / 64, s / 64, s / 64]
-            (root / f"labels/{split}/{i:02}.txt").write_text(" ".join(map(str, [i % 4, *box])))
-    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [blue, green, red, black]\n")
-    for family in ("yolo11", "yolo26"):
-        text = (cfg_dir() / f"{family}-fewshot.yaml").read_text()
-        text = text.replace("n: [0.50, 0.25, 1024]", "n: [0.50, 0.125, 1024]")
-        (root / f"{family}n-tiny.yaml").write_text(text)
-    return root
+def tiny(tmp_path_factory, draw_tiny):
+    """A folder with tiny models and a data set of 4 classes, 8 pictures of 64 px each."""
+    return draw_tiny(tmp_path_factory.mktemp("tiny"), 32)
 
 
 def train(tiny, name, cfg="stage2.yaml", **overrides):
@@ -664,9 +645,10 @@ def test_resolving_keys():
     assert resolve(SAFETY) == {**nothing, **SAFETY, "stage": 1}
     assert resolve({"doctor": 0}) == {**nothing, **defaults, "doctor": 0, "stage": 1}
     assert resolve({"stage": 1, "n_way": 3}) == {**nothing, **defaults, "n_way": 3, "stage": 1}
-    everything = {k: key.default for k, key in KEYS.items()}
+    everything = {k: None if k in ADAPTING else key.default for k, key in KEYS.items()}
     assert resolve({"stage": 2}) == {**everything, "stage": 2}
     assert resolve({**SAFETY, "n_way": 3}) == {**everything, **SAFETY, "n_way": 3, "stage": 2}
+    assert resolve({"steps": 9}) == {**nothing, **defaults, "blend": 0.5, "steps": 9, "stage": 3}
 
 
 def test_a_compiled_model_is_not_measured(tiny):

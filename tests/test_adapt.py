@@ -198,7 +198,7 @@ def test_keys_of_stage_three_choose_it():
         assert resolve({k: v, "n_way": 5})["stage"] == 3 and resolve({k: v, "nonfinite": "raise"})["stage"] == 3
         assert resolve({k: v, "stage": 2})["stage"] == 2
     assert resolve({"n_way": 5})["stage"] == 2 and resolve({"doctor": 5})["stage"] == 1
-    assert resolve({"stage": 3})["steps"] is None
+    assert resolve({"stage": 3})["steps"] == KEYS["steps"].default and resolve({"stage": 2})["steps"] is None
     assert not any(resolve({"stage": 2})[k] for k in ADAPTING)
     with pytest.raises(ValueError, match="'steps' must be finite and >= 1"):
         check({"steps": 0})

@@ -96,6 +96,28 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="session")
+def batch() -> dict[str, Any]:
+    """An episode of 2 ways: classes 0 and 1 were drawn, 2 and 3 happen to be in the pictures too."""
+    import torch
+
+    g = torch.Generator().manual_seed(0)
+    per_picture = [[0, 2], [1], [0], [1, 3], [1, 2], [0, 3]]
+    cls = torch.tensor([c for p in per_picture for c in p]).float()[:, None]
+    index = torch.tensor([i for i, p in enumerate(per_picture) for _ in p]).float()
+    place = torch.tensor([j for p in per_picture for j, _ in enumerate(p)])
+    centre = torch.where(place[:, None] == 0, torch.tensor([[0.3, 0.3]]), torch.tensor([[0.7, 0.7]]))
+    size = 0.3 + 0.1 * torch.rand(len(cls), 2, generator=g)
+    return {
+        "img": torch.rand(len(per_picture), 3, 96, 96, generator=g),
+        "cls": cls,
+        "bboxes": torch.cat([centre, size], 1),
+        "batch_idx": index,
+        "support": torch.tensor([True] * 2 + [False] * 4),
+        "way": torch.tensor([0, 1, 0, 1, 1, 0]),
+    }
+
+
+@pytest.fixture(scope="session")
 def demo() -> Path:
     """The folder of the demo data, drawn if it is not there yet."""
     from ultralytics.data.utils import check_det_dataset

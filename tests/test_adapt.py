@@ -18,7 +18,6 @@ from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, merged_names, only_ne
 from yolo_fewshot.args import ADAPTING, EVERY_STAGE, KEYS, check, resolve
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.demo import BASE, NOVEL
-from yolo_fewshot.episodes import EpisodeSampler
 from yolo_fewshot.masked import IGNORED
 from yolo_fewshot.plugin import cfg_dir
 from yolo_fewshot.support import Support
@@ -81,8 +80,6 @@ def test_labels_get_the_class_indices_of_a_model_by_name():
 class Part:
     """What `ShotsAndBase` uses of a `YOLODataset`."""
 
-    mosaic = True
-
     def __init__(self, name, n):
         self.name, self.labels, self.closed = name, [{"im_file": f"{name}{i}"} for i in range(n)], []
 
@@ -114,11 +111,6 @@ def test_base_pictures_come_after_the_shots(sizes):
 def test_both_parts_stop_mixing_pictures_together():
     parts = [Part("a", 3), Part("b", 2)]
     dataset, hyp = ShotsAndBase(parts), object()
-    assert dataset.mosaic is True
-    parts[0].mosaic = False
-    assert dataset.mosaic is True  # the other still does
-    dataset.mosaic = False
-    assert dataset.mosaic is parts[0].mosaic is parts[1].mosaic is False
     dataset.close_mosaic(hyp)
     assert parts[0].closed == parts[1].closed == [hyp]
 
@@ -154,21 +146,6 @@ def test_epochs_depend_on_seed_epoch_and_rank_alone():
     different = [*first, *epochs(seed=1), *epochs(rank=1)]
     assert len({tuple(x) for x in different}) == 9
     assert epochs(seed=1, rank=2) == epochs(seed=1, rank=2)
-
-
-def test_epochs_are_set_as_those_of_episodes_are():
-    labels = labels_of(*[[i % 3] for i in range(12)])
-    for make in (
-        lambda: AdaptSampler(7, 20, 6, 4),
-        lambda: EpisodeSampler(labels, {0: "a", 1: "b", 2: "c"}, n_way=2, k_shot=1, n_query=1, episodes=3),
-    ):
-        whole, late = make(), make()
-        expected = [list(whole) for _ in range(4)]
-        late.set_epoch(1)
-        late.set_epoch(2)
-        assert list(late) == expected[2]
-        late.set_epoch(0)  # it counts for itself once it runs
-        assert list(late) == expected[3]
 
 
 def test_closing_the_mosaic_skips_no_epoch_where_processes_load():

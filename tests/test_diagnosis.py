@@ -4,7 +4,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from test_criterion import B, make
-from test_criterion import batch as episode  # noqa: F401  (a fixture)
 
 from yolo_fewshot.criterion import EPISODE_TERMS, branch_losses
 from yolo_fewshot.diagnosis import Diagnosis, describe_batch, describe_gradients, diagnose
@@ -16,8 +15,8 @@ STOCK_TERMS = ("box_loss", "cls_loss", "dfl_loss")
 
 
 @pytest.fixture
-def batch(episode):  # noqa: F811
-    return {k: v.clone() for k, v in episode.items()} | {"im_file": list(FILES)}
+def batch(batch):
+    return {k: v.clone() for k, v in batch.items()} | {"im_file": list(FILES)}
 
 
 @pytest.fixture(scope="module")

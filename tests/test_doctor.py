@@ -332,7 +332,9 @@ def test_the_command_fails_where_the_data_is_of_no_use(tiny, tmp_path, monkeypat
 
 def test_the_command_succeeds_where_nothing_is_wrong(tiny, caplog):
     caplog.set_level(logging.INFO, logger=LOGGER.name)
-    cli.main(argv(tiny, episodes=8, epochs=3, lr0=0.001, box=7.0, degrees=10.0, cos_lr=True, device="cpu"))
+    cli.main(
+        argv(tiny, episodes=8, epochs=3, lr0=0.001, box=7.0, degrees=10.0, cos_lr=True, device=("cpu", "cpu"))
+    )  # the first of several
     assert re.search(r"\n0 errors, \d warnings", caplog.text)
     titles = ("Boxes", "Classes", "Train and val", "Shots", "Loss terms of the first batch", "Time and memory")
     assert all(x in caplog.text for x in titles) and " an epoch of 8 steps, " in caplog.text

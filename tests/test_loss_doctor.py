@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_criterion import NC, make
-from test_criterion import batch as episode  # noqa: F401  (a fixture)
 
 from yolo_fewshot import args as table
 from yolo_fewshot.criterion import FewShotLoss, branch_losses
@@ -14,11 +13,6 @@ from yolo_fewshot.loss_doctor import REMEDIES, LossDoctor, report
 NAN, INF = float("nan"), float("inf")
 NAMES = ["box", "cls", "dfl", "epi", "sup", "cpe", "tri"]
 OFF = torch.amp.GradScaler("cpu", enabled=False)
-
-
-@pytest.fixture
-def batch(episode):  # noqa: F811
-    return episode
 
 
 def scaler(scale):

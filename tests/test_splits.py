@@ -245,7 +245,10 @@ def test_crowds_of_a_coco_json_are_ignored_and_boxes_are_clipped(tmp_path):
     whole = text_of([(0, 1, 1, 9, 9)]).splitlines()
     assert labels(out, "base_train") == {"0": text_of([(0, 0, 0, 10, 10)]).splitlines(), "1": whole, "3": []}
     crowd, clipped, cats = (text_of([(1, *x)]).splitlines() for x in ((20, 20, 30, 20), (0, 40, 10, 8), (4, 4, 20, 20)))
-    bare = lambda x: [y.split(" ", 1)[1] for y in x]  # noqa: E731
+
+    def bare(lines):
+        return [x.split(" ", 1)[1] for x in lines]
+
     assert labels(out, "base_train", "ignore") == {"0": bare(crowd), "1": bare(clipped), "3": bare(cats)}
     assert labels(out, "shots/seed0_2shot") == {"1": clipped, "4": text_of([(1, 10, 10, 20, 20)]).splitlines()}
     thin = bare(text_of([(1, 4, 4, 0.5, 20)]).splitlines())

@@ -1,4 +1,4 @@
-"""Stage 3: which pictures a fine-tuning from enrolled prototypes sees, and for how long."""
+"""Stage 3: which pictures a fine-tuning from enrolled prototypes sees, and where it ends."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from ultralytics.data.dataset import YOLODataset
 
+from yolo_fewshot.sampling import EpochSampler
 from yolo_fewshot.support import Support
 from yolo_fewshot.wording import few
 
@@ -123,17 +124,6 @@ class ShotsAndBase(Dataset):
             i -= len(d)
         raise IndexError(i)
 
-    @property
-    def mosaic(self) -> bool:
-        """Whether pictures are mixed."""
-        return any(d.mosaic for d in self.parts)
-
-    @mosaic.setter
-    def mosaic(self, value: bool) -> None:
-        """Mix the pictures of both parts, or of neither."""
-        for d in self.parts:
-            d.mosaic = value
-
     def close_mosaic(self, hyp: Any) -> None:
         """Stop mixing pictures, as Ultralytics does for the last epochs.
 
@@ -144,7 +134,7 @@ class ShotsAndBase(Dataset):
             d.close_mosaic(hyp)
 
 
-class AdaptSampler(Sampler):
+class AdaptSampler(EpochSampler):
     """Draws batches of shots, or half shots and half base pictures; every picture comes before any comes again.
 
     Epoch e depends on (seed, e, rank) alone.
@@ -161,40 +151,28 @@ class AdaptSampler(Sampler):
             seed (int): Seed of the run.
             rank (int): Rank of this process in multi-GPU training.
         """
+        super().__init__(seed, rank)
         self.sizes, self.batch, self.batches = (shots, base), batch, batches
-        self.seed, self.rank, self.epoch, self._running = seed, rank, 0, False
 
     def __len__(self) -> int:
         """Return the pictures of an epoch."""
         return self.batch * self.batches
 
-    def __iter__(self) -> Iterator[int]:
-        """Yield the pictures of one epoch."""
-        self._running, epoch = True, self.epoch
-        self.epoch += 1  # loader processes ask for the next epoch before the trainer announces it
+    def draw(self, epoch: int) -> Iterator[int]:
+        """Yield the pictures of one epoch.
+
+        Args:
+            epoch (int): Epoch, counted from 0.
+
+        Yields:
+            (int): Index of a picture.
+        """
         rng = np.random.default_rng((self.seed, epoch, self.rank))
         shots, base = self.sizes
         replayed = self.batch // 2 if base else 0
         a = _cycle(rng, shots, (self.batch - replayed) * self.batches).reshape(self.batches, -1)
         b = _cycle(rng, base, replayed * self.batches).reshape(self.batches, -1) + shots
         yield from np.concatenate([a, b], 1).ravel().tolist()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch to start from; once an epoch has been drawn the sampler counts for itself.
-
-        Args:
-            epoch (int): Epoch, counted from 0.
-        """
-        if not self._running:
-            self.epoch = epoch
-
-    def restart(self, epoch: int) -> None:
-        """Draw this epoch next, after the loader has dropped what it had asked for ahead.
-
-        Args:
-            epoch (int): Epoch, counted from 0.
-        """
-        self.epoch = epoch
 
 
 def _cycle(rng: np.random.Generator, n: int, count: int) -> np.ndarray:

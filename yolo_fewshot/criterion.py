@@ -112,7 +112,7 @@ class FewShotLoss(v8DetectionLoss):
                 and `way` (B,), the class each picture was drawn for.
 
         Returns:
-            loss (torch.Tensor): (3,) in stage 1, (7,) in stage 2, in the order of `loss_names`.
+            loss (torch.Tensor): (3,) in stages 1 and 3, (7,) in stage 2, in the order of `loss_names`.
             items (dict[str, torch.Tensor]): Weighted terms by name, not multiplied by the batch size.
         """
         if self.masked:
@@ -141,7 +141,7 @@ class FewShotLoss(v8DetectionLoss):
         self._class_weights = value
 
     def terms(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the weighted terms in the order of `loss_names`, (3,) in stage 1, (7,) in stage 2."""
+        """Return the weighted terms in the order of `loss_names`, (3,) in stages 1 and 3, (7,) in stage 2."""
         if not self.use_dfl:  # distances times the stride leave float16; with DFL they are bounded
             preds = {**preds, "boxes": preds["boxes"].float()}
         loss = self.get_assigned_targets_and_loss(preds, batch)[1]

@@ -15,6 +15,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML, colorstr
 from ultralytics.utils.checks import check_yaml
+from ultralytics.utils.torch_utils import parse_device
 
 from yolo_fewshot import args as table
 from yolo_fewshot.data_check import (
@@ -129,7 +130,8 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
         return found
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"project": folder, "name": "rehearsal", "save_dir": None, "plots": False, "val": False}
-        quiet |= {"doctor": STEPS, "device": str(args.device or "").split(",")[0]}  # one process, whatever the run has
+        one = parse_device(args.device).split(",")[0]  # one process, whatever the run has
+        quiet |= {"doctor": STEPS, "device": one}
         level = LOGGER.level
         LOGGER.setLevel(logging.WARNING)
         try:

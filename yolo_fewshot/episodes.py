@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import LOGGER
+
+from yolo_fewshot.sampling import EpochSampler
 
 TRIES = 1000  # draws of ways before an episode is given up
 
@@ -31,7 +33,7 @@ class Draw(NamedTuple):
     seed: int
 
 
-class EpisodeSampler(Sampler):
+class EpisodeSampler(EpochSampler):
     """Draws episodes of n_way classes with k_shot support and n_query query pictures each.
 
     Support and query pictures of an episode are disjoint. Episode t of epoch e on a rank depends on (seed, e, t, rank)
@@ -68,11 +70,11 @@ class EpisodeSampler(Sampler):
         Raises:
             ValueError: If fewer than n_way classes have at least k_shot + 1 pictures, or a count is less than 1.
         """
+        super().__init__(seed, rank)
         for k, v in (("n_way", n_way), ("k_shot", k_shot), ("n_query", n_query), ("episodes", episodes)):
             if v < 1:
                 raise ValueError(f"'{k}={v}' is an invalid value. '{k}' must be >= 1.")
         self.n_way, self.k_shot, self.n_query, self.episodes = n_way, k_shot, n_query, episodes
-        self.seed, self.rank, self.epoch, self._running = seed, rank, 0, False
 
         # Pictures by class: those of class c are pictures[start[c] : start[c + 1]].
         sizes = np.fromiter((len(x["cls"]) for x in labels), dtype=np.int64, count=len(labels))
@@ -104,21 +106,17 @@ class EpisodeSampler(Sampler):
         """Return the pictures of an epoch."""
         return self.episodes * self.episode_size
 
-    def __iter__(self) -> Iterator[Draw]:
-        """Yield the pictures of one epoch, the support pictures of each episode before its query pictures."""
-        self._running, epoch = True, self.epoch
-        self.epoch += 1  # loader processes ask for the next epoch before the trainer announces it
-        for t in range(self.episodes):
-            yield from self.episode(epoch, t)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch to start from; once an epoch has been drawn the sampler counts for itself.
+    def draw(self, epoch: int) -> Iterator[Draw]:
+        """Yield the pictures of one epoch, the support pictures of each episode before its query pictures.
 
         Args:
             epoch (int): Epoch, counted from 0.
+
+        Yields:
+            (Draw): A picture of an episode.
         """
-        if not self._running:
-            self.epoch = epoch
+        for t in range(self.episodes):
+            yield from self.episode(epoch, t)
 
     def episode(self, epoch: int, t: int) -> list[Draw]:
         """Draw one episode.

@@ -100,7 +100,7 @@ class FewShotTrainer(DetectionTrainer):
 
     @staticmethod
     def _resolve(merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Return what the stage decides: our keys' values and, in stage 2, the batch and the mixing of pictures."""
+        """Return what the stage decides: our keys' values, and how batches are made in stages 2 and 3."""
         values = table.resolve(merged)
         if values["stage"] != 2:
             works = {"stage", "grad_clip", *table.EVERY_STAGE, *(table.ADAPTING if values["stage"] == 3 else ())}
@@ -224,16 +224,21 @@ class FewShotTrainer(DetectionTrainer):
         if self.args.stage != 3:
             return masked(super().build_dataset(img_path, mode, batch), self.data, mode)
         shots, base = self.labelled
-        parts = [(shots, img_path)] + ([(base, base["train"])] if base and mode == "train" else [])
-        merged, datasets = self.data, []
+        own = self._build_part(shots, img_path, mode, batch)
+        if mode != "train":
+            return own
+        return ShotsAndBase([own, *([self._build_part(base, base["train"], mode, batch)] if base else [])])
+
+    def _build_part(self, data: dict[str, Any], img_path: str, mode: str, batch: int | None) -> Dataset:
+        """Return Ultralytics' data set, whose labels have the names of `data`, with the model's class indices."""
+        merged, self.data = self.data, data
         try:
-            for self.data, path in parts:  # labels are read by the names in their own file
-                datasets.append(masked(super().build_dataset(path, mode, batch), self.data, mode))
-                relabel(datasets[-1], self.data["names"], merged["names"])
-                datasets[-1].data = merged
+            dataset = masked(super().build_dataset(img_path, mode, batch), data, mode)
         finally:
             self.data = merged
-        return ShotsAndBase(datasets) if mode == "train" else datasets[0]
+        relabel(dataset, data["names"], merged["names"])
+        dataset.data = merged
+        return dataset
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         """Return Ultralytics' loader, in stage 2 the loader of episodes, in stage 3 that of shots and base pictures.

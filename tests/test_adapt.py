@@ -14,13 +14,13 @@ from ultralytics.utils import YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
 from yolo_fewshot import trainer as module
-from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, merged_names, only_new, relabel
+from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, ap50_on_shots, merged_names, only_new, relabel
 from yolo_fewshot.args import ADAPTING, EVERY_STAGE, KEYS, check, resolve
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.demo import BASE, NOVEL
 from yolo_fewshot.masked import IGNORED
 from yolo_fewshot.plugin import cfg_dir
-from yolo_fewshot.support import Support
+from yolo_fewshot.support import Support, read_support
 
 ROWS = ("weight", "gain", "offset")  # what a bank holds of every class
 NEW = tuple(reversed(NOVEL))  # the order in which the shots of these tests number the novel classes
@@ -354,6 +354,31 @@ def test_a_run_trains_and_its_results_are_recorded(adapted):
     assert (first - last).abs().amax(1).flatten().gt(0).all()
     recorded = YAML.load(trainer.save_dir / "args.yaml")
     assert recorded["stage"] == 3 and recorded["nbs"] == recorded["batch"] == 4 and recorded["n_way"] is None
+
+
+def test_the_figure_of_the_shots_is_that_of_ultralytics(enrolled, demo, tmp_path):
+    """The most that can differ is what anchors beyond the kept ones find."""
+    model = YOLO(enrolled)
+    data = YAML.load(cfg_dir() / "fewshot-demo-novel.yaml") | {"path": str(demo), "val": "novel_5shot.txt"}
+    YAML.save(tmp_path / "shots.yaml", {k: v for k, v in data.items() if k != "download"})
+    stock = model.val(data=str(tmp_path / "shots.yaml"), imgsz=96, workers=0, plots=False, project=str(tmp_path))
+    support = read_support("fewshot-demo-novel.yaml", model.names)
+    ours = ap50_on_shots(model.model.float().eval(), support, 96)
+    assert ours == pytest.approx(stock.box.map50, abs=0.03) and 0.05 < ours < 1
+
+
+def test_a_run_that_spoils_the_model_ends_with_the_enrolment_and_says_so(site, start, caplog):
+    logging.getLogger("ultralytics").addHandler(caplog.handler)
+    try:
+        trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="spoilt", lr0=1.0, blend=1.0, freeze=None))
+        trainer.train()
+    finally:
+        logging.getLogger("ultralytics").removeHandler(caplog.handler)
+    assert "so the result is enrolled.pt" in caplog.text
+    expected = checkpoint(site / "spoilt/weights/enrolled.pt").float().state_dict()
+    for file in (trainer.last, trainer.best):
+        for k, v in checkpoint(file).float().state_dict().items():
+            torch.testing.assert_close(v, expected[k], rtol=1e-3, atol=1e-3, msg=k)  # which is saved in float16
 
 
 def test_the_adapted_model_validates_and_predicts_through_the_stock_class(adapted, site):

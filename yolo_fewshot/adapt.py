@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from ultralytics.data.dataset import YOLODataset
 
+from yolo_fewshot.features import View, extract
+from yolo_fewshot.leave_out import ap50, detect
 from yolo_fewshot.sampling import EpochSampler
 from yolo_fewshot.support import Support
 from yolo_fewshot.wording import few
@@ -31,6 +33,25 @@ def blend(model: nn.Module, start: dict[str, torch.Tensor], part: float) -> None
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             value.lerp_(start[name].to(value), 1 - part)
+
+
+def ap50_on_shots(model: nn.Module, support: Support, imgsz: int) -> float:
+    """Return how well a model finds the shots, from the anchors that enrolment looks at.
+
+    Args:
+        model (nn.Module): Few-shot model in eval mode that knows the classes of the shots.
+        support (Support): The shots.
+        imgsz (int): Picture size in pixels.
+
+    Returns:
+        (float): Mean AP50 of the classes of the shots, 0 to 1.
+    """
+    head, index = model.model[-1], {str(n): i for i, n in model.names.items()}
+    features = extract(model, support, imgsz, views=[View()], desc="Checking shots")
+    labels = torch.tensor([index[str(support.names[c])] for c in features.cls.tolist()])
+    vectors, offsets = zip(*(head.get_class(i)[0] for i in range(head.nc)))
+    rows, every = (torch.stack(vectors).cpu(), torch.stack(offsets).cpu()), torch.ones(len(features.files), dtype=bool)
+    return ap50(detect(features, labels, every, rows, head.banks[0]))
 
 
 def merged_names(known: dict[int, str], names: dict[int, str], labels: list[dict[str, Any]]) -> dict[int, str]:

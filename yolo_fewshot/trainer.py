@@ -25,7 +25,7 @@ from ultralytics.utils.torch_utils import autocast, init_seeds, unwrap_model
 
 from yolo_fewshot import args as table
 from yolo_fewshot import plugin
-from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, blend, merged_names, only_new, relabel
+from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, ap50_on_shots, blend, merged_names, only_new, relabel
 from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.diagnosis import diagnose
@@ -406,8 +406,22 @@ class FewShotTrainer(DetectionTrainer):
         """Look at the batches that the last step left over, and end stage 3 between its start and its end."""
         self._check_leftover()
         if self.args.stage == 3 and self.epoch + 1 >= self.epochs:
-            LOGGER.info(f"{colorstr('adapt:')} {self.args.blend:.0%} of the trained weights, the rest of enrolled.pt")
-            blend(self.ema.ema, self._start, self.args.blend)
+            self._end_adapting()
+
+    def _end_adapting(self) -> None:
+        """End stage 3 between its start and its end, or at its start if that one finds the shots better."""
+        model, start = self.ema.ema, deepcopy(self.ema.ema)
+        start.load_state_dict(self._start)
+        blend(model, self._start, self.args.blend)
+        before, after = (ap50_on_shots(m, self.support, self.args.imgsz) for m in (start, model))
+        text = f"{self.args.blend:.0%} of the trained weights, the rest of enrolled.pt. AP50 on the shots"
+        LOGGER.info(f"{colorstr('adapt:')} {text} {before:.3f} before, {after:.3f} after")
+        if after < before:
+            model.load_state_dict(self._start)
+            LOGGER.warning(
+                "Training finds the shots less well than enrolment, so the result is enrolled.pt. Look at the labels "
+                "of the shots, or set a smaller lr0 or blend."
+            )
 
     def _check_leftover(self) -> None:
         """Look at the batches that the last step left over, which are part of the next epoch's first step."""

@@ -41,7 +41,9 @@ from yolo_fewshot.yolo import FewShotYOLO
 
 FREEZES = (0, 10, 22)  # of the stock fine-tuning: all is trained, the backbone is kept, only the head is trained
 BASELINE = f"stock (best of freeze {', '.join(map(str, FREEZES))})"
-STOCK = {"optimizer": "AdamW", "lr0": 0.002, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0, "val": False}
+STOCK = {
+    "optimizer": "AdamW", "lr0": 0.002, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0, "val": False, "save": False,
+}  # fmt: skip
 MIN_STEPS, MIN_EPOCHS = 300, 60  # of the stock fine-tuning
 ENROLMENTS = ("mean", "fit", "auto")
 ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 with one change
@@ -51,8 +53,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 with one change
     "minus_contrast": {"supcon": 0.0, "cpe": 0.0, "triplet": 0.0},
     "two_way": {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False},
 }
-METHODS = ("stock", *ENROLMENTS, "adapt", "replay", "no_episodes", *ABLATIONS)
-DEFAULT_METHODS = METHODS[:6]
+ADAPTATIONS = ("adapt", "replay", "adapt_full")  # stage 3: as it is, with base pictures, and to the trained weights
+METHODS = ("stock", *ENROLMENTS, *ADAPTATIONS, "no_episodes", *ABLATIONS)
+DEFAULT_METHODS = METHODS[: -len(ABLATIONS) - 1]
 
 STAGE2_ONLY = {"epochs", "episodes", "lr0", "lrf", "val", "patience"}
 VAL_KEYS = ("imgsz", "device", "workers", "max_det", "iou", "conf", "half")
@@ -329,9 +332,9 @@ def _run_method(plan: Plan, method: str, shots: int, seed: int) -> Row:
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
     if method.startswith("stock"):
         file, seconds = _fine_tune(plan, folder, data, int(method.partition("-")[2]), seed)
-    elif method in {"adapt", "replay"}:
-        keys = _settings_for("stage3", plan.settings)
-        keys |= {"base_replay": str(plan.folder / "base.yaml")} if method == "replay" else {}
+    elif method in ADAPTATIONS:
+        own = {"replay": {"base_replay": str(plan.folder / "base.yaml")}, "adapt_full": {"blend": 1.0}}
+        keys = {**_settings_for("stage3", plan.settings), **own.get(method, {})}
         trainer, seconds = _train(plan.files["model"], folder, cfg=_recipe(3), data=str(data), seed=seed, **keys)
         file = Path(trainer.last)
     else:

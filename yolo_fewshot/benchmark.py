@@ -42,7 +42,8 @@ from yolo_fewshot.yolo import FewShotYOLO
 FREEZES = (0, 10, 22)  # of the stock fine-tuning: all is trained, the backbone is kept, only the head is trained
 BASELINE = f"stock (best of freeze {', '.join(map(str, FREEZES))})"
 STOCK = {
-    "optimizer": "AdamW", "lr0": 0.002, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0, "val": False, "save": False,
+    "optimizer": "AdamW", "lr0": 0.002, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0, "val": False,
+    "save": False,
 }  # fmt: skip
 MIN_STEPS, MIN_EPOCHS = 300, 60  # of the stock fine-tuning
 ENROLMENTS = ("mean", "fit", "auto")

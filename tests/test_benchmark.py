@@ -134,20 +134,26 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
     keys = {**QUICK, "shots": (1, 5), "seeds": 1, "out": tmp_path / "out", "episodes": 9, "steps": 7, "supcon": 2.0}
     shutil.copy(trained[0].best, tmp_path / "stage1.pt")
     shutil.copy(model, tmp_path / "model.pt")
-    methods = "replay,adapt_full,no_episodes,two_way,minus_contrast,fit"
+    methods = "replay,adapt_full,no_episodes,full,two_way,minus_contrast,fit"
     benchmark(data, tmp_path / "model.pt", stage1=tmp_path / "stage1.pt", methods=methods, **keys)
     first, second = "novel_1shot_seed0.yaml", "novel_5shot_seed0.yaml"
     assert [x[:3] for x in runs] == [
         *(("model.pt", "stage3.yaml", x) for _ in range(2) for x in (first, second)),
-        *(("stage1.pt", "stage2.yaml", "base.yaml") for _ in range(2)),
+        *(("stage1.pt", "stage2.yaml", "base.yaml") for _ in range(3)),
     ]
     common = {"imgsz": 96, "workers": 0, "plots": False, "verbose": False, "seed": 0}
     assert runs[0][3] == runs[1][3] == {**common, "steps": 7, "base_replay": str(data / "base.yaml")}
     assert runs[2][3] == runs[3][3] == {**common, "steps": 7, "blend": 1.0}
     ways = {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False}
-    assert runs[4][3] == {**common, "episodes": 9, "supcon": 2.0, **ways}
-    assert runs[5][3] == {**common, "episodes": 9, "supcon": 0.0, "cpe": 0.0, "triplet": 0.0}
-    expected = [("stage1.pt", "auto"), ("two_way_seed0.pt", "auto"), ("minus_contrast_seed0.pt", "auto")]
+    assert runs[4][3] == {**common, "episodes": 9, "supcon": 2.0}
+    assert runs[5][3] == {**common, "episodes": 9, "supcon": 2.0, **ways}
+    assert runs[6][3] == {**common, "episodes": 9, "supcon": 0.0, "cpe": 0.0, "triplet": 0.0}
+    expected = [
+        ("stage1.pt", "auto"),
+        ("full_seed0.pt", "auto"),
+        ("two_way_seed0.pt", "auto"),
+        ("minus_contrast_seed0.pt", "auto"),
+    ]
     assert enrolled == [(*x, y) for x in [*expected, ("model.pt", "fit")] for y in (first, second)]
     row = module._read_rows(tmp_path / "out" / "rows.csv")["fit", 5, 0]
     assert [row[c] for c in COLUMNS[3:12]] == [0.25, 0.1, 0.5, 0.25, 0.333333, 0.4, 0.1, 0.16, 1.0]
@@ -254,6 +260,11 @@ def test_the_baseline_is_the_best_freeze_and_differences_are_paired(tmp_path):
     assert lines[-1] == "| 1 | mean | 0.450 ± 0.635 | 0.500 ± 0.000 | +0.200 ± 1.271 | 5.0 |"
     line = module._format_table("G-FSOD", rows, methods, [1], 2, best)[-1]
     assert "| 0.550 ± 0.635 |" in line and line.endswith("| -0.200 ± 1.271 | 5.0 |")
+    lines = module._format_table("FSOD", rows_of({"two_way": [0.2], "full": [0.5]}), ["two_way", "full"], [1], 1, {})
+    assert "| nAP50 minus that of full |" in lines[0] and lines[2:] == [
+        "| 1 | two_way | 0.200 | 0.500 | -0.300 | 0.0 |",
+        "| 1 | full | 0.500 | 0.500 |  | 0.0 |",
+    ]
     plan = plan._replace(methods=("mean",), shots={(1, 0): tmp_path})
     rows, methods, best = module._with_baseline(plan, rows_of({"mean": [0.4]}), 1)
     assert module._format_table("FSOD", rows, methods, [1], 1, best)[2:] == ["| 1 | mean | 0.400 | 0.500 |  | 0.0 |"]

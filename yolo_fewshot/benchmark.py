@@ -47,7 +47,8 @@ STOCK = {
 }  # fmt: skip
 MIN_STEPS, MIN_EPOCHS = 300, 60  # of the stock fine-tuning
 ENROLMENTS = ("mean", "fit", "auto")
-ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 with one change
+ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 anew with the seed of the draw, as it is or with one change
+    "full": {},
     "minus_supcon": {"supcon": 0.0},
     "minus_cpe": {"cpe": 0.0},
     "minus_triplet": {"triplet": 0.0},
@@ -503,11 +504,12 @@ def _with_baseline(plan: Plan, rows: dict[tuple[str, int, int], Row], seeds: int
 
 def _format_table(kind: str, rows: dict, methods: list[str], counts: list[int], seeds: int, best: dict) -> list[str]:
     """Return the lines of the table of one protocol."""
+    reference = next((m for m in (BASELINE, "full") if m in methods), None)
     titles = [re.sub(r"^\w+_", "", f) for f in FIGURES[kind]]
     titles = [x if x.endswith("50") else f"{x}50-95" for x in titles]
     main = titles[FIGURES[kind].index(MAIN[kind])]
     lines = [
-        f"| shots | method | {' | '.join(titles)} | {main} minus that of the baseline | seconds |",
+        f"| shots | method | {' | '.join(titles)} | {main} minus that of {'full' if reference == 'full' else 'the baseline'} | seconds |",
         f"|{'---|' * (len(titles) + 4)}",
     ]
     for k, method in product(counts, methods):
@@ -516,8 +518,8 @@ def _format_table(kind: str, rows: dict, methods: list[str], counts: list[int], 
         difference = ""
         if method == BASELINE:
             difference = f"freeze={best[k]}"
-        elif best:
-            pairs = zip(of[MAIN[kind]], (rows[BASELINE, k, s][MAIN[kind]] for s in range(seeds)))
+        elif reference and method != reference:
+            pairs = zip(of[MAIN[kind]], (rows[reference, k, s][MAIN[kind]] for s in range(seeds)))
             difference = _text(_interval(a - b for a, b in pairs), "+")
         lines.append(f"| {k} | {method} | {' | '.join(cells)} | {difference} | {np.mean(of['seconds']):.1f} |")
     return lines

@@ -505,11 +505,12 @@ def _with_baseline(plan: Plan, rows: dict[tuple[str, int, int], Row], seeds: int
 def _format_table(kind: str, rows: dict, methods: list[str], counts: list[int], seeds: int, best: dict) -> list[str]:
     """Return the lines of the table of one protocol."""
     reference = next((m for m in (BASELINE, "full") if m in methods), None)
+    what = "full" if reference == "full" else "the baseline"
     titles = [re.sub(r"^\w+_", "", f) for f in FIGURES[kind]]
     titles = [x if x.endswith("50") else f"{x}50-95" for x in titles]
     main = titles[FIGURES[kind].index(MAIN[kind])]
     lines = [
-        f"| shots | method | {' | '.join(titles)} | {main} minus that of {'full' if reference == 'full' else 'the baseline'} | seconds |",
+        f"| shots | method | {' | '.join(titles)} | {main} minus that of {what} | seconds |",
         f"|{'---|' * (len(titles) + 4)}",
     ]
     for k, method in product(counts, methods):

@@ -340,6 +340,13 @@ def test_the_command_succeeds_where_nothing_is_wrong(tiny, caplog):
     assert all(x in caplog.text for x in titles) and " an epoch of 8 steps, " in caplog.text
 
 
+def test_shots_to_adapt_to_need_not_show_the_base_classes(trained, demo, caplog):
+    caplog.set_level(logging.INFO, logger=LOGGER.name)
+    found = doctor("fewshot-demo-novel.yaml", str(trained[1].best), "stage3.yaml", imgsz=96, workers=0)
+    assert found and all(f.level == "ok" for f in found if "chance" not in f.text), found
+    assert " an epoch of 30 steps, " in caplog.text and "epi_loss" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -382,3 +382,30 @@ def test_crops_lie_in_the_middle(tmp_path):
     expected = torch.tensor([[start, start, start + side, start + side]] * 2).float()
     torch.testing.assert_close(features.boxes, expected, rtol=0, atol=0.01)
     assert features.views == len(views) and features.cls.tolist() == [0, 1] and features.embeds[0].any(1).all()
+
+
+def test_boxes_to_ignore_are_no_negatives_and_change_nothing_else(tmp_path):
+    file = draw_shots(tmp_path)
+    (tmp_path / "ignore").mkdir()
+    (tmp_path / "ignore/0.txt").write_text("0.25 0.75 0.4 0.4\n0.75 0.2 0.4 0.3\n")
+    file.write_text(file.read_text() + "fewshot: {ignore: ignore}\n")
+    support, model = read_support(file, BASE), model_of()
+    assert support.ignore == "ignore"
+    ours, every = (
+        extract(model, x, 96, views=[View(), View(flip=True)]) for x in (support, support._replace(ignore=""))
+    )
+    assert torch.equal(ours.cls, every.cls) and torch.equal(ours.boxes, every.boxes)
+    torch.testing.assert_close(ours.embeds[0], every.embeds[0])
+    a, b = ours.anchors[0], every.anchors[0]
+    assert (a.objects >= 0).sum() == (b.objects >= 0).sum() > 0
+    per_picture = [torch.bincount(x.picture[x.objects < 0], minlength=5) for x in (a, b)]
+    assert per_picture[0][0] < per_picture[1][0] and torch.equal(per_picture[0][1:], per_picture[1][1:])
+    # Centres of the anchors of the first picture, by hand; the boxes do not touch its objects.
+    kept = {tuple(x.tolist()) for x in a.embeds[(a.picture == 0) & (a.objects < 0)]}
+    dropped = [x for x in b.embeds[(b.picture == 0) & (b.objects < 0)] if tuple(x.tolist()) not in kept]
+    inside = 0
+    for stride in (8, 16, 32):
+        centres = (torch.arange(96 // stride) + 0.5) * stride / 96
+        for x, y in torch.cartesian_prod(centres, centres).tolist():
+            inside += (0.05 < x < 0.45 and 0.55 < y < 0.95) or (0.55 < x < 0.95 and 0.05 < y < 0.35)
+    assert len(dropped) == 2 * inside > 40  # two views

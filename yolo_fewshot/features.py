@@ -10,8 +10,10 @@ from torch import nn
 from ultralytics.data.build import build_dataloader
 from ultralytics.utils import TQDM, ops
 from ultralytics.utils.checks import check_imgsz
+from ultralytics.utils.tal import make_anchors
 
 from yolo_fewshot.assign import BoxAssignment
+from yolo_fewshot.masked import MaskedDataset, outside, without_ignored
 from yolo_fewshot.prototypes import pool_objects
 from yolo_fewshot.support import Support, SupportDataset
 
@@ -191,18 +193,23 @@ def extract(
     cls, boxes, pictures = [], [], []
     branches = [([], []) for _ in model.model[-1].branches]  # of each one, embeddings of objects, and anchors
     n_pictures = n_objects = 0
-    loader = build_dataloader(SupportDataset(support, imgsz), batch=batch, workers=0, shuffle=False, device=device)
+    dataset = SupportDataset(support, imgsz)
+    dataset = MaskedDataset.of(dataset, support.ignore) if support.ignore else dataset
+    loader = build_dataloader(dataset, batch=batch, workers=0, shuffle=False, device=device)
     for item in TQDM(loader, desc=desc, total=len(loader)):
         item = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
         item["img"] = item["img"].float() / 255
         sums = [0.0] * len(branches)
         for v, view in enumerate(views):
-            shown = show(item, view, stride)
+            shown, ignored = without_ignored(show(item, view, stride))
+            size = shown["bboxes"].new_tensor(shown["img"].shape[:1:-1])
             if v == 0:
-                size = shown["bboxes"].new_tensor(shown["img"].shape[2:])[[1, 0, 1, 0]]
-                boxes.append(ops.xywh2xyxy(shown["bboxes"]) * size)
+                boxes.append(ops.xywh2xyxy(shown["bboxes"]) * size.repeat(2))
             for b, preds in enumerate(branch_predictions(model, shown["img"])):
-                embeds, anchors = _features(preds, assign(preds, shown), shown["batch_idx"].long(), keep, trained)
+                centres, strides = make_anchors(preds["feats"], model.stride, 0.5)
+                free = outside(ignored, centres * strides, size, len(shown["img"]))
+                assigned, picture = assign(preds, shown), shown["batch_idx"].long()
+                embeds, anchors = _features(preds, assigned, picture, free, keep, trained)
                 sums[b] = sums[b] + embeds
                 anchors = anchors._replace(
                     objects=torch.where(anchors.objects < 0, -1, anchors.objects + n_objects),
@@ -212,8 +219,8 @@ def extract(
                 branches[b][1].append(Anchors(*(x.cpu() for x in anchors)))
         for (embeds, _), total in zip(branches, sums):
             embeds.append(F.normalize(total, dim=1))
-        cls.append(item["cls"].view(-1).long())
-        pictures.append(item["batch_idx"].long() + n_pictures)
+        cls.append(shown["cls"].view(-1).long())
+        pictures.append(shown["batch_idx"].long() + n_pictures)
         n_objects += len(cls[-1])
         n_pictures += len(item["img"])
     return Features(
@@ -228,7 +235,12 @@ def extract(
 
 
 def _features(
-    preds: dict[str, torch.Tensor], assigned: tuple, picture: torch.Tensor, keep: int, trained: list[int]
+    preds: dict[str, torch.Tensor],
+    assigned: tuple,
+    picture: torch.Tensor,
+    free: torch.Tensor,
+    keep: int,
+    trained: list[int],
 ) -> tuple[torch.Tensor, Anchors]:
     """Return the embeddings of the objects and the anchors to keep of one batch in one branch.
 
@@ -236,6 +248,7 @@ def _features(
         preds (dict[str, torch.Tensor]): Predictions of the branch, A anchors in each of B pictures.
         assigned (tuple): Their assignment, from `BoxAssignment`.
         picture (torch.Tensor): Picture of every object, (N,) int64, ascending.
+        free (torch.Tensor): Which anchors are outside all boxes to ignore, (B, A) bool.
         keep (int): Anchors without an object to keep of each picture.
         trained (list[int]): Classes that were not enrolled, so that what is kept does not depend on what was.
 
@@ -256,9 +269,9 @@ def _features(
     for b in picture.unique().tolist():
         alike[b] = (F.normalize(embeds[b], dim=1) @ objects[picture == b].t()).amax(1)
     scores = preds["scores"][:, trained].float().amax(1) if len(trained) else alike
-    rank = torch.maximum(*(_rank(x.masked_fill(owner >= 0, -torch.inf)) for x in (alike, scores)))
-    rank = torch.where(owner < 0, rank, rank.shape[1])
-    chosen = (rank >= rank.shape[1] - keep / 2).nonzero(as_tuple=True)
+    other = (owner < 0) & free
+    rank = torch.maximum(*(_rank(x.masked_fill(~other, -torch.inf)) for x in (alike, scores)))
+    chosen = ((owner >= 0) | other & (rank >= rank.shape[1] - keep / 2)).nonzero(as_tuple=True)
     level = torch.cat([torch.full((f.shape[2] * f.shape[3],), i) for i, f in enumerate(preds["feats"])])
     return objects, Anchors(
         embeds[chosen],

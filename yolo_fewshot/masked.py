@@ -60,20 +60,32 @@ class MaskedDataset(YOLODataset):
         return super().update_labels_info(label)
 
 
+def ignore_folder(data: dict[str, Any]) -> str:
+    """Return the folder of boxes to ignore that a data.yaml names, such as `fewshot: {ignore: ignore}`.
+
+    Args:
+        data (dict): What the data.yaml says.
+
+    Returns:
+        (str): Its name, empty if there is none.
+    """
+    section = data.get("fewshot")
+    return str(section.get("ignore") or "") if isinstance(section, dict) else ""
+
+
 def masked(dataset: YOLODataset, data: dict[str, Any], mode: str) -> YOLODataset:
     """Return a data set to train on with its boxes to ignore, if its data.yaml names a folder of them.
 
     Args:
         dataset (YOLODataset): Data set.
-        data (dict): What its data.yaml says, such as `fewshot: {ignore: ignore}`.
+        data (dict): What its data.yaml says.
         mode (str): 'train', or 'val', where nothing is ignored.
 
     Returns:
         (YOLODataset): The data set.
     """
-    section = data.get("fewshot")
-    folder = section.get("ignore") if isinstance(section, dict) else None
-    return MaskedDataset.of(dataset, str(folder)) if folder and mode == "train" else dataset
+    folder = ignore_folder(data)
+    return MaskedDataset.of(dataset, folder) if folder and mode == "train" else dataset
 
 
 def has_ignored(dataset: Any) -> bool:

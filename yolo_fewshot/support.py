@@ -16,6 +16,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, checks
 
+from yolo_fewshot.masked import ignore_folder
 from yolo_fewshot.wording import few
 
 MIN_SIDE = 0.99  # least side of a box in pixels: 1, less the rounding of label files
@@ -34,6 +35,7 @@ class Support(NamedTuple):
         crops (bool): Whether the pictures are crops, of which each box is the whole.
         source (Path): File or folder that it was read from.
         channels (int): Channels of the pictures.
+        ignore (str): Folder of boxes to ignore, see `MaskedDataset`; empty for none.
     """
 
     names: dict[int, str]
@@ -41,6 +43,7 @@ class Support(NamedTuple):
     crops: bool
     source: Path
     channels: int = 3
+    ignore: str = ""
 
 
 class SupportDataset(YOLODataset):
@@ -127,7 +130,7 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
             f"No box for {few(missing)} in {source.name}. Label at least one object of every new class, or leave the "
             "class out of 'names'."
         )
-    return Support(names, labels, False, source, data.get("channels") or 3)
+    return Support(names, labels, False, source, data.get("channels") or 3, ignore_folder(data))
 
 
 def _find(support: str | Path) -> Path:

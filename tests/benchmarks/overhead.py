@@ -21,20 +21,21 @@ from yolo_fewshot.guard import Guard
 from yolo_fewshot.loss_doctor import LossDoctor
 from yolo_fewshot.model import FewShotDetectionModel
 
-PICTURES, OBJECTS, CLASSES = 16, 4, 20
+OBJECTS, CLASSES = 4, 80
 
 
-def episode(imgsz: int, device: str) -> dict:
-    """Return an episode of 8 ways with noise for pictures."""
+def episode(imgsz: int, device: str, n_way: int = 8, k_shot: int = 1) -> dict:
+    """Return an episode with noise for pictures, one query picture a way."""
     g = torch.Generator().manual_seed(0)
-    n = PICTURES * OBJECTS
+    pictures, support = n_way * (k_shot + 1), n_way * k_shot
+    n = pictures * OBJECTS
     batch = {
-        "img": torch.rand(PICTURES, 3, imgsz, imgsz, generator=g),
-        "cls": torch.randint(8, (n, 1), generator=g).float(),
+        "img": torch.rand(pictures, 3, imgsz, imgsz, generator=g),
+        "cls": torch.randint(min(n_way, CLASSES), (n, 1), generator=g).float(),
         "bboxes": torch.cat([0.3 + 0.4 * torch.rand(n, 2, generator=g), 0.1 + 0.2 * torch.rand(n, 2, generator=g)], 1),
-        "batch_idx": torch.arange(PICTURES).repeat_interleave(OBJECTS).float(),
-        "support": torch.arange(PICTURES) < PICTURES // 2,
-        "way": torch.arange(PICTURES) % 8,
+        "batch_idx": torch.arange(pictures).repeat_interleave(OBJECTS).float(),
+        "support": torch.arange(pictures) < support,
+        "way": torch.arange(pictures) % n_way,
     }
     return {k: v.to(device) for k, v in batch.items()}
 
@@ -72,7 +73,7 @@ def main() -> None:
                 else:
                     timed(name, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9))
     m = {k: statistics.median(v[2:]) for k, v in times.items()}
-    print(f"{cfg}, {PICTURES} pictures of {imgsz} px on {device}: a step takes {m['plain'] * 1e3:.1f} ms")
+    print(f"{cfg}, {len(batch['img'])} pictures of {imgsz} px on {device}: a step takes {m['plain'] * 1e3:.1f} ms")
     print(f"clip of Ultralytics {m['stock clip'] * 1e3:.2f} ms, guard {m['guard'] * 1e3:.2f} ms: ", end="")
     print(f"{(m['guard'] - m['stock clip']) / m['plain']:+.2%} of a step")
     extra, every = m["measured"] - m["plain"], table.KEYS["doctor"].default

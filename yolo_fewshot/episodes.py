@@ -78,10 +78,13 @@ class EpisodeSampler(EpochSampler):
 
         # Pictures by class: those of class c are pictures[start[c] : start[c + 1]].
         sizes = np.fromiter((len(x["cls"]) for x in labels), dtype=np.int64, count=len(labels))
-        cls = np.concatenate([x["cls"].reshape(-1) for x in labels]).astype(np.int64) if len(labels) else sizes
-        pairs = np.sort(cls * len(labels) + np.repeat(np.arange(len(labels)), sizes))  # ten times faster than np.unique
-        pairs = pairs[np.diff(pairs, prepend=-1) > 0]
-        owner, self.pictures = np.divmod(pairs, max(len(labels), 1))
+        cls = np.concatenate([x["cls"] for x in labels]).reshape(-1) if len(labels) else sizes
+        cls = cls.astype(np.min_scalar_type(max(len(names), 1)))  # 16 bits are sorted ten times faster than 64
+        order = cls.argsort(kind="stable")
+        owner, pictures = cls[order], np.repeat(np.arange(len(labels)), sizes)[order]
+        first = np.ones(len(order), bool)  # of the objects that a picture has of a class
+        first[1:] = (owner[1:] != owner[:-1]) | (pictures[1:] != pictures[:-1])
+        owner, self.pictures = owner[first], pictures[first]
         self.start = np.searchsorted(owner, np.arange(len(names) + 1))
         counts = np.diff(self.start)
         self.classes = np.flatnonzero(counts >= k_shot + 1)

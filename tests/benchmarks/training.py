@@ -6,8 +6,8 @@
 One process for the times, in which the steps of stock, stage 1 and stage 2 (all terms on) alternate; medians of the
 ratios to the stock step beside them are printed, with the quartiles. On a CPU the time is that of the process, so that
 other jobs disturb it little, and the memory the most that a process of its own held; on a GPU time waits for it, and
-memory is that of the tensors. A step is forward pass, loss, backward pass, clip, optimizer and moving average. `grow=True`
-prints how the step of stage 2 grows with ways, shots, picture size and scale.
+memory is that of the tensors. A step is forward pass, loss, backward pass, clip, optimizer and moving average.
+`grow=True` prints how the step of stage 2 grows with ways, shots, picture size and scale.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torchvision.ops import batched_nms, box_iou
-from ultralytics.utils.metrics import ap_per_class
+from torchvision.ops import batched_nms
+from ultralytics.utils.metrics import ap_per_class, bbox_iou
 
 from yolo_fewshot.features import Features, select
 from yolo_fewshot.fit import classifiers
@@ -18,6 +18,7 @@ FOLDS = 5  # groups of pictures, of which one after the other is left out
 IOU_NMS, IOU_TRUE = 0.7, 0.5  # Ultralytics' NMS threshold, and that of AP50
 CONF = 0.01  # least confidence looked at
 DETECTIONS = 300  # of one picture, as Ultralytics' max_det
+SCORES = 2**24  # computed together, which bounds the memory
 
 
 class Detections(NamedTuple):
@@ -55,32 +56,58 @@ def detect(
         conf (float): Least confidence.
 
     Returns:
-        (Detections): The detections.
+        (Detections): The detections, the most confident first.
     """
-    anchors, (vectors, offsets) = features.anchors[0], rows
+    anchors, (vectors, offsets), n = features.anchors[0], rows, len(rows[0])
     anchors = select(anchors, (anchors.view == 0) & pictures[anchors.picture])
     scale, bias = (x.detach().float().cpu()[anchors.level, None] for x in (bank.logit_scale, bank.bias))
-    scores = (scale * (anchors.embeds @ vectors.t()) + bias + offsets).sigmoid()
-    a, c = (scores > conf).nonzero(as_tuple=True)
-    s, boxes, picture = scores[a, c], anchors.boxes[a], anchors.picture[a]
-    kept = batched_nms(boxes, s, picture * len(vectors) + c, IOU_NMS)  # in descending order of confidence
-    kept = kept[_first(picture[kept], DETECTIONS)]
-    own = (picture[kept, None] == features.picture) & (c[kept, None] == labels)
-    iou, hit = box_iou(boxes[kept], features.boxes) * own, torch.zeros(len(kept), dtype=torch.bool)
-    for i in (iou >= IOU_TRUE).any(1).nonzero()[:, 0].tolist():
-        best = int(iou[i].argmax())
-        if iou[i, best] >= IOU_TRUE:
-            hit[i], iou[:, best] = True, 0
+    found = []
+    for part in torch.arange(len(anchors.embeds)).split(max(SCORES // n, 1)):
+        scores = (scale[part] * (anchors.embeds[part] @ vectors.t()) + bias[part] + offsets).sigmoid()
+        a, c = (scores > conf).nonzero(as_tuple=True)
+        found.append((part[a], c, scores[a, c]))
+    a, c, s = map(torch.cat, zip(*found)) if found else (torch.zeros(0, dtype=t) for t in (int, int, torch.float))
+    boxes, picture, kept = anchors.boxes[a], anchors.picture[a], [a[:0]]
+    counts = torch.bincount(picture, minlength=len(pictures)).tolist()
+    for part in picture.argsort(stable=True).split(counts):  # each alone, for the cost of NMS grows with the square
+        kept.append(part[batched_nms(boxes[part], s[part], c[part], IOU_NMS)[:DETECTIONS]])
+    kept = torch.cat(kept)
+    kept = kept[s[kept].argsort(descending=True, stable=True)]
+    group = picture * n + c
+    known = (labels >= 0).nonzero()[:, 0]
+    hit = _hits(boxes[kept], group[kept], features.boxes[known], features.picture[known] * n + labels[known])
     shown = labels[(labels >= 0) & pictures[features.picture]]
-    return Detections(c[kept], s[kept], hit, torch.bincount(shown, minlength=len(vectors)))
+    return Detections(c[kept], s[kept], hit, torch.bincount(shown, minlength=n))
 
 
-def _first(groups: torch.Tensor, n: int) -> torch.Tensor:
-    """Return the places of the first n items of every group, in their order."""
-    order = groups.argsort(stable=True)
-    ordered = groups[order]
-    place = torch.arange(len(groups)) - torch.searchsorted(ordered, ordered)
-    return order[place < n].sort()[0]
+def _hits(boxes: torch.Tensor, group: torch.Tensor, truths: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Return which detections find an object that no better one has found.
+
+    Args:
+        boxes (torch.Tensor): Boxes of the detections, the most confident first, (M, 4).
+        group (torch.Tensor): Picture and class of every detection as one number, (M,).
+        truths (torch.Tensor): Boxes of the objects, (N, 4).
+        owner (torch.Tensor): Picture and class of every object likewise, (N,).
+
+    Returns:
+        (torch.Tensor): (M,) bool.
+    """
+    hit, (owner, order) = torch.zeros(len(boxes), dtype=torch.bool), owner.sort(stable=True)
+    low, high = (torch.searchsorted(owner, group, right=side) for side in (False, True))
+    near = (high > low).nonzero()[:, 0]  # detections with an object of their class in their picture
+    if not len(near):
+        return hit
+    place = low[near, None] + torch.arange(int((high - low).max()))
+    valid = place < high[near, None]
+    objects = order[place.clamp(max=len(order) - 1)]
+    iou = bbox_iou(boxes[near, None], truths[objects], xywh=False)[..., 0] * valid
+    taken = set()
+    for i in (iou >= IOU_TRUE).any(1).nonzero()[:, 0].tolist():
+        free = [(v, o) for v, o in zip(iou[i].tolist(), objects[i].tolist()) if v >= IOU_TRUE and o not in taken]
+        if free:
+            hit[near[i]] = True
+            taken.add(max(free)[1])
+    return hit
 
 
 def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:

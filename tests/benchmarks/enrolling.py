@@ -1,0 +1,74 @@
+"""How the cost of enrolment grows with the number of classes.
+
+    python tests/benchmarks/enrolling.py shots=10 classes=10,30,100,300,1000
+
+Pictures of 64 px with one drawn object each, a YOLO11n that has not been trained, on one CPU core. Prints the processor
+seconds of the forward passes (four views of each picture) and of what each method adds to them, the most memory held, and
+the exponents.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from yolo_fewshot import enroll as module
+from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.support import read_support
+
+SIZE = 64
+METHODS = ("mean", "fit", "auto")
+
+
+def draw(folder: Path, classes: int, shots: int) -> Path:
+    """Draw the shots, and return their data.yaml."""
+    rng = np.random.default_rng(0)
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    for i in range(classes * shots):
+        picture = rng.integers(0, 255, (SIZE // 8, SIZE // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        cv2.circle(picture, (32, 32), 16, (i % 255, 0, 255 - i % 255), -1)
+        cv2.imwrite(str(folder / f"images/{i}.png"), picture)
+        (folder / f"labels/{i}.txt").write_text(f"{i % classes} 0.5 0.5 0.5 0.5\n")
+    names = "\n".join(f"  {i}: class{i}" for i in range(classes))
+    (folder / "shots.yaml").write_text(f"train: images\nval: images\nnames:\n{names}\n")
+    return folder / "shots.yaml"
+
+
+def main(classes: str = "10,30,100,300,1000", shots: str = "10") -> None:
+    """Print the figures."""
+    extract, took, rows = module.extract, [], []
+    module.extract = lambda *a, **k: (
+        took.append(time.process_time()),
+        extract(*a, **k),
+        took.append(time.process_time()),
+    )[1]
+    sizes = [int(n) for n in classes.split(",")]
+    for n in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            support, row = read_support(draw(Path(folder), n, int(shots))), []
+            for method in METHODS:
+                torch.manual_seed(0)
+                model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=2, verbose=False).eval()
+                model.names, model.args = {0: "a", 1: "b"}, {}
+                start, took[:] = time.process_time(), []
+                module.enroll(model, support, SIZE, method=method)
+                forward = took[1] - took[0]
+                row += [forward] * (not row) + [time.process_time() - start - forward]
+        rows.append(row)
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        text = ", ".join(f"{k} {v:.2f} s" for k, v in zip(("forward", *METHODS), row))
+        print(f"{n:>5} classes of {shots} shots: {text}; {held:.0f} MiB", flush=True)
+    for k, column in zip(("forward", *METHODS), zip(*rows)):
+        print(f"{k} grows to the power of {np.polyfit(np.log(sizes), np.log(column), 1)[0]:.2f}")
+
+
+if __name__ == "__main__":
+    main(**dict(x.split("=", 1) for x in sys.argv[1:]))

@@ -658,6 +658,18 @@ def test_a_compiled_model_is_not_measured(tiny):
         assert trainer.doctor.every == (0 if compiled else 5)
 
 
+def test_a_compiled_model_trains_as_another_one(tiny, stage1, monkeypatch):
+    """With the graphs that torch.compile captures, but without generating code for them, which takes minutes."""
+    calls, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, **kwargs: calls.append(m) or compile(m, backend="eager"))
+    run = {**EPISODIC, "epochs": 1, "episodes": 2, "model": str(stage1.best), "val": False, "doctor": 0}
+    plain, compiled = (rows(train(tiny, f"compile {c}", **run, compile=c))[0] for c in (False, True))
+    assert len(calls) == 1 and plain.keys() == compiled.keys()
+    for k in plain:
+        if k.startswith("train/"):
+            assert float(compiled[k]) == pytest.approx(float(plain[k]), rel=1e-3), k
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -3,8 +3,8 @@
     python tests/benchmarks/enrolling.py shots=10 classes=10,30,100,300,1000
 
 Pictures of 64 px with one drawn object each, a YOLO11n that has not been trained, on one CPU core. Prints the processor
-seconds of the forward passes (four views of each picture) and of what each method adds to them, the most memory held, and
-the exponents.
+seconds of the forward passes (four views of each picture) and of what each method adds to them, the most memory held,
+and the exponents.
 """
 
 from __future__ import annotations

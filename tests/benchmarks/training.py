@@ -77,10 +77,12 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return clock() - start
 
 
-def compare(arms: list[str], model: str, batch: dict, device: str, amp: str) -> dict[str, list[float]]:
+def compare(
+    arms: list[str], model: str, batch: dict, device: str, amp: str, repeats: int = REPEATS
+) -> dict[str, list[float]]:
     """Return the seconds of the steps of some arms, which alternate."""
     steps, times = {a: stepper(a, model, batch, device, amp) for a in arms}, {a: [] for a in arms}
-    for i in range(WARM_UP + REPEATS):
+    for i in range(WARM_UP + repeats):
         for arm in arms if i % 2 else arms[::-1]:
             took = seconds(steps[arm], device)
             if i >= WARM_UP:
@@ -116,7 +118,7 @@ def grow(device: str) -> None:
         for value in options:
             x = {**start, key: value}
             batch = episode(x["imgsz"], device, x["n_way"], x["k_shot"])
-            times = compare(["stock", "stage 2"], x["model"], batch, device, "none")
+            times = compare(["stock", "stage 2"], x["model"], batch, device, "none", 5)
             stock, ours = (statistics.median(times[a]) for a in ("stock", "stage 2"))
             sizes.append(value if key != "model" else len(costs) + 1)
             costs.append(ours)

@@ -233,7 +233,8 @@ class FewShotLoss(v8DetectionLoss):
             drawn = (y_support[:, None] == batch["way"].to(y)[None]).any(1)
             y_support = torch.where(drawn, y_support, -1)
         prototypes, counts = class_means(objects, y_support, self.nc)
-        ways = counts.nonzero()[:, 0]
+        ways, real = counts.nonzero()[:, 0], y >= 0
+        objects, y = objects[real], y[real]
         query = ~support
         counted = None if self._outside is None else (self._outside | fg_mask)[query].unsqueeze(-1).float()
         return [
@@ -267,8 +268,7 @@ class FewShotLoss(v8DetectionLoss):
         self, objects: torch.Tensor, y: torch.Tensor, prototypes: torch.Tensor, ways: torch.Tensor
     ) -> torch.Tensor:
         """SupCon over the objects of query and support, with the episode's prototypes as further views."""
-        keep = y >= 0
-        return self.supcon(self.project(torch.cat([objects[keep], prototypes])), torch.cat([y[keep], ways]))
+        return self.supcon(self.project(torch.cat([objects, prototypes])), torch.cat([y, ways]))
 
     def cpe_term(
         self, embeds: torch.Tensor, fg: tuple[torch.Tensor, torch.Tensor], y: torch.Tensor, target_boxes: torch.Tensor
@@ -290,8 +290,7 @@ class FewShotLoss(v8DetectionLoss):
 
     def triplet_term(self, objects: torch.Tensor, y: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
         """Triplet of every object with the frozen prototypes; without any, batch-hard among the objects."""
-        keep = y >= 0
-        return self.triplet(objects[keep], y[keep], frozen.float() if bool(frozen.any()) else None)
+        return self.triplet(objects, y, frozen.float() if bool(frozen.any()) else None)
 
 
 def part_gradients(part: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:

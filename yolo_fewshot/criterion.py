@@ -284,7 +284,7 @@ class FewShotLoss(v8DetectionLoss):
                 is_bg &= self._outside.view(-1)
             bg = torch.randint(b * a, (CPE_ANCHORS // 4,), device=embeds.device)
             bg = bg[is_bg[bg]]
-        rows = torch.cat([embeds[fg[0][chosen], fg[1][chosen]], embeds.reshape(b * a, -1)[bg]])
+        rows = embeds[torch.cat([fg[0][chosen], bg // a]), torch.cat([fg[1][chosen], bg % a])]
         labels = torch.cat([y[chosen], y.new_full((len(bg),), -1)])
         return self.cpe(self.project(rows.float()), labels, torch.cat([iou[chosen], iou.new_zeros(len(bg))]))
 

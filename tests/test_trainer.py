@@ -3,6 +3,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import YAML
 
 from yolo_fewshot import FewShotTrainer
+from yolo_fewshot import trainer as module
 from yolo_fewshot.args import ADAPTING, KEYS, resolve
 from yolo_fewshot.diagnosis import Diagnosis, diagnose
 from yolo_fewshot.episodes import EpisodeSampler
@@ -649,6 +651,36 @@ def test_resolving_keys():
     assert resolve({"stage": 2}) == {**everything, "stage": 2}
     assert resolve({**SAFETY, "n_way": 3}) == {**everything, **SAFETY, "n_way": 3, "stage": 2}
     assert resolve({"steps": 9}) == {**nothing, **defaults, "blend": 0.5, "steps": 9, "stage": 3}
+
+
+def test_episodes_are_plotted_at_the_start_and_at_the_end(tiny, stage1, caplog, monkeypatch):
+    logging.getLogger("ultralytics").addHandler(caplog.handler)
+    seen, plot = [], module.plot_episode
+    monkeypatch.setattr(module, "plot_episode", lambda *a: seen.append(deepcopy(a)) or plot(*a))
+    try:
+        trainer = train(tiny, "plots", **{**EPISODIC, "plots": True}, epochs=1, model=str(stage1.best))
+    finally:
+        logging.getLogger("ultralytics").removeHandler(caplog.handler)
+    files = [trainer.save_dir / f"{name}{i}.jpg" for name in ("episode", "val_episode") for i in range(3)]
+    assert [x[2] for x in seen] == files and all(x.stat().st_size > 5000 and x in trainer.plots for x in files)
+    assert all(f"Plotting episode to {x}... " in caplog.text for x in files)
+    for i, (batch, names, _, found) in enumerate(seen):
+        assert batch["img"].shape == (6, 3, 64, 64) and names == trainer.data["names"]
+        folder = "train" if i < 3 else "val"
+        assert all(f"images/{folder}/" in x for x in batch["im_file"])
+        assert found is None if i < 3 else [x.shape[1] for x in found] == [6] * 3
+
+
+def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):
+    logging.getLogger("ultralytics").addHandler(caplog.handler)
+    try:
+        trainer = train(tiny, "few", **{**EPISODIC, "plots": False, "k_shot": 2}, epochs=1, model=str(stage1.best))
+        trainer.args.k_shot = 99
+        trainer._plot_val_episodes()
+    finally:
+        logging.getLogger("ultralytics").removeHandler(caplog.handler)
+    assert "the val split has too few classes with k_shot + 1 pictures" in caplog.text
+    assert not list(trainer.save_dir.glob("*episode*"))
 
 
 def test_a_compiled_model_is_not_measured(tiny):

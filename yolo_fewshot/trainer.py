@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -30,6 +31,7 @@ from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.diagnosis import diagnose
 from yolo_fewshot.enroll import enroll, table_of
+from yolo_fewshot.episode_detect import detect_queries
 from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset
 from yolo_fewshot.features import support_views
 from yolo_fewshot.files import AtomicPath, save_checkpoint, staged
@@ -38,10 +40,12 @@ from yolo_fewshot.loss_doctor import LossDoctor, report
 from yolo_fewshot.masked import fully_labelled, has_ignored, masked
 from yolo_fewshot.memory import remember
 from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.plot_episode import plot_episode
 from yolo_fewshot.plots import plot_losses
-from yolo_fewshot.support import read_support
+from yolo_fewshot.support import Support, SupportDataset, read_support
 
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put other pictures into a picture
+VAL_EPISODES = 3  # plotted at the end
 STOCK_CLIP = 10.0  # Ultralytics' own, on the loss multiplied by the batch size
 
 
@@ -480,6 +484,41 @@ class FewShotTrainer(DetectionTrainer):
         }
         super().save_metrics({**metrics, **self.guard.columns(), **clamps, **self.doctor.columns()})
 
+    def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
+        """Plot a batch as Ultralytics does, and in stage 2 as an episode, too.
+
+        Args:
+            batch (dict): Preprocessed batch.
+            ni (int): Number of the batch.
+        """
+        if self.episodic:
+            self._plot_episode(batch, f"episode{ni}.jpg")
+        super().plot_training_samples(batch, ni)  # last, for it turns the batch's tensors into arrays
+
+    def _plot_episode(self, batch: dict[str, Any], name: str, found: list[torch.Tensor] | None = None) -> None:
+        """Plot an episode, announce it, and hand it to the loggers."""
+        file = self.save_dir / name
+        LOGGER.info(f"Plotting episode to {file}... ")
+        plot_episode(batch, self.data["names"], file, found)
+        self.on_plot(file)
+
+    def _plot_val_episodes(self) -> None:
+        """Plot episodes of the val split with what the best model finds in their query pictures."""
+        a, val, names = self.args, self.test_loader.dataset, self.data["names"]
+        shown = np.bincount([c for x in val.labels for c in np.unique(x["cls"]).astype(int)], minlength=len(names))
+        n_way = min(a.n_way, int((shown > a.k_shot).sum()))
+        if n_way < 2:
+            LOGGER.info("No val_episode.jpg: the val split has too few classes with k_shot + 1 pictures.")
+            return
+        dataset = SupportDataset(
+            Support(names, val.labels, False, Path(str(self.data["val"])), self.data["channels"]), a.imgsz
+        )
+        sampler = EpisodeSampler(val.labels, names, n_way, a.k_shot, a.n_query, VAL_EPISODES, a.seed)
+        model, episodes = load_checkpoint(self.best, self.device)[0], EpisodicDataset(dataset)
+        for i in range(VAL_EPISODES):
+            batch = super().preprocess_batch(episodes.collate_fn([episodes[d] for d in sampler.episode(0, i)]))
+            self._plot_episode(batch, f"val_episode{i}.jpg", detect_queries(model.eval(), batch))
+
     def plot_metrics(self) -> None:
         """Plot results.png as Ultralytics does, and losses.png."""
         super().plot_metrics()
@@ -504,6 +543,8 @@ class FewShotTrainer(DetectionTrainer):
                     self._prepare_enrolment()
         finally:
             self.last, self.best = files
+        if self.episodic and self.args.plots and RANK in {-1, 0} and self.best.exists():
+            self._plot_val_episodes()
 
     def _prepare_enrolment(self) -> None:
         """Store what enrolment needs of the base data, for the best model, in both checkpoints."""

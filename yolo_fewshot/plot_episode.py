@@ -1,0 +1,90 @@
+"""The picture of an episode: support objects on the left, query pictures on the right, one row a class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from ultralytics.utils.ops import xywh2xyxy
+from ultralytics.utils.plotting import Annotator, colors
+
+from yolo_fewshot.files import AtomicPath
+
+CELL = 320  # longer side of a picture in the table, pixels
+ROWS = 16  # classes drawn, at most
+GAP, HEADER = 12, 28  # pixels between support and query pictures, and above them
+
+Boxes = list[tuple[list[float], int, str]]  # corners in pixels of the picture, class, text
+
+
+def plot_episode(
+    batch: dict[str, Any], names: dict[int, str], file: Path, found: list[torch.Tensor] | None = None
+) -> None:
+    """Draw an episode as the model sees it.
+
+    Of a support picture the objects of the class that it was drawn for are shown; of a query picture all labelled
+    objects, or what was found in it.
+
+    Args:
+        batch (dict): Preprocessed episode with `img` (B, 3, H, W) float in 0..1, `cls`, `bboxes` (x, y, w, h in 0..1),
+            `batch_idx`, `support` (B,) bool and `way` (B,), the class that each picture was drawn for.
+        names (dict[int, str]): Class names.
+        file (Path): Picture to write.
+        found (list[torch.Tensor], optional): Of each query picture in turn its detections, (n, 6): corners in pixels,
+            confidence, class. They take the place of the labels.
+    """
+    support, way = batch["support"].cpu(), batch["way"].cpu()
+    queries = (~support).nonzero()[:, 0].tolist()
+    rows = []
+    for c in list(dict.fromkeys(way[support].tolist()))[:ROWS]:
+        shown = [_cell(batch, i, _labels(batch, names, i, c)) for i in (support & (way == c)).nonzero()[:, 0].tolist()]
+        asked = []
+        for i in (~support & (way == c)).nonzero()[:, 0].tolist():
+            boxes = _detections(found[queries.index(i)], names) if found is not None else _labels(batch, names, i)
+            asked.append(_cell(batch, i, boxes))
+        rows.append((shown, asked))
+    file = AtomicPath(file)
+    file.write_bytes(cv2.imencode(".jpg", _table(rows, "query" if found is None else "found in query"))[1].tobytes())
+
+
+def _labels(batch: dict[str, Any], names: dict[int, str], picture: int, only: int | None = None) -> Boxes:
+    """Return the labelled objects of a picture, or those of one class."""
+    mine = batch["batch_idx"].cpu().view(-1) == picture
+    cls, size = batch["cls"].cpu().view(-1)[mine].int(), torch.tensor(batch["img"].shape[:1:-1]).repeat(2)
+    corners = xywh2xyxy(batch["bboxes"].cpu()[mine].float()) * size
+    objects = zip(corners.tolist(), cls.tolist())
+    return [(box, c, names.get(c, "ignored")) for box, c in objects if only is None or c == only]
+
+
+def _detections(found: torch.Tensor, names: dict[int, str]) -> Boxes:
+    """Return the detections of a picture."""
+    return [(x[:4], int(x[5]), f"{names[int(x[5])]} {x[4]:.2f}") for x in found.cpu().float().tolist()]
+
+
+def _cell(batch: dict[str, Any], picture: int, boxes: Boxes) -> np.ndarray:
+    """Return a picture with its boxes, (h, w, 3) uint8, BGR."""
+    img = (batch["img"][picture].cpu().float() * 255).byte().permute(1, 2, 0).numpy()
+    scale = CELL / max(img.shape[:2])
+    img = cv2.resize(img[..., ::-1], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    annotator = Annotator(np.ascontiguousarray(img), line_width=2)
+    for corners, c, text in boxes:
+        annotator.box_label([x * scale for x in corners], text, colors(c, True))
+    return annotator.result()
+
+
+def _table(rows: list[tuple[list[np.ndarray], list[np.ndarray]]], title: str) -> np.ndarray:
+    """Return the rows of cells as one picture; rows with fewer cells than others end in white."""
+    h, w = rows[0][0][0].shape[:2]
+    n_support, n_query = (max(len(row[side]) for row in rows) for side in (0, 1))
+    table = np.full((HEADER + len(rows) * h, (n_support + n_query) * w + GAP, 3), 255, np.uint8)
+    right = n_support * w + GAP
+    for text, x in (("support", 0), (title, right)):
+        cv2.putText(table, text, (x + 6, HEADER - 9), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+    for r, (shown, asked) in enumerate(rows):
+        for start, cells in ((0, shown), (right, asked)):
+            for i, cell in enumerate(cells):
+                table[HEADER + r * h : HEADER + (r + 1) * h, start + i * w : start + (i + 1) * w] = cell
+    return table

@@ -662,6 +662,7 @@ def test_episodes_are_plotted_at_the_start_and_at_the_end(tiny, stage1, caplog, 
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
     files = [trainer.save_dir / f"{name}{i}.jpg" for name in ("episode", "val_episode") for i in range(3)]
+    assert (trainer.save_dir / "embedding.png") in trainer.plots
     assert [x[2] for x in seen] == files and all(x.stat().st_size > 5000 and x in trainer.plots for x in files)
     assert all(f"Plotting episode to {x}... " in caplog.text for x in files)
     for i, (batch, names, _, found) in enumerate(seen):

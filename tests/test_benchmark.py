@@ -38,6 +38,7 @@ def data(demo, tmp_path_factory):
         names = [f"./images/novel_support/{i:04}.jpg\n" for i in range(12 * seed, 12 * seed + 12)]
         (root / f"novel_1shot_seed{seed}.txt").write_text("".join(names))
         YAML.save(root / f"novel_5shot_seed{seed}.yaml", novel)
+        YAML.save(root / f"all_1shot_seed{seed}.yaml", {**novel, "train": "images/train"})
     return root
 
 
@@ -160,6 +161,25 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
     assert not (tmp_path / "out" / "runs").exists()
 
 
+def test_stock_all_is_fine_tuned_on_shots_of_all_classes_and_measured_as_the_others(data, model, tmp_path, monkeypatch):
+    trained, measured = [], []
+
+    def fine_tune(plan, folder, shots, freeze, seed):
+        trained.append((shots.name, freeze, seed))
+        return model, 1.0
+
+    monkeypatch.setattr(module, "_fine_tune", fine_tune)
+    means = {"base": [0.5, 0.4], "novel": [0.25, 0.1]}
+    monkeypatch.setattr(module, "_measure", lambda plan, folder, file, of: measured.append(of.name) or means)
+    benchmark(data, model, methods="stock_all", seeds=2, out=tmp_path, **QUICK)
+    assert trained == [(f"all_1shot_seed{s}.yaml", f, s) for s in range(2) for f in FREEZES]
+    assert measured == [x for s in range(2) for _ in FREEZES for x in (f"novel_1shot_seed{s}.yaml", "data.yaml")]
+    with pytest.raises(
+        FileNotFoundError, match=r"has no all_5shot_seed0\.yaml\. It has all_1shot_seed0, all_1shot_seed1:"
+    ):
+        benchmark(data, model, methods="stock_all", seeds=1, out=tmp_path / "b", **{**QUICK, "shots": 5})
+
+
 def test_the_picture_size_is_that_of_the_model(data, model, tmp_path, asked):
     benchmark(data, model, methods="mean", shots=1, seeds=1, out=tmp_path)
     assert json.loads((tmp_path / "benchmark.json").read_text())["settings"] == {"imgsz": 96}
@@ -249,25 +269,36 @@ def rows_of(figures):
 
 
 def test_the_baseline_is_the_best_freeze_and_differences_are_paired(tmp_path):
-    figures = {"stock-0": [0.1, 0.2], "stock-10": [0.3, 0.2], "stock-22": [0.0, 0.4], "mean": [0.4, 0.5]}
-    plan = module.Plan(tmp_path, tmp_path, {}, {(1, 0): tmp_path, (1, 1): tmp_path}, tuple(figures), (), {}, False)
-    rows, methods, best = module._with_baseline(plan, rows_of(figures), 2)
-    assert best == {1: 10} and methods == [BASELINE, *figures]
+    figures = {
+        "stock-0": [0.1, 0.2],
+        "stock-10": [0.3, 0.2],
+        "stock-22": [0.0, 0.4],
+        "stock_all-0": [0.1, 0.1],
+        "mean": [0.4, 0.5],
+    }
+    shots = {(1, 0): tmp_path, (1, 1): tmp_path}
+    plan = module.Plan(tmp_path, tmp_path, {}, shots, {}, tuple(figures), (), {}, False)
+    methods = [BASELINE, *figures]
+    rows, best = module._with_baseline(plan, rows_of(figures), 2, "FSOD")
+    assert best == {1: "stock-10"}
     lines = module._format_table("FSOD", rows, methods, [1], 2, best)
-    assert lines[0] == "| shots | method | nAP50 | nAP50-95 | nAP50 minus that of the baseline | seconds |"
+    assert lines[0] == "| shots | method | nAP50 | nAP50-95 | nAP50 minus that of best stock | seconds |"
     # Differences 0.1 and 0.3: s = 0.141421, so that 12.706 s / sqrt(2) = 1.2706.
-    assert lines[2] == f"| 1 | {BASELINE} | 0.250 ± 0.635 | 0.500 ± 0.000 | freeze=10 | 5.0 |"
+    assert lines[2] == f"| 1 | {BASELINE} | 0.250 ± 0.635 | 0.500 ± 0.000 | stock, freeze=10 | 5.0 |"
     assert lines[-1] == "| 1 | mean | 0.450 ± 0.635 | 0.500 ± 0.000 | +0.200 ± 1.271 | 5.0 |"
-    line = module._format_table("G-FSOD", rows, methods, [1], 2, best)[-1]
-    assert "| 0.550 ± 0.635 |" in line and line.endswith("| -0.200 ± 1.271 | 5.0 |")
+    rows, best = module._with_baseline(plan, rows_of(figures), 2, "G-FSOD")  # where all is the other way round
+    assert best == {1: "stock_all-0"}
+    lines = module._format_table("G-FSOD", rows, methods, [1], 2, best)
+    assert " | stock_all, freeze=0 | " in lines[2]
+    assert "| 0.550 ± 0.635 |" in lines[-1] and lines[-1].endswith("| -0.350 ± 0.635 | 5.0 |")
     lines = module._format_table("FSOD", rows_of({"two_way": [0.2], "full": [0.5]}), ["two_way", "full"], [1], 1, {})
     assert "| nAP50 minus that of full |" in lines[0] and lines[2:] == [
         "| 1 | two_way | 0.200 | 0.500 | -0.300 | 0.0 |",
         "| 1 | full | 0.500 | 0.500 |  | 0.0 |",
     ]
     plan = plan._replace(methods=("mean",), shots={(1, 0): tmp_path})
-    rows, methods, best = module._with_baseline(plan, rows_of({"mean": [0.4]}), 1)
-    assert module._format_table("FSOD", rows, methods, [1], 1, best)[2:] == ["| 1 | mean | 0.400 | 0.500 |  | 0.0 |"]
+    rows, best = module._with_baseline(plan, rows_of({"mean": [0.4]}), 1, "FSOD")
+    assert module._format_table("FSOD", rows, ["mean"], [1], 1, best)[2:] == ["| 1 | mean | 0.400 | 0.500 |  | 0.0 |"]
 
 
 def test_the_results(data, model, tmp_path, asked):
@@ -336,7 +367,11 @@ def test_further_arguments_go_to_those_that_know_them():
         ({"model": "none.pt"}, FileNotFoundError, r"^model=none\.pt does not exist"),
         ({"stock": "none.pt"}, FileNotFoundError, r"^stock=none\.pt does not exist"),
         ({"stage1": "none.pt"}, FileNotFoundError, r"^stage1=none\.pt does not exist"),
-        ({"methods": "mean,adpt"}, ValueError, r"names adpt \(similar: adapt.*\)\. Valid methods are stock, mean"),
+        (
+            {"methods": "mean,adpt"},
+            ValueError,
+            r"names adpt \(similar: adapt.*\)\. Valid methods are stock, stock_all, mean",
+        ),
         ({"methods": ","}, ValueError, r"^'methods=' names nothing"),
         ({"methods": "mean,two_way,no_episodes"}, ValueError, r"^stage1= must be given for two_way, no_episodes"),
         ({"shots": 0}, ValueError, r"^'shots=0' is an invalid value"),

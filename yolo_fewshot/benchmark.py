@@ -40,7 +40,8 @@ from yolo_fewshot.wording import few
 from yolo_fewshot.yolo import FewShotYOLO
 
 FREEZES = (0, 10, 22)  # of the stock fine-tuning: all is trained, the backbone is kept, only the head is trained
-BASELINE = f"stock (best of freeze {', '.join(map(str, FREEZES))})"
+STOCKS = {"stock": "novel", "stock_all": "all"}  # what is fine-tuned on: shots of novel classes, or of all
+BASELINE = "best stock"  # of both and all `freeze`, by the main figure of the protocol
 STOCK = {
     "optimizer": "AdamW", "lr0": 0.002, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0, "val": False,
     "save": False,
@@ -56,7 +57,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 anew with the seed of the dr
     "two_way": {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False},
 }
 ADAPTATIONS = ("adapt", "replay", "adapt_full")  # stage 3: as it is, with base pictures, and to the trained weights
-METHODS = ("stock", *ENROLMENTS, *ADAPTATIONS, "no_episodes", *ABLATIONS)
+METHODS = (*STOCKS, *ENROLMENTS, *ADAPTATIONS, "no_episodes", *ABLATIONS)
 DEFAULT_METHODS = METHODS[: -len(ABLATIONS) - 1]
 
 STAGE2_ONLY = {"epochs", "episodes", "lr0", "lrf", "val", "patience"}
@@ -90,7 +91,8 @@ class Plan(NamedTuple):
         out (Path): Folder of the results.
         files (dict[str, Path | None]): Checkpoints `model`, `stock` and `stage1`.
         shots (dict[tuple[int, int], Path]): data.yaml of each number of shots and seed.
-        methods (tuple[str, ...]): Methods, the baseline once for each `freeze`.
+        balanced (dict[tuple[int, int], Path]): The same with as many shots of the base classes, if a method needs it.
+        methods (tuple[str, ...]): Methods, stock fine-tuning once for each `freeze`.
         novel (tuple[str, ...]): Names of the novel classes.
         settings (dict[str, Any]): Further arguments of training.
         save (bool): Whether to keep the training runs.
@@ -100,6 +102,7 @@ class Plan(NamedTuple):
     out: Path
     files: dict[str, Path | None]
     shots: dict[tuple[int, int], Path]
+    balanced: dict[tuple[int, int], Path]
     methods: tuple[str, ...]
     novel: tuple[str, ...]
     settings: dict[str, Any]
@@ -127,7 +130,7 @@ def benchmark(
     """Measure methods with K shots of novel classes, over several draws of the shots.
 
     Everything is checked first. Each result is a row of `rows.csv` at once, and a run that is started again with the
-    same `out` does what is missing. Nothing is chosen by results, except the baseline's best `freeze`, in its favour.
+    same `out` does what is missing. Nothing is chosen by results, except the best stock fine-tuning, in its favour.
 
     Args:
         data (str | Path): Folder that `yolo-fewshot split` wrote, or one with the same kinds of data.yaml.
@@ -162,16 +165,19 @@ def benchmark(
         raise ValueError(f"'seeds={seeds}' is an invalid value. It must be an int of at least 1, the number of draws.")
     _check_settings(settings)
     novel = _novel(folder)
-    found = _find_shots(folder, counts, seeds)
+    found, balanced = (
+        _find_shots(folder, counts, seeds, kind) if name in ("", *chosen) else {}
+        for name, kind in (("", "novel"), ("stock_all", "all"))
+    )
     settings = {"imgsz": _check_models(files), **settings}  # which recipes would set to 640
     record = _record(folder, files, settings, {"shots": counts, "seeds": seeds, "methods": chosen, "save": save})
     record["leakage"] = _leakage([x for x in (files["model"], files["stock"]) if x], novel)
     _compare(target, record)
     target.mkdir(parents=True, exist_ok=True)
     AtomicPath(target / "benchmark.json").write_bytes(json.dumps(record, indent=1, ensure_ascii=False).encode())
-    described = {key: _describe(target, *sources) for key, sources in found.items()}
-    expanded = tuple(x for m in chosen for x in ([f"stock-{f}" for f in FREEZES] if m == "stock" else [m]))
-    plan = Plan(folder, target, files, described, expanded, novel, settings, save)
+    described = ({key: _describe(target, *sources) for key, sources in x.items()} for x in (found, balanced))
+    expanded = tuple(x for m in chosen for x in ([f"{m}-{f}" for f in FREEZES] if m in STOCKS else [m]))
+    plan = Plan(folder, target, files, *described, expanded, novel, settings, save)
     _do_missing(plan, record)
     _report(plan, record)
     LOGGER.info(f"Results saved to {target}")
@@ -226,11 +232,13 @@ def _novel(folder: Path) -> tuple[str, ...]:
     return novel
 
 
-def _find_shots(folder: Path, counts: list[int], seeds: int) -> dict[tuple[int, int], tuple[Path, Path | None]]:
+def _find_shots(
+    folder: Path, counts: list[int], seeds: int, kind: str
+) -> dict[tuple[int, int], tuple[Path, Path | None]]:
     """Return the data.yaml of each number of shots and seed, and the list that takes the place of its train split."""
     found, missing = {}, []
     for k, s in product(counts, range(seeds)):
-        own, shared, listed = (folder / f"novel_{k}shot{x}" for x in (f"_seed{s}.yaml", ".yaml", f"_seed{s}.txt"))
+        own, shared, listed = (folder / f"{kind}_{k}shot{x}" for x in (f"_seed{s}.yaml", ".yaml", f"_seed{s}.txt"))
         if own.is_file():
             found[k, s] = own, None
         elif shared.is_file() and listed.is_file():
@@ -238,7 +246,7 @@ def _find_shots(folder: Path, counts: list[int], seeds: int) -> dict[tuple[int, 
         else:
             missing.append(own.name)
     if missing:
-        there = {x.stem for x in folder.iterdir() if re.fullmatch(r"novel_\d+shot_seed\d+\.(yaml|txt)", x.name)}
+        there = {x.stem for x in folder.iterdir() if re.fullmatch(kind + r"_\d+shot_seed\d+\.(yaml|txt)", x.name)}
         listed = sorted(there, key=lambda x: [int(n) for n in re.findall(r"\d+", x)])
         has = f"It has {few(listed, n=20)}" if listed else "It has none"
         raise FileNotFoundError(f"{folder} has no {few(missing)}. {has}: set shots= and seeds= to what is there.")
@@ -332,8 +340,10 @@ def _run_method(plan: Plan, method: str, shots: int, seed: int) -> Row:
     """
     data, folder = plan.shots[shots, seed], plan.out / "runs" / f"{method}_{shots}shot_seed{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
-    if method.startswith("stock"):
-        file, seconds = _fine_tune(plan, folder, data, int(method.partition("-")[2]), seed)
+    name, _, freeze = method.partition("-")
+    if name in STOCKS:
+        train = data if name == "stock" else plan.balanced[shots, seed]
+        file, seconds = _fine_tune(plan, folder, train, int(freeze), seed)
     elif method in ADAPTATIONS:
         own = {"replay": {"base_replay": str(plan.folder / "base.yaml")}, "adapt_full": {"blend": 1.0}}
         keys = {**_settings_for("stage3", plan.settings), **own.get(method, {})}
@@ -487,30 +497,22 @@ def _interval(values: Iterable[float]) -> tuple[float, float | None]:
     return float(x.mean()), float(T[min(len(x) - 1, len(T)) - 1] * x.std(ddof=1) / len(x) ** 0.5)
 
 
-def _best_freeze(rows: dict[tuple[str, int, int], Row], shots: int, seeds: int) -> int:
-    """Return the `freeze` with the best mean AP50 on novel pictures alone, in the baseline's favour."""
-    return max(FREEZES, key=lambda f: sum(rows[f"stock-{f}", shots, s][MAIN["FSOD"]] for s in range(seeds)))
-
-
-def _with_baseline(plan: Plan, rows: dict[tuple[str, int, int], Row], seeds: int) -> tuple[dict, list[str], dict]:
-    """Add the rows of the baseline: those of the best freeze, for each number of shots."""
-    counts = dict.fromkeys(k for k, _ in plan.shots)
-    if "stock-0" not in plan.methods:
-        return rows, list(plan.methods), {}
-    best = {k: _best_freeze(rows, k, seeds) for k in counts}
-    baseline = {(BASELINE, k, s): rows[f"stock-{best[k]}", k, s] for k, s in plan.shots}
-    return {**rows, **baseline}, [BASELINE, *plan.methods], best
+def _with_baseline(plan: Plan, rows: dict[tuple[str, int, int], Row], seeds: int, kind: str) -> tuple[dict, dict]:
+    """Add the rows of the best stock fine-tuning for each number of shots, and say which one it is."""
+    stock, best = [m for m in plan.methods if m.partition("-")[0] in STOCKS], {}
+    for k in dict.fromkeys(k for k, _ in plan.shots) if stock else ():
+        best[k] = max(stock, key=lambda m: sum(rows[m, k, s][MAIN[kind]] for s in range(seeds)))
+    return {**rows, **{(BASELINE, k, s): rows[best[k], k, s] for k, s in plan.shots if best}}, best
 
 
 def _format_table(kind: str, rows: dict, methods: list[str], counts: list[int], seeds: int, best: dict) -> list[str]:
     """Return the lines of the table of one protocol."""
     reference = next((m for m in (BASELINE, "full") if m in methods), None)
-    what = "full" if reference == "full" else "the baseline"
     titles = [re.sub(r"^\w+_", "", f) for f in FIGURES[kind]]
     titles = [x if x.endswith("50") else f"{x}50-95" for x in titles]
     main = titles[FIGURES[kind].index(MAIN[kind])]
     lines = [
-        f"| shots | method | {' | '.join(titles)} | {main} minus that of {what} | seconds |",
+        f"| shots | method | {' | '.join(titles)} | {main} minus that of {reference or BASELINE} | seconds |",
         f"|{'---|' * (len(titles) + 4)}",
     ]
     for k, method in product(counts, methods):
@@ -518,7 +520,7 @@ def _format_table(kind: str, rows: dict, methods: list[str], counts: list[int], 
         cells = [_text(_interval(of[c])) for c in FIGURES[kind]]
         difference = ""
         if method == BASELINE:
-            difference = f"freeze={best[k]}"
+            difference = best[k].replace("-", ", freeze=")
         elif reference and method != reference:
             pairs = zip(of[MAIN[kind]], (rows[reference, k, s][MAIN[kind]] for s in range(seeds)))
             difference = _text(_interval(a - b for a, b in pairs), "+")
@@ -535,24 +537,26 @@ def _text(figures: tuple[float, float | None], sign: str = "") -> str:
 def _report(plan: Plan, record: dict[str, Any]) -> None:
     """Write and log the tables, and draw the picture."""
     counts, seeds = record["shots"], record["seeds"]
-    rows, methods, best = _with_baseline(plan, _read_rows(plan.out / "rows.csv"), seeds)
+    read, tables = _read_rows(plan.out / "rows.csv"), {}
     leakage = f" {LEAKAGE} {', '.join(record['leakage'])}" if record["leakage"] else ""
     lines = []
     for kind, what in (("FSOD", "novel pictures alone"), ("G-FSOD", "base and novel pictures together")):
         title = f"{kind}: {what}, {len(plan.novel)} novel classes, {seeds} seed{'s' * (seeds > 1)}."
-        lines += [f"## {title}{leakage}", "", *_format_table(kind, rows, methods, counts, seeds, best), ""]
+        tables[kind], best = _with_baseline(plan, read, seeds, kind)
+        methods = [BASELINE] * bool(best) + list(plan.methods)
+        lines += [f"## {title}{leakage}", "", *_format_table(kind, tables[kind], methods, counts, seeds, best), ""]
     if seeds > 1:
         lines += ["Means over the seeds, ± the half-width of the 95 % Student-t interval; differences are paired.", ""]
     lines += [f"    {record['command']}", ""]
     lines += [", ".join(f"{k} {v}" for x in ("versions", "machine") for k, v in record[x].items() if v)]
     AtomicPath(plan.out / "results.md").write_bytes("\n".join([*lines, ""]).encode())
     LOGGER.info("\n" + "\n".join(lines))
-    shown = [m for m in methods if not (best and m.startswith("stock-"))]
-    _plot(rows, shown, counts, seeds, leakage.strip(), plan.out / "results.png")
+    shown = [m for m in methods if m.partition("-")[0] not in STOCKS]
+    _plot(tables, shown, counts, seeds, leakage.strip(), plan.out / "results.png")
 
 
 @plt_settings()
-def _plot(rows: dict, methods: list[str], counts: list[int], seeds: int, title: str, file: Path) -> None:
+def _plot(tables: dict[str, dict], methods: list[str], counts: list[int], seeds: int, title: str, file: Path) -> None:
     """Draw AP50 against the number of shots."""
     import matplotlib.pyplot as plt  # as Ultralytics does, where it is needed
 
@@ -560,7 +564,7 @@ def _plot(rows: dict, methods: list[str], counts: list[int], seeds: int, title: 
     labels = {"FSOD": "nAP50, novel pictures alone", "G-FSOD": "harmonic mean of bAP50 and nAP50"}
     for ax, (kind, label) in zip(axes, labels.items()):
         for method in methods:
-            points = [_interval(rows[method, k, s][MAIN[kind]] for s in range(seeds)) for k in counts]
+            points = [_interval(tables[kind][method, k, s][MAIN[kind]] for s in range(seeds)) for k in counts]
             style = {"color": "black", "linestyle": "--"} if method == BASELINE else {}
             ax.errorbar(
                 counts,

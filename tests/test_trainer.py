@@ -684,6 +684,15 @@ def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):
     assert not list(trainer.save_dir.glob("*episode*"))
 
 
+def test_cached_pictures_give_the_same_episodes(tiny, stage1):
+    run = {**EPISODIC, "epochs": 1, "model": str(stage1.best), "val": False, "doctor": 0}
+    trainers = [train(tiny, f"cache {i}", **{**run, **x}) for i, x in enumerate(({}, {"cache": "ram"}))]
+    dataset = trainers[1].train_loader.dataset.dataset
+    assert dataset.cache == "ram" and all(x is not None for x in dataset.ims)
+    plain, cached = (rows(x)[0] for x in trainers)
+    assert {k: v for k, v in plain.items() if k != "time"} == {k: v for k, v in cached.items() if k != "time"}
+
+
 def test_a_compiled_model_is_not_measured(tiny):
     overrides = {**EPISODIC, "model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml"), "doctor": 5}
     for compiled in (False, True):

@@ -681,6 +681,11 @@ def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
     assert "the val split has too few classes with k_shot + 1 pictures" in caplog.text
+    # Three pictures, each of two of three classes: whatever is support, not every class is left for a query.
+    trainer.args.k_shot = 1
+    trainer.test_loader.dataset.labels = [{"cls": np.array([[a], [b]], float)} for a, b in ((0, 1), (1, 2), (0, 2))]
+    trainer._plot_val_episodes()
+    assert "the pictures of the val split do not divide into support and query" in caplog.text
     assert not list(trainer.save_dir.glob("*episode*"))
 
 

@@ -510,8 +510,7 @@ class FewShotTrainer(DetectionTrainer):
         labels = [labels[i] for i in np.linspace(0, len(labels) - 1, min(len(labels), EMBEDDED), dtype=int)]
         if not labels:
             return
-        support = self._support_of([{**x, "segments": []} for x in labels])
-        features = extract(model, support, self.args.imgsz, views=[View()], desc="Embedding objects")
+        features = extract(model, self._support_of(labels), self.args.imgsz, views=[View()], desc="Embedding objects")
         file, prototypes = self.save_dir / "embedding.png", model.model[-1].prototypes.weight.detach()[..., 0]
         LOGGER.info(f"Plotting embedding to {file}... ")
         known = features.embeds[0].any(1)
@@ -521,6 +520,7 @@ class FewShotTrainer(DetectionTrainer):
 
     def _support_of(self, labels: list[dict[str, Any]]) -> Support:
         """Return pictures of the data set as a support set."""
+        labels = [{**x, "segments": []} for x in labels]
         return Support(self.data["names"], labels, False, Path(str(self.data["val"])), self.data["channels"])
 
     def _plot_val_episodes(self) -> None:
@@ -531,9 +531,13 @@ class FewShotTrainer(DetectionTrainer):
         if n_way < 2:
             LOGGER.info("No val_episode.jpg: the val split has too few classes with k_shot + 1 pictures.")
             return
-        dataset = SupportDataset(self._support_of(val.labels), a.imgsz)
-        sampler = EpisodeSampler(val.labels, names, n_way, a.k_shot, a.n_query, VAL_EPISODES, a.seed)
-        model, episodes = load_checkpoint(self.best, self.device)[0], EpisodicDataset(dataset)
+        try:
+            sampler = EpisodeSampler(val.labels, names, n_way, a.k_shot, a.n_query, VAL_EPISODES, a.seed)
+        except ValueError:
+            LOGGER.info("No val_episode.jpg: the pictures of the val split do not divide into support and query.")
+            return
+        episodes = EpisodicDataset(SupportDataset(self._support_of(val.labels), a.imgsz))
+        model = load_checkpoint(self.best, self.device)[0]
         for i in range(VAL_EPISODES):
             batch = super().preprocess_batch(episodes.collate_fn([episodes[d] for d in sampler.episode(0, i)]))
             self._plot_episode(batch, f"val_episode{i}.jpg", detect_queries(model.eval(), batch))

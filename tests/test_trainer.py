@@ -673,18 +673,18 @@ def test_episodes_are_plotted_at_the_start_and_at_the_end(tiny, stage1, caplog, 
 
 
 def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):
+    trainer = train(tiny, "few", **{**EPISODIC, "k_shot": 2}, epochs=1, model=str(stage1.best))
+    trainer.args.k_shot = 99
+    # Three pictures, each of two of three classes: whatever is support, not every class is left for a query.
+    labels = [{"cls": np.array([[a], [b]], float)} for a, b in ((0, 1), (1, 2), (0, 2))]
     logging.getLogger("ultralytics").addHandler(caplog.handler)
     try:
-        trainer = train(tiny, "few", **{**EPISODIC, "plots": False, "k_shot": 2}, epochs=1, model=str(stage1.best))
-        trainer.args.k_shot = 99
+        trainer._plot_val_episodes()
+        trainer.args.k_shot, trainer.test_loader.dataset.labels = 1, labels
         trainer._plot_val_episodes()
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
     assert "the val split has too few classes with k_shot + 1 pictures" in caplog.text
-    # Three pictures, each of two of three classes: whatever is support, not every class is left for a query.
-    trainer.args.k_shot = 1
-    trainer.test_loader.dataset.labels = [{"cls": np.array([[a], [b]], float)} for a, b in ((0, 1), (1, 2), (0, 2))]
-    trainer._plot_val_episodes()
     assert "the pictures of the val split do not divide into support and query" in caplog.text
     assert not list(trainer.save_dir.glob("*episode*"))
 

@@ -57,8 +57,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 anew with the seed of the dr
     "two_way": {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False},
 }
 ADAPTATIONS = ("adapt", "replay", "adapt_full")  # stage 3: as it is, with base pictures, and to the trained weights
-METHODS = (*STOCKS, *ENROLMENTS, *ADAPTATIONS, "no_episodes", *ABLATIONS)
-DEFAULT_METHODS = METHODS[: -len(ABLATIONS) - 1]
+DEFAULT_METHODS = (*STOCKS, *ENROLMENTS, *ADAPTATIONS)
+METHODS = (*DEFAULT_METHODS, "no_episodes", *ABLATIONS)
 
 STAGE2_ONLY = {"epochs", "episodes", "lr0", "lrf", "val", "patience"}
 VAL_KEYS = ("imgsz", "device", "workers", "max_det", "iou", "conf", "half")
@@ -165,10 +165,8 @@ def benchmark(
         raise ValueError(f"'seeds={seeds}' is an invalid value. It must be an int of at least 1, the number of draws.")
     _check_settings(settings)
     novel = _novel(folder)
-    found, balanced = (
-        _find_shots(folder, counts, seeds, kind) if name in ("", *chosen) else {}
-        for name, kind in (("", "novel"), ("stock_all", "all"))
-    )
+    found = _find_shots(folder, counts, seeds, STOCKS["stock"])
+    balanced = _find_shots(folder, counts, seeds, STOCKS["stock_all"]) if "stock_all" in chosen else {}
     settings = {"imgsz": _check_models(files), **settings}  # which recipes would set to 640
     record = _record(folder, files, settings, {"shots": counts, "seeds": seeds, "methods": chosen, "save": save})
     record["leakage"] = _leakage([x for x in (files["model"], files["stock"]) if x], novel)

@@ -123,7 +123,6 @@ def benchmark(
     shots: str | int | Iterable[int] = (1, 3, 5, 10),
     seeds: int = 3,
     methods: str | Iterable[str] = DEFAULT_METHODS,
-    freeze: str | int | Iterable[int] = FREEZES,
     out: str | Path = "benchmark",
     save: bool = False,
     **settings: Any,
@@ -140,8 +139,7 @@ def benchmark(
         stage1 (str | Path, optional): Few-shot checkpoint before episodes, which the ablations start from.
         shots (str | int | Iterable[int]): Numbers of shots.
         seeds (int): Number of draws.
-        methods (str | Iterable[str]): Some of `METHODS`.
-        freeze (str | int | Iterable[int]): Values of `freeze` that stock fine-tuning is tried with.
+        methods (str | Iterable[str]): Some of `METHODS`; `stock-0` is `stock` with freeze=0 alone.
         out (str | Path): Folder to write.
         save (bool): Whether to keep the training runs.
         **settings (Any): Further arguments of training, `imgsz` that of `model` if not given. `epochs`, `episodes`,
@@ -163,23 +161,24 @@ def benchmark(
     files = {k: _file(k, x) for k, x in zip(FILES, (model, stock, stage1))}
     chosen = _methods(methods, files["stage1"])
     counts = shot_counts(shots if isinstance(shots, (str, int)) else list(shots))
-    freezes = _freezes(freeze)
     if type(seeds) is not int or seeds < 1:
         raise ValueError(f"'seeds={seeds}' is an invalid value. It must be an int of at least 1, the number of draws.")
     _check_settings(settings)
     novel = _novel(folder)
     found = _find_shots(folder, counts, seeds, STOCKS["stock"])
-    balanced = _find_shots(folder, counts, seeds, STOCKS["stock_all"]) if "stock_all" in chosen else {}
+    balanced = (
+        _find_shots(folder, counts, seeds, STOCKS["stock_all"])
+        if any(m.startswith("stock_all") for m in chosen)
+        else {}
+    )
     settings = {"imgsz": _check_models(files), **settings}  # which recipes would set to 640
-    asked = {"shots": counts, "seeds": seeds, "methods": chosen, "freeze": freezes, "save": save}
-    record = _record(folder, files, settings, asked)
+    record = _record(folder, files, settings, {"shots": counts, "seeds": seeds, "methods": chosen, "save": save})
     record["leakage"] = _leakage([x for x in (files["model"], files["stock"]) if x], novel)
     _compare(target, record)
     target.mkdir(parents=True, exist_ok=True)
     AtomicPath(target / "benchmark.json").write_bytes(json.dumps(record, indent=1, ensure_ascii=False).encode())
     described = ({key: _describe(target, *sources) for key, sources in x.items()} for x in (found, balanced))
-    expanded = tuple(x for m in chosen for x in ([f"{m}-{f}" for f in freezes] if m in STOCKS else [m]))
-    plan = Plan(folder, target, files, *described, expanded, novel, settings, save)
+    plan = Plan(folder, target, files, *described, tuple(chosen), novel, settings, save)
     _do_missing(plan, record)
     _report(plan, record)
     LOGGER.info(f"Results saved to {target}")
@@ -197,28 +196,19 @@ def _file(key: str, file: str | Path | None) -> Path | None:
 
 
 def _methods(methods: str | Iterable[str], stage1: Path | None) -> list[str]:
-    """Return the names of the methods, each of them once."""
+    """Return the names of the methods, each of them once, and stock fine-tuning once for each `freeze`."""
     listed = methods.split(",") if isinstance(methods, str) else methods
     chosen = list(dict.fromkeys(x for x in (str(x).strip() for x in listed) if x))
-    unknown = {m: difflib.get_close_matches(m, METHODS) for m in chosen if m not in METHODS}
+    valid = {*METHODS, *(f"{m}-{f}" for m, f in product(STOCKS, FREEZES))}
+    unknown = {m: difflib.get_close_matches(m, METHODS) for m in chosen if m not in valid}
     if unknown or not chosen:
         named = [f"{m} (similar: {', '.join(x)})" if x else m for m, x in unknown.items()]
         raise ValueError(f"'methods=' names {few(named) or 'nothing'}. Valid methods are {', '.join(METHODS)}.")
     need = [m for m in chosen if m == "no_episodes" or m in ABLATIONS]
     if need and not stage1:
         raise ValueError(f"stage1= must be given for {', '.join(need)}: the few-shot checkpoint before episodes.")
-    return chosen
-
-
-def _freezes(freeze: str | int | Iterable[int]) -> list[int]:
-    """Return the values of `freeze` of the stock fine-tuning, each of them once."""
-    listed = str(freeze).split(",") if isinstance(freeze, (str, int)) else [str(x) for x in freeze]
-    values = list(dict.fromkeys(x.strip() for x in listed))
-    if not values or not all(x.isdecimal() for x in values):
-        raise ValueError(
-            f"'freeze={freeze}' is an invalid value. It must be numbers of layers to freeze, i.e. 0,10,22."
-        )
-    return [int(x) for x in values]
+    every = (x for m in chosen for x in ([f"{m}-{f}" for f in FREEZES] if m in STOCKS else [m]))
+    return list(dict.fromkeys(every))
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

@@ -347,6 +347,7 @@ def test_what_the_model_knows_of_its_classes_survives(adapted, start):
 
 def test_a_run_trains_and_its_results_are_recorded(adapted):
     trainer, seen = adapted
+    assert not (trainer.save_dir / "support_check.png").exists()  # plots=False
     rows = trainer._results()
     assert len(rows) == 2 and [x["train/steps"] for x in rows] == [2, 2]
     assert all(np.isfinite(x[k]) for x in rows for k in x if k.startswith("train/"))
@@ -431,7 +432,9 @@ def built(site, start, cfg="stage3.yaml", **overrides):
 
 def test_the_built_in_data_sets(site, start, seen):
     """Shots that count their classes as the model does, and that were enrolled without base pictures."""
-    trainer = built(site, start, data="fewshot-demo-novel.yaml", base_replay=None, batch=5, steps=5)
+    trainer = built(site, start, data="fewshot-demo-novel.yaml", base_replay=None, batch=5, steps=5, plots=True)
+    file = trainer.save_dir / "support_check.png"
+    assert file.stat().st_size > 20_000 and list(trainer.plots) == [file]
     assert trainer.model.names == dict(enumerate((*BASE, *NOVEL))) and len(seen.enrolments) == 1
     trainer.model.args = trainer.args
     loader = trainer.get_dataloader(trainer.data["train"], 5, -1)

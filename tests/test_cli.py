@@ -79,6 +79,8 @@ def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
     monkeypatch.setattr(FewShotYOLO, "__init__", lambda self, model: seen.append(model))
     monkeypatch.setattr(FewShotYOLO, "enroll", lambda self, support, **kwargs: seen.append((support, kwargs)))
     monkeypatch.setattr(FewShotYOLO, "save", lambda self, file: seen.append(file))
+    monkeypatch.setattr(FewShotYOLO, "names", {0: "bus"})
+    monkeypatch.setattr("yolo_fewshot.plot_support.plot_support", lambda *args: seen.append(args))
     argv = [
         "model=a.pt",
         "--support=shots.yaml",
@@ -91,7 +93,8 @@ def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
         "device=cpu",
     ]
     cli.main(["enroll", *argv])
-    assert seen == ["a.pt", ("shots.yaml", {"method": "fit", "imgsz": 96, "batch": 4, "device": "cpu"}), "b.pt"]
+    asked = "shots.yaml", {"method": "fit", "imgsz": 96, "batch": 4, "device": "cpu"}
+    assert seen == ["a.pt", asked, "b.pt", (None, {0: "bus"}, Path("b_support_check.png").absolute())]
 
 
 @pytest.fixture
@@ -215,6 +218,9 @@ def test_enrolling_end_to_end(trained, crops, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     cli.main(["enroll", f"model={trained[1].best}", f"support={crops}", "save=site.pt", "enroll=mean", "imgsz=64"])
     assert f"Results saved to {tmp_path / 'site.pt'}" in caplog.text and "Enrolled class" in caplog.text
+    assert f"Plotting support set to {tmp_path / 'site_support_check.png'}... " in caplog.text
+    assert cv2.imread("site_support_check.png").shape[0] > 250
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["site.pt", "site_support_check.png"]
     model = YOLO(tmp_path / "site.pt")
     assert list(model.names.values()) == [*BASE, "hourglass", "umbrella"]
     assert [(x["shots"], x["method"]) for x in model.model.enrolled.values()] == [(3, "mean")] * 2
@@ -222,6 +228,20 @@ def test_enrolling_end_to_end(trained, crops, tmp_path, monkeypatch, caplog):
     expected.enroll(crops, imgsz=64, method="mean")
     a, b = model.model.state_dict(), expected.model.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_but_the_picture(trained, crops, tmp_path, monkeypatch, caplog):
+    """Not even if the process ends there."""
+    argv = ["enroll", f"model={trained[1].best}", f"support={crops}", f"save={tmp_path}/a.pt", "enroll=mean"]
+    monkeypatch.setattr("yolo_fewshot.plot_support._table", lambda *_: 1 / 0)
+    cli.main(argv)
+    assert f"Plotting error for {tmp_path / 'a_support_check.png'}: division by zero" in caplog.text
+    assert [x.name for x in tmp_path.iterdir()] == ["a.pt"]
+    (tmp_path / "a.pt").unlink()
+    monkeypatch.setattr("yolo_fewshot.plot_support.plot_support", lambda *_: sys.exit(9))
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    assert list(YOLO(tmp_path / "a.pt").model.enrolled) == ["hourglass", "umbrella"]
 
 
 def test_a_checkpoint_may_be_replaced_by_itself(trained, crops, tmp_path):

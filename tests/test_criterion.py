@@ -63,6 +63,32 @@ def test_names_are_the_same_with_and_without_an_episode(batch):
     assert all(episode[k] > 0 for k in EPISODE_TERMS) and not any(validation[k] for k in EPISODE_TERMS)
 
 
+class OwnLoss(FewShotLoss):
+    episode_names = (*FewShotLoss.episode_names, "own_loss")
+
+    def episode_terms(self, preds, batch, pooled):
+        self.pooled = pooled
+        return [*super().episode_terms(preds, batch, pooled), 2 * pooled.prototypes.square().sum()]
+
+
+def test_a_subclass_adds_a_term(batch):
+    model = make()
+    preds = preds_of(model, batch)
+    ours, own = FewShotLoss(model)(preds, batch), (criterion := OwnLoss(model))(preds, batch)
+    assert list(own[1]) == [*ours[1], "own_loss"]
+    torch.testing.assert_close(own[0][:7], ours[0])
+    objects, y, prototypes, ways = criterion.pooled
+    assert own[1]["own_loss"].item() == pytest.approx(2 * len(ways), abs=1e-4)  # the prototypes are unit vectors
+    assert ways.tolist() == [0, 1, 2] and sorted(y.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
+    support = [(0, 0), (2, 0), (1, 1)]  # class and picture of the objects in the support pictures
+    order = [int(i) for i in batch["batch_idx"]]
+    found = [o for o, i in zip(objects, order) if i < 2]
+    for (c, _), embed in zip(support, found):  # one object each, so it is the prototype
+        torch.testing.assert_close(prototypes[ways.tolist().index(c)], embed)
+    plain = {k: v for k, v in batch.items() if k not in {"support", "way"}}
+    assert criterion(preds, plain)[1]["own_loss"] == 0
+
+
 def naive_terms(model, preds, batch, criterion):
     """Episode terms written with loops over pictures, objects, classes and anchors, from one fresh assignment."""
     h, head = model.args, model.model[-1]
@@ -136,7 +162,7 @@ def test_a_query_is_judged_by_prototypes_of_other_pictures_only(batch):
             return query.sum() * 0
 
         criterion.episode_loss = spy
-        criterion.episode_terms(p, batch)
+        criterion.episode_terms(p, batch, criterion.pool(p, batch))
         return seen["p"]
 
     torch.testing.assert_close(prototypes_with(preds), prototypes_with(moved))

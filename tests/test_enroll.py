@@ -10,10 +10,10 @@ from ultralytics.utils.nms import non_max_suppression
 
 from yolo_fewshot import FewShotYOLO
 from yolo_fewshot import enroll as module
-from yolo_fewshot.enroll import choose, compact, enroll, forget
+from yolo_fewshot.enroll import Shot, Shots, choose, compact, enroll, forget
 from yolo_fewshot.features import Features, View, extract
 from yolo_fewshot.fit import PULL
-from yolo_fewshot.leave_out import Detections, detect, detect_left_out
+from yolo_fewshot.leave_out import Agreement, Detections, agreement, detect, detect_left_out
 from yolo_fewshot.support import read_support
 
 FAMILIES = ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"]
@@ -185,19 +185,55 @@ def test_records_tell_shots_method_confidence_and_what_was_replaced(model, shots
 
 
 @pytest.mark.parametrize("method", ["mean", "fit"])
-def test_confidences_and_doubts_come_from_the_shots(model, shots, monkeypatch, method):
+def test_confidences_come_from_the_shots(model, shots, monkeypatch, method):
     asked = []
     monkeypatch.setattr(module, "thresholds", lambda found: asked.append(found) or [0.25, None])
-    monkeypatch.setattr(module, "doubtful_shots", lambda *args: {"disc": [*args]})
     features = extract(model, shots, SIZE)
     names, labels = compact(features, shots.names)
     result = enroll(model, shots, SIZE, method=method)
     pull = torch.tensor([PULL / 4, PULL / 2]) if method == "fit" else torch.full((2,), math.inf)
     found = detect_left_out(features, labels, pull, model.model[-1].banks[0])
     assert len(asked) == 1 and all(map(torch.equal, asked[0], found)) and len(found.conf) > 50
-    assert [r["conf"] for r in result.classes.values()] == [0.25, None]
-    (_, used, shown) = result.doubtful["disc"]
-    assert torch.equal(used, labels) and shown == names == ["square", "disc"]
+    assert [r["conf"] for r in result.classes.values()] == [0.25, None] and names == ["square", "disc"]
+
+
+def test_shots_are_told_with_picture_box_and_agreement(model, shots):
+    features = extract(model, shots, SIZE)
+    names, labels = compact(features, shots.names)
+    found = agreement(features, labels, 2)
+    result = enroll(model, shots, SIZE, method="mean")
+    assert list(result.objects) == names
+    rows = {n: iter(row) for n, row in result.objects.items()}
+    for i, (label, c) in enumerate((x, int(c)) for x in shots.labels for c in x["cls"].flat):
+        shot, which = next(rows[shots.names[c]]), label["cls"][:, 0].tolist().index(c)
+        x, y, w, h = label["bboxes"][which].tolist()
+        assert shot.file == label["im_file"]
+        assert shot.box == pytest.approx([x - w / 2, y - h / 2, x + w / 2, y + h / 2], abs=1e-6)
+        assert (shot.own, shot.other) == pytest.approx((found.own[i].item(), found.other[i].item()), abs=1e-4)
+        assert shot.nearest == names[1 - labels[i]] and shot.doubtful is bool(found.doubtful[i])
+    assert not any(list(row) for row in rows.values())
+
+
+def test_what_is_not_known_of_a_shot_is_none(model, shots, monkeypatch):
+    nan, no = float("nan"), torch.zeros(6, dtype=torch.bool)
+    alone = Agreement(torch.full((6,), nan), torch.full((6,), nan), torch.full((6,), -1), no)
+    monkeypatch.setattr(module, "agreement", lambda features, labels, n: alone)
+    result = enroll(model, shots, SIZE, method="mean")
+    assert {x[2:] for row in result.objects.values() for x in row} == {(None, None, None, False)}
+
+
+def test_objects_that_no_anchor_belongs_to_are_no_shots(model, shots, monkeypatch):
+    monkeypatch.setattr(module, "compact", lambda *args: (["square"], torch.where(compact(*args)[1] == 0, 0, -1)))
+    result = enroll(model, shots, SIZE, method="mean")
+    assert list(result.objects) == ["square"]
+    assert [x.file for x in result.objects["square"]] == [shots.labels[i]["im_file"] for i in (0, 1, 2, 4)]
+
+
+def test_pictures_of_doubtful_shots_are_named_once():
+    rows = [("a", True), ("b", False), ("c", True), ("a", True)]
+    objects = {"ant": [Shot(f, [0, 0, 1, 1], 0.1, 0.5, "bee", x) for f, x in rows], "bee": []}
+    objects["bee"].append(Shot("d", [0, 0, 1, 1], 0.5, 0.1, "ant", False))
+    assert Shots({}, objects).doubtful == {"ant": ["a", "c"]}
 
 
 def test_a_class_of_one_picture_has_no_suggested_confidence(model, shots):

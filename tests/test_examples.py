@@ -1,14 +1,42 @@
 import runpy
+import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import cv2
+import numpy as np
+import pytest
 import torch
 from ultralytics import YOLO
 from ultralytics.data.utils import check_det_dataset
+from ultralytics.utils import ROOT, YAML
 
-import yolo_fewshot  # noqa: F401  (registers the plugin)
+from yolo_fewshot import FewShotLoss, FewShotTrainer, FewShotYOLO
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+QUICK = {"imgsz": 64, "epochs": 1, "episodes": 2, "n_way": 2, "workers": 0}
+
+
+@pytest.fixture(scope="module")
+def base(draw_tiny, tmp_path_factory):
+    return draw_tiny(tmp_path_factory.mktemp("base") / "data", 24)
+
+
+@pytest.fixture(scope="module")
+def novel(base):
+    data = YAML.load(base / "data.yaml")
+    folder = base.with_name("novel")
+    shutil.copytree(base, folder)
+    YAML.save(folder / "data.yaml", {**data, "names": ["w", "x", "y", "z"]})
+    return folder
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    return import_module
 
 
 def test_add_classes(tmp_path, capsys, monkeypatch):
@@ -21,3 +49,102 @@ def test_add_classes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["add_classes.py", str(tmp_path / "base.pt"), "fewshot-demo-novel.yaml"])
     runpy.run_path(str(EXAMPLES / "add_classes.py"), run_name="__main__")
     assert "with 40 shots of 8 classes" in capsys.readouterr().out
+
+
+def test_the_full_path(example, base, novel, capsys, tmp_path):
+    runs = {"project": str(tmp_path), "name": "run", "steps": 2}
+    found = example("full_path").main(str(base / "data.yaml"), str(novel / "data.yaml"), **QUICK, **runs)
+    assert list(found) == ["base training, enrolled", "episodes, enrolled", "adapted", "adapted, ONNX"]
+    assert found["adapted, ONNX"] == pytest.approx(found["adapted"], abs=1e-3)
+    adapted = FewShotYOLO(tmp_path / "run-3" / "weights" / "best.pt")
+    assert list(adapted.names.values()) == ["blue", "green", "red", "black", "w", "x", "y", "z"]
+    assert (tmp_path / "run-3" / "weights" / "best.onnx").exists()
+    assert "adapted, ONNX             novel mAP50 0." in capsys.readouterr().out
+
+
+def test_splits_of_yolo_folders_and_of_a_coco_json_are_the_same(example, base, tmp_path):
+    my_data, data = example("my_data"), str(base / "data.yaml")
+    one = my_data.main(data, "red", out=str(tmp_path / "a"))
+    train, val = (my_data.to_coco(data, k, tmp_path / f"{k}.json") for k in ("train", "val"))
+    keys = {"val": str(val), "images": str(base / "images/train"), "val_images": str(base / "images/val")}
+    other = my_data.main(str(train), "red", out=str(tmp_path / "b"), **keys)
+    for k in (1, 5):
+        found = [shots(folder / f"novel_{k}shot_seed0.yaml") for folder in (one, other)]
+        assert list(found[0]) == list(found[1]) and sum(map(len, found[0].values())) == k
+        for name, boxes in found[0].items():
+            np.testing.assert_allclose(boxes, found[1][name], atol=1e-5)
+
+
+def shots(file):
+    """The labels of the shots by the names of their pictures."""
+    listed = check_det_dataset(file)["train"]
+    files = sorted(x for x in Path(listed).rglob("*.*")) if Path(listed).is_dir() else Path(listed).read_text().split()
+    labels = {Path(x).stem: Path(str(x).replace("/images/", "/labels/")).with_suffix(".txt") for x in files}
+    return {k: np.loadtxt(x, ndmin=2) for k, x in labels.items()}
+
+
+def test_a_loss_term_of_your_own(example, base, tmp_path):
+    keys = {**QUICK, "project": str(tmp_path), "name": "run"}
+    example("own_loss").main(str(base / "yolo11n-tiny.yaml"), str(base / "data.yaml"), **keys)
+    header, row = ((tmp_path / "run" / "results.csv").read_text().splitlines()[i].split(",") for i in (0, 1))
+    columns = dict(zip(header, map(float, row)))
+    assert 0 < columns["train/spr_loss"] <= 0.5 and columns["val/spr_loss"] == 0
+    assert columns["grad/spr"] > 0
+    model = torch.load(tmp_path / "run" / "weights" / "last.pt", weights_only=False)["model"]
+    assert model.loss_class is FewShotLoss  # it loads without the example
+
+
+def test_tuning_the_gains(example, base, tmp_path):
+    keys = {**QUICK, "iterations": 1, "val": True}
+    best = example("tune_gains").main(str(base / "yolo11n-tiny.yaml"), str(base / "data.yaml"), **keys)
+    assert best == {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3, "lr0": 0.002}  # the tuner tries the start first
+
+
+def test_a_long_run_goes_on_and_ends_once(example, base, tmp_path, monkeypatch, capsys):
+    long_run, end = example("long_run"), FewShotTrainer._end_epoch
+
+    def interrupted(self):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        end(self)
+
+    given = str(base / "yolo11n-tiny.yaml"), str(base / "data.yaml")
+    keys = {**QUICK, "epochs": 3, "plots": False}
+    monkeypatch.setattr(FewShotTrainer, "_end_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        long_run.main(*given, **keys)
+    monkeypatch.setattr(FewShotTrainer, "_end_epoch", end)
+    best = long_run.main(*given, **keys)
+    assert best == tmp_path / "long" / "stage2" / "weights" / "best.pt" and best.exists()
+    rows = (best.parents[1] / "results.csv").read_text().splitlines()[1:]
+    assert [int(float(x.split(",")[0])) for x in rows] == [1, 2, 3]
+    written = best.stat().st_mtime_ns
+    assert long_run.main(*given, **keys) == best and best.stat().st_mtime_ns == written
+    assert "Done: " in capsys.readouterr().out
+
+
+def test_serving_with_onnxruntime_alone(example, enrolled, demo):
+    source = (EXAMPLES / "serve_onnx.py").read_text()
+    assert not any(f"import {x}" in source or f"from {x}" in source for x in ("ultralytics", "torch", "yolo_fewshot"))
+    file = FewShotYOLO(enrolled).export(format="onnx", imgsz=96)
+    detector, yolo = example("serve_onnx").Detector(file), YOLO(file, task="detect")
+    pictures = [cv2.imread(str(x)) for x in sorted((demo / "images" / "val").iterdir())[:3]]
+    pictures.append(np.ascontiguousarray(pictures[0][:, :103]))  # margins left and right
+    for picture in pictures:
+        want = yolo.predict(picture, imgsz=96, conf=0.2, verbose=False)[0].boxes
+        found = detector(picture, conf=0.2)
+        assert len(found) == len(want) > 0
+        assert [x.name for x in found] == [yolo.names[int(c)] for c in want.cls]
+        np.testing.assert_allclose([x.score for x in found], want.conf, atol=1e-4)
+        np.testing.assert_allclose([x.box for x in found], want.xyxy, atol=0.05)
+
+
+def test_following_objects_through_a_video(example, trained, tmp_path):
+    thresholds = {f"{k}_thresh": 0.05 for k in ("track_high", "track_low", "new_track")}  # the model is weak
+    YAML.save(tmp_path / "weak.yaml", {**YAML.load(ROOT / "cfg/trackers/bytetrack.yaml"), **thresholds})
+    keys = {"imgsz": 96, "conf": 0.05, "project": str(tmp_path), "name": "run", "tracker": str(tmp_path / "weak.yaml")}
+    counts = example("track_video").main(str(trained[1].best), **keys)
+    assert counts and (tmp_path / "moving.mp4").exists() and list((tmp_path / "run").glob("moving.*"))
+    assert set(counts) <= set(FewShotYOLO(trained[1].best).names.values()) | set(
+        check_det_dataset("fewshot-demo-novel.yaml")["names"].values()
+    )

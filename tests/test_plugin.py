@@ -25,6 +25,7 @@ import yolo_fewshot
 from yolo_fewshot import args, plugin
 from yolo_fewshot.head import FewShotDetect
 from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.results import FewShotPredictor
 from yolo_fewshot.trainer import FewShotTrainer
 from yolo_fewshot.validator import FewShotValidator
 from yolo_fewshot.yolo import FewShotYOLO
@@ -293,7 +294,7 @@ def test_fewshot_yaml_gives_our_classes(fewshot: YOLO):
     assert fewshot._smart_load("model") is FewShotDetectionModel
     assert fewshot._smart_load("trainer") is FewShotTrainer
     assert fewshot._smart_load("validator") is FewShotValidator
-    assert fewshot._smart_load("predictor") is DetectionPredictor
+    assert fewshot._smart_load("predictor") is FewShotPredictor
 
 
 @pytest.mark.parametrize("mode", ["predict", "track", "val", "export"])

@@ -310,14 +310,54 @@ def test_new_classes_are_not_said_to_be_enrolled_anew(model, caplog):
 def test_a_doubtful_shot_is_named(model, few, caplog, monkeypatch):
     seen = []
 
-    def doubtful(features, labels, names):
-        seen.append((labels.tolist(), names))
-        return {"star": ["a/7.png", "a/9.png"]}
+    def agreement(features, labels, n):
+        seen.append((labels.tolist(), n))
+        return stock(features, labels, n)._replace(doubtful=labels == 1)
 
-    monkeypatch.setattr(enrolment, "doubtful_shots", doubtful)
+    stock = enrolment.agreement
+    monkeypatch.setattr(enrolment, "agreement", agreement)
     model.enroll(few)
-    assert seen == [([0, 0, 1, 1], ["hourglass", "star"])]
-    assert "star: check a/7.png, a/9.png, which looks more like another class" in warnings(caplog)[-1]
+    assert seen == [([0, 0, 1, 1], 2)]  # once
+    a, b = (few.parent / f"images/{i}.png" for i in ("02", "03"))
+    assert f"star: check {a}, {b}, which looks more like another class" in warnings(caplog)[-1]
+    assert model.shots.doubtful == {"star": [str(a), str(b)]}
+
+
+# The picture of the shots ---------------------------------------------------------------------------------------------
+
+
+def test_enrolling_draws_the_shots_only_where_it_is_told(model, few, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    model.enroll(few, method="mean")
+    assert not any(tmp_path.iterdir()) and "Plotting" not in caplog.text
+    assert model.enroll(few, method="mean", plot="a/check.png") == {"hourglass": 2, "star": 2}
+    height, width, _ = cv2.imread("a/check.png").shape
+    assert height > 250 and width > 400 and "Plotting support set to a/check.png... " in caplog.text
+    monkeypatch.setattr("yolo_fewshot.plot_support.imread", lambda _: 1 / 0)
+    assert model.enroll(few, method="mean", plot=tmp_path / "b.png") == {"hourglass": 2, "star": 2}
+    assert "Plotting error" in warnings(caplog)[-1] and not (tmp_path / "b.png").exists()
+    assert list(model.model.enrolled) == ["hourglass", "star"]
+
+
+def test_predictions_that_are_saved_have_the_shots_beside_them_once(model, few, queries, tmp_path, caplog, monkeypatch):
+    def drawn(name, **kwargs):
+        predict(model, queries[:1], support=few, enroll="mean", project=str(tmp_path), name=name, **kwargs)
+        return (tmp_path / name / "support_check.png").exists()
+
+    monkeypatch.setattr("ultralytics.engine.model.Model.export", lambda self, **kwargs: "a.onnx")
+    assert model.export(support=few, enroll="mean", imgsz=96) == "a.onnx" and "Plotting" not in caplog.text
+    assert not drawn("not saved") and not (tmp_path / "not saved").exists()
+    assert drawn("saved", save=True)
+    assert f"Plotting support set to {tmp_path / 'saved/support_check.png'}... " in caplog.text
+    assert not drawn("again", save=True) and (tmp_path / "again").exists()  # it was not enrolled again
+    model.forget("hourglass")
+    assert drawn("anew", save=True)
+    model.forget("hourglass")
+    where = {"project": str(tmp_path), "name": "stream", "save": True, "imgsz": 96, "verbose": False}
+    results = model.predict(queries[:1], support=few, enroll="mean", stream=True, **where)
+    assert (tmp_path / "stream/support_check.png").exists() and len(list(results)) == 1
+    assert sorted(x.name for x in (tmp_path / "stream").iterdir()) == [queries[0].name, "support_check.png"]
+    assert caplog.text.count("Plotting support set") == 3
 
 
 # Forgetting -----------------------------------------------------------------------------------------------------------
@@ -540,19 +580,21 @@ def test_without_a_support_set_nothing_is_enrolled(model, queries, calls):
     assert not calls and list(model.names.values()) == list(BASE)
 
 
-def test_tracking_with_a_support_set_frame_by_frame(model, queries, calls, tmp_path):
+def test_tracking_with_a_support_set_frame_by_frame(model, queries, calls, tmp_path, caplog):
     from ultralytics.utils import ROOT
 
     pytest.importorskip("lap")
     thresholds = {"track_high_thresh": 0.05, "track_low_thresh": 0.01, "new_track_thresh": 0.05, "fuse_score": False}
     YAML.save(tmp_path / "tracker.yaml", {**YAML.load(ROOT / "cfg/trackers/bytetrack.yaml"), **thresholds})
     settings = {"imgsz": 96, "conf": 0.05, "tracker": tmp_path / "tracker.yaml", "verbose": False}
+    settings |= {"save": True, "project": str(tmp_path), "name": "run"}
     ids = []
     for _ in range(3):
         (result,) = model.track(queries[0], support=SHOTS, persist=True, **settings)
         assert result.boxes.is_track and {result.names[int(c)] for c in result.boxes.cls} & set(NOVEL)
         ids.append(sorted(result.boxes.id.tolist()))
     assert calls == [(SHOTS, 96, "auto")] and ids[0] == ids[1] == ids[2]
+    assert caplog.text.count("Plotting support set") == len(list(tmp_path.rglob("support_check.png"))) == 1
 
 
 @pytest.fixture(scope="module")
@@ -575,5 +617,6 @@ def test_validating_with_a_support_set_gives_base_and_novel_results(model, both,
     base, novel, mean = (float(rows[g]["mAP50"]) for g in rows)
     assert 0.15 < novel < 1 and 0.15 < base < 1 and mean == pytest.approx(2 * base * novel / (base + novel), abs=1e-5)
     assert metrics.groups["novel"]["mAP50"] == pytest.approx(novel, abs=1e-6)
-    again = model.val(data=both, support=SHOTS, enroll="fit", name="w", **settings)
+    again = model.val(data=both, support=SHOTS, enroll="fit", name="w", **{**settings, "plots": True})
     assert calls == [(SHOTS, 96, "fit")] and again.groups == metrics.groups
+    assert [x.parent.name for x in tmp_path.rglob("support_check.png")] == ["w"]

@@ -31,7 +31,7 @@ class Command(NamedTuple):
 
 
 def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: Any) -> None:
-    """Enrol the classes of a support set and save the model.
+    """Enrol the classes of a support set, save the model, and draw the shots beside it.
 
     Args:
         model (str): Few-shot checkpoint.
@@ -44,6 +44,7 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
         ValueError: If `save` is not a .pt file in a folder that exists.
     """
     from yolo_fewshot import FewShotYOLO
+    from yolo_fewshot.plot_support import FILE, plot_support
 
     model, support, save = str(model), str(support), str(save)  # digits come as an int
     if Path(save).suffix != ".pt" or not Path(save).resolve().parent.is_dir():
@@ -51,6 +52,7 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
     yolo = FewShotYOLO(model)
     yolo.enroll(support, method=enroll, **kwargs)
     yolo.save(save)
+    plot_support(yolo.shots, yolo.names, Path(save).absolute().with_name(f"{Path(save).stem}_{FILE}"))
     LOGGER.info(f"Results saved to {Path(save).resolve()}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,22 @@ from yolo_fewshot.prototypes import class_means, pool_objects
 
 EPISODE_TERMS = ("epi_loss", "sup_loss", "cpe_loss", "tri_loss")
 CPE_ANCHORS = 512  # foreground anchors in the contrastive proposal encoding term, and a quarter of it of background
+
+
+class Pooled(NamedTuple):
+    """What an episode shows.
+
+    Attributes:
+        objects (torch.Tensor): Unit embeddings of its N objects, (N, D) float32.
+        y (torch.Tensor): Their classes, (N,) int64.
+        prototypes (torch.Tensor): Prototypes of its w classes, from the support pictures, (w, D) float32.
+        ways (torch.Tensor): Their classes, (w,) int64.
+    """
+
+    objects: torch.Tensor
+    y: torch.Tensor
+    prototypes: torch.Tensor
+    ways: torch.Tensor
 
 
 class _PerAnchorDFL(nn.Module):
@@ -67,13 +83,19 @@ class FewShotLoss(v8DetectionLoss):
     of the query pictures under prototypes of the support pictures (`epi_loss`), SupCon, CPE and triplet terms, and
     replaces the DFL by the clamped one. For other batches, as in validation, those terms are zero.
 
+    A term of your own goes into `episode_terms` of a subclass, its name into `episode_names`, and the subclass into
+    `FewShotTrainer.loss_class`.
+
     Attributes:
         loss_names (tuple[str, ...]): Names of the terms.
+        episode_names (tuple[str, ...]): Names of those that `episode_terms` returns.
         clamped_dfl (ClampedDFLoss | None): The DFL of stage 2, with its counts of clamps.
         masked (bool): Whether batches may have objects to ignore, see `MaskedDataset`: anchors in their boxes are no
             background.
         watch (Callable | None): Called with this loss, predictions and batch after the terms of a batch were computed.
     """
+
+    episode_names: tuple[str, ...] = EPISODE_TERMS
 
     def __init__(self, model: nn.Module, tal_topk: int = 10, tal_topk2: int | None = None):
         """Initialize the loss.
@@ -95,7 +117,7 @@ class FewShotLoss(v8DetectionLoss):
         self.bbox_loss = RecordingBboxLoss(self.reg_max, self.clamped_dfl).to(self.device)
         if not self.episodic:
             return
-        self.loss_names = (*self.loss_names, *EPISODE_TERMS)
+        self.loss_names = (*self.loss_names, *self.episode_names)
         self.project = model.model[-1].proj
         self.supcon = SupConLoss(h.supcon_tau)
         self.cpe = CPELoss(h.cpe_tau, h.cpe_iou, h.cpe_weight)
@@ -112,7 +134,7 @@ class FewShotLoss(v8DetectionLoss):
                 and `way` (B,), the class each picture was drawn for.
 
         Returns:
-            loss (torch.Tensor): (3,) in stages 1 and 3, (7,) in stage 2, in the order of `loss_names`.
+            loss (torch.Tensor): (3,) in stages 1 and 3, (7,) in stage 2 without further terms, as `loss_names`.
             items (dict[str, torch.Tensor]): Weighted terms by name, not multiplied by the batch size.
         """
         if self.masked:
@@ -141,7 +163,7 @@ class FewShotLoss(v8DetectionLoss):
         self._class_weights = value
 
     def terms(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the weighted terms in the order of `loss_names`, (3,) in stages 1 and 3, (7,) in stage 2."""
+        """Return the weighted terms in the order of `loss_names`, see `loss`."""
         if not self.use_dfl:  # distances times the stride leave float16; with DFL they are bounded
             preds = {**preds, "boxes": preds["boxes"].float()}
         loss = self.get_assigned_targets_and_loss(preds, batch)[1]
@@ -150,8 +172,9 @@ class FewShotLoss(v8DetectionLoss):
             return loss
         if "support" in batch and "embeds" in preds:
             with torch.autocast(preds["embeds"].device.type, enabled=False):
-                self._episode = self.episode_terms(preds, batch)
-        return torch.cat([loss, torch.stack(self._episode) if self._episode else loss.new_zeros(len(EPISODE_TERMS))])
+                self._episode = self.episode_terms(preds, batch, self.pool(preds, batch))
+        zeros = loss.new_zeros(len(self.episode_names))
+        return torch.cat([loss, torch.stack(self._episode) if self._episode else zeros])
 
     def parts(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the terms by name, each with a graph of its own up to the predictions.
@@ -215,10 +238,17 @@ class FewShotLoss(v8DetectionLoss):
         finally:
             self.assigner.replay = False
 
-    def episode_terms(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return the weighted episode, SupCon, CPE and triplet terms of an episode, 0-dim float32 each."""
-        h = self.hyp
-        labels, target_boxes, target_scores, fg_mask, gt_idx = self.assigner.assigned
+    def pool(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> Pooled:
+        """Return the objects of an episode, and prototypes of its classes.
+
+        Args:
+            preds (dict[str, torch.Tensor]): Raw predictions of one branch.
+            batch (dict[str, torch.Tensor]): The episode.
+
+        Returns:
+            (Pooled): Objects with an anchor, in the order of the pictures, and the prototypes.
+        """
+        labels, _, target_scores, fg_mask, gt_idx = self.assigner.assigned
         embeds = preds["embeds"].transpose(1, 2)
         fg = fg_mask.nonzero(as_tuple=True)
         # Objects: mean embedding of the anchors assigned to each, weighted by how well they fit.
@@ -229,17 +259,34 @@ class FewShotLoss(v8DetectionLoss):
         # Prototypes: class means over the support objects; in a narrow episode, of the drawn classes only.
         support = batch["support"].to(embeds.device)
         y_support = torch.where(support.repeat_interleave(n_max), y, -1)
-        if not h.wide:
+        if not self.hyp.wide:
             drawn = (y_support[:, None] == batch["way"].to(y)[None]).any(1)
             y_support = torch.where(drawn, y_support, -1)
         prototypes, counts = class_means(objects, y_support, self.nc)
         ways, real = counts.nonzero()[:, 0], y >= 0
-        objects, y = objects[real], y[real]
-        query = ~support
+        return Pooled(objects[real], y[real], prototypes[ways], ways)
+
+    def episode_terms(
+        self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], pooled: Pooled
+    ) -> list[torch.Tensor]:
+        """Return the weighted terms of an episode, 0-dim float32 each, in the order of `episode_names`.
+
+        Args:
+            preds (dict[str, torch.Tensor]): Raw predictions of one branch, see `FewShotDetect.forward_head`.
+            batch (dict[str, torch.Tensor]): The episode.
+            pooled (Pooled): Its objects and prototypes.
+
+        Returns:
+            (list[torch.Tensor]): Episode, SupCon, CPE and triplet terms.
+        """
+        h, (objects, y, prototypes, ways) = self.hyp, pooled
+        labels, target_boxes, target_scores, fg_mask, _ = self.assigner.assigned
+        embeds, fg = preds["embeds"].transpose(1, 2), fg_mask.nonzero(as_tuple=True)
+        query = ~batch["support"].to(embeds.device)
         counted = None if self._outside is None else (self._outside | fg_mask)[query].unsqueeze(-1).float()
         return [
-            h.cls * self.episode_loss(preds, embeds[query], target_scores[query], prototypes[ways], ways, counted),
-            h.supcon * self.supcon_term(objects, y, prototypes[ways], ways),
+            h.cls * self.episode_loss(preds, embeds[query], target_scores[query], prototypes, ways, counted),
+            h.supcon * self.supcon_term(objects, y, prototypes, ways),
             h.cpe * self.cpe_term(embeds, fg, labels[fg].long(), target_boxes[fg]),
             h.triplet * self.triplet_term(objects, y, preds["frozen"]),
         ]

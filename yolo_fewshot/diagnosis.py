@@ -103,9 +103,10 @@ def diagnose(
     elif run.layer:
         cause, advice = f"the output of {run.layer} is not finite", "Set a smaller lr0 or grad_clip."
     elif run.terms:
-        keys = list(dict.fromkeys(map(gain_key, run.terms)))
+        keys = [k for k in dict.fromkeys(map(gain_key, run.terms)) if hasattr(model.args, k)]  # not of own terms
         cause = f"{few(run.terms)} {'is' if len(run.terms) == 1 else 'are'} not finite for finite predictions"
-        advice = f"Set {', '.join(f'{k}=0' for k in keys)} to train without, or a smaller lr0."
+        without = f"Set {', '.join(f'{k}=0' for k in keys)} to train without" if keys else "Look at what computes it"
+        advice = f"{without}, or set a smaller lr0."
     else:
         cause, advice = "the gradient overflows on its way through the network", "Set a smaller lr0 or grad_clip."
     return Diagnosis(what, where, run.terms if run else [], cause, advice)

@@ -5,18 +5,41 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
+from ultralytics.utils import LOGGER
+from ultralytics.utils.ops import xywh2xyxy
 
 from yolo_fewshot import args as table
 from yolo_fewshot.features import Features, View, extract
 from yolo_fewshot.fit import MARGIN, PULL, classifiers
 from yolo_fewshot.head import Prototypes
-from yolo_fewshot.leave_out import Detections, ap50, detect_left_out, doubtful_shots, thresholds
+from yolo_fewshot.leave_out import Detections, agreement, ap50, detect_left_out, thresholds
 from yolo_fewshot.memory import recall
 from yolo_fewshot.support import Support
 
 ENOUGH = 3  # shots of a class that tell which method suits it
+
+
+class Shot(NamedTuple):
+    """An object that a class was enrolled from, with the figures of `Agreement`.
+
+    Attributes:
+        file (str): Picture file.
+        box (list[float]): Its box, x1, y1, x2, y2 in 0..1.
+        own (float | None): Likeness to the other shots of its class; None where there are none.
+        other (float | None): Likeness to the nearest other class; None where there is none.
+        nearest (str | None): Name of that class.
+        doubtful (bool): Whether it disagrees with the rest of its class.
+    """
+
+    file: str
+    box: list[float]
+    own: float | None
+    other: float | None
+    nearest: str | None
+    doubtful: bool
 
 
 class Shots(NamedTuple):
@@ -26,11 +49,17 @@ class Shots(NamedTuple):
         classes (dict[str, dict]): By class name, what the model now knows of it: `shots`, the number of its objects;
             `method`, 'mean' or 'fit'; `conf`, the suggested confidence threshold, or None with too few shots to tell;
             `replaced`, the classifier of a base class of this name, or None.
-        doubtful (dict[str, list[str]]): By class name, the pictures of shots that disagree with the rest of the class.
+        objects (dict[str, list[Shot]]): By class name, its shots in the order of the support set.
     """
 
     classes: dict[str, dict[str, Any]]
-    doubtful: dict[str, list[str]]
+    objects: dict[str, list[Shot]]
+
+    @property
+    def doubtful(self) -> dict[str, list[str]]:
+        """By class name, the pictures of shots that disagree with the rest of the class."""
+        found = {name: [x.file for x in row if x.doubtful] for name, row in self.objects.items()}
+        return {name: list(dict.fromkeys(files)) for name, files in found.items() if files}
 
 
 def enroll(
@@ -89,7 +118,7 @@ def enroll(
         }
     model.enrolled.update(classes)
     model.nc = model.yaml["nc"] = head.nc
-    return Shots(classes, doubtful_shots(features, labels, names))
+    return Shots(classes, _objects(support, features, labels, names))
 
 
 def forget(model: nn.Module, name: str) -> None:
@@ -131,6 +160,26 @@ def compact(features: Features, names: dict[int, str]) -> tuple[list[str], torch
     return [str(names[i]) for i in shown.tolist()], torch.where(valid, labels, -1)
 
 
+def _objects(support: Support, features: Features, labels: torch.Tensor, names: list[str]) -> dict[str, list[Shot]]:
+    """Return the shots of every class, as in `Shots.objects`.
+
+    Args:
+        support (Support): Support set.
+        features (Features): Its features.
+        labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
+        names (list[str]): Names of the n classes.
+    """
+    objects: dict[str, list[Shot]] = {name: [] for name in names}
+    boxes = xywh2xyxy(np.concatenate([x["bboxes"] for x in support.labels])).tolist()
+    figures = (x.tolist() for x in agreement(features, labels, len(names)))
+    for c, p, box, own, other, nearest, doubtful in zip(labels.tolist(), features.picture.tolist(), boxes, *figures):
+        if c >= 0:
+            own, other = (None if math.isnan(x) else x for x in (own, other))
+            name = None if other is None else names[nearest]
+            objects[names[c]].append(Shot(features.files[p], box, own, other, name, doubtful))
+    return objects
+
+
 def choose(
     features: Features, labels: torch.Tensor, counts: torch.Tensor, method: str, bank: Prototypes, single: float
 ) -> tuple[torch.Tensor, Detections]:
@@ -165,6 +214,17 @@ def choose(
     scores = [ap50(x._replace(truths=x.truths * ~few)) for x in found]
     best = scores[1] > scores[0] + MARGIN
     return options[best], found[best]
+
+
+def log(shots: Shots) -> None:
+    """Say what was enrolled, and which shots to check.
+
+    Args:
+        shots (Shots): Outcome of an enrolment.
+    """
+    LOGGER.info(table_of(shots.classes))
+    for name, files in shots.doubtful.items():
+        LOGGER.warning(f"{name}: check {', '.join(files)}, which looks more like another class of the support set.")
 
 
 def table_of(classes: dict[str, dict[str, Any]]) -> str:

@@ -37,6 +37,22 @@ class Detections(NamedTuple):
     truths: torch.Tensor
 
 
+class Agreement(NamedTuple):
+    """How well objects agree with their classes, as cosines of centred embeddings.
+
+    Attributes:
+        own (torch.Tensor): Likeness to the other objects of its class, (N,) float32; NaN where there are none.
+        other (torch.Tensor): Likeness to the nearest other class, (N,) float32; NaN where there is none.
+        nearest (torch.Tensor): That class, (N,) int64; -1 where there is none.
+        doubtful (torch.Tensor): Whether the object disagrees with the rest of its class, (N,) bool.
+    """
+
+    own: torch.Tensor
+    other: torch.Tensor
+    nearest: torch.Tensor
+    doubtful: torch.Tensor
+
+
 def detect(
     features: Features,
     labels: torch.Tensor,
@@ -204,36 +220,43 @@ def best_conf(conf: torch.Tensor, hit: torch.Tensor, truths: int) -> float | Non
     return round(float((conf[last] + below) / 2), 3)
 
 
-def doubtful_shots(features: Features, labels: torch.Tensor, names: list[str]) -> dict[str, list[str]]:
-    """Find the shots that disagree with the rest of their class.
+def agreement(features: Features, labels: torch.Tensor, n: int) -> Agreement:
+    """Compare every object with the rest of its class and with the other classes.
 
-    A shot is doubtful if the mean of the class's other shots is less like it than the mean of another class is, and
-    less than half as like it as the class's shots are in the median. Likeness is the cosine after subtracting the mean
-    of the class means, which all objects share. Classes of fewer than 3 shots are not judged, nor is a single class.
+    Likeness is the cosine to the mean of a class after subtracting the mean of the class means, which all objects
+    share. An object is doubtful if its own class, without it, is less like it than another class is, and less than half
+    as like it as it is to the class's objects in the median. Classes of fewer than 3 objects are not judged, nor is a
+    single class.
 
     Args:
         features (Features): Features of a support set.
         labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
-        names (list[str]): Names of the n classes.
+        n (int): Number of classes.
 
     Returns:
-        (dict[str, list[str]]): Picture files of the doubtful shots by class name.
+        (Agreement): The figures.
     """
-    found: dict[str, list[str]] = {}
-    means, counts = class_means(features.embeds[0], labels, len(names))
+    size = len(labels)
+    found = Agreement(
+        torch.full((size,), torch.nan),
+        torch.full((size,), torch.nan),
+        torch.full((size,), -1),
+        torch.zeros(size, dtype=torch.bool),
+    )
+    means, counts = class_means(features.embeds[0], labels, n)
     present = counts > 0
     if present.sum() < 2:
         return found
     embeds = F.normalize(features.embeds[0] - means[present].mean(0), dim=1)
-    means, _ = class_means(embeds, labels, len(names))
-    sums = F.one_hot(labels + 1, len(names) + 1)[:, 1:].to(embeds).t() @ embeds
-    for c, name in enumerate(names):
-        if counts[c] < 3:
-            continue
-        own = (labels == c).nonzero()[:, 0]
-        like = (embeds[own] * F.normalize(sums[c] - embeds[own], dim=1)).sum(1)
-        others = (embeds[own] @ means.t()).masked_fill(~present | (torch.arange(len(names)) == c), -1).amax(1)
-        bad = own[(like < others) & (like < like.median() / 2)]
-        if len(bad):
-            found[name] = list(dict.fromkeys(features.files[p] for p in features.picture[bad].tolist()))
+    means, _ = class_means(embeds, labels, n)
+    sums = F.one_hot(labels + 1, n + 1)[:, 1:].to(embeds).t() @ embeds
+    for c in present.nonzero()[:, 0].tolist():
+        mine = (labels == c).nonzero()[:, 0]
+        strange = ~present | (torch.arange(n) == c)
+        other, nearest = (embeds[mine] @ means.t()).masked_fill(strange, -torch.inf).max(1)
+        found.other[mine], found.nearest[mine] = other, nearest
+        if counts[c] > 1:
+            own = (embeds[mine] * F.normalize(sums[c] - embeds[mine], dim=1)).sum(1)
+            found.own[mine] = own
+            found.doubtful[mine] = (counts[c] >= 3) & (own < other) & (own < own.median() / 2)
     return found

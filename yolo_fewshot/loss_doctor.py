@@ -15,6 +15,7 @@ DOMINANT = 0.5  # share of the gradient above which a term dominates
 CLAMPED = 0.01  # part of the steps above which clamps of the mean DFL are worth a word
 COUNTS = ("clipped", "skipped", "overflows", "sides_clamped", "means_clamped")  # columns train/...
 UNTRAINED = "no better than those of an untrained model: train stage 1 first, or set a greater lr0"
+OWN = "it has taught nothing yet: set a greater lr0, or leave it out"  # of a term of the user's own
 REMEDIES = {
     "box": f"boxes are {UNTRAINED}",
     "cls": f"class scores are {UNTRAINED}",
@@ -135,12 +136,13 @@ def report(rows: list[dict[str, float]], args: Any) -> str:
     listed = ", ".join(f"{t} {v:.0%}" for t, v in sorted(shares.items(), key=lambda x: -x[1]))
     says = [f"Gradient at the neck by term: {listed}."]
     if shares[top] > DOMINANT:
-        key = gain_key(top)
-        says.append(f"{top} dominates; {key}={getattr(args, key)} is the key to lower if it should not.")
+        gain = getattr(args, gain_key(top), None)  # a term of the user's own has none
+        what = f"{gain_key(top)}={gain} is the key to lower" if gain else "lower its gain"
+        says.append(f"{top} dominates; {what} if it should not.")
     idle = [t for t in terms if last[f"chance/{t}"] > 0 and last[f"train/{t}_loss"] >= AT_CHANCE * last[f"chance/{t}"]]
     for t in idle:
         value, chance = last[f"train/{t}_loss"], last[f"chance/{t}"]
-        says.append(f"{t} sits at chance ({value:.4g}, chance {chance:.4g}): {REMEDIES[t]}.")
+        says.append(f"{t} sits at chance ({value:.4g}, chance {chance:.4g}): {REMEDIES.get(t, OWN)}.")
     if not idle:
         says.append("No term sits at chance.")
     count = {k: int(sum(r[f"train/{k}"] for r in rows)) for k in COUNTS}

@@ -76,6 +76,9 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "DetectionValidator.print_results",
         "DetectionValidator.coco_evaluate",
     ),
+    "ultralytics.engine.results": ("Results.new", "Results.plot", "Boxes"),
+    "ultralytics.utils.plotting": ("Annotator.box_label", "colors"),
+    "ultralytics.models.yolo.detect.predict": ("DetectionPredictor.construct_result",),
     "ultralytics.models.yolo.detect.train": ("DetectionTrainer.get_model", "DetectionTrainer.get_dataloader"),
 }
 
@@ -352,6 +355,10 @@ def route(model: Any, key: str, stock: type) -> Any:
         from yolo_fewshot.validator import FewShotValidator
 
         return FewShotValidator
+    if key == "predictor" and is_fewshot(model):
+        from yolo_fewshot.results import FewShotPredictor
+
+        return FewShotPredictor
     if key != "trainer":
         return stock
     if is_fewshot(model):

@@ -28,9 +28,9 @@ from yolo_fewshot import args as table
 from yolo_fewshot import plugin
 from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, ap50_on_shots, blend, merged_names, only_new, relabel
 from yolo_fewshot.calibrate import choose_pull
-from yolo_fewshot.criterion import branch_losses
+from yolo_fewshot.criterion import FewShotLoss, branch_losses
 from yolo_fewshot.diagnosis import diagnose
-from yolo_fewshot.enroll import enroll, table_of
+from yolo_fewshot.enroll import enroll, log
 from yolo_fewshot.episode_detect import detect_queries
 from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset
 from yolo_fewshot.features import View, extract, support_views
@@ -42,6 +42,7 @@ from yolo_fewshot.memory import remember
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plot_embedding import plot_embedding
 from yolo_fewshot.plot_episode import plot_episode
+from yolo_fewshot.plot_support import FILE, plot_support
 from yolo_fewshot.plots import plot_losses
 from yolo_fewshot.support import Support, SupportDataset, read_support
 
@@ -62,11 +63,14 @@ class FewShotTrainer(DetectionTrainer):
         episodic (bool): Whether this run is stage 2.
         guard (Guard): Gradient clip and skipped steps.
         doctor (LossDoctor): Gradient of each term and its chance level.
+        loss_class (type[FewShotLoss]): The loss; a subclass of the trainer may set one with terms of its own.
 
     Examples:
         >>> from yolo_fewshot import FewShotTrainer
         >>> FewShotTrainer(cfg="stage2.yaml", overrides={"model": "fewshot.yaml", "data": "base.yaml"}).train()
     """
+
+    loss_class: type[FewShotLoss] = FewShotLoss
 
     def __init__(
         self,
@@ -157,6 +161,7 @@ class FewShotTrainer(DetectionTrainer):
             weights = self._enrolled(weights)
         model = FewShotDetectionModel(cfg, ch=self.data["channels"], nc=self.data["nc"], verbose=verbose and RANK == -1)
         model = self.set_model_names_for_load(model)
+        model.loss_class = self.loss_class
         if weights:
             model.load(weights)
             if bad := nonfinite({k: v for k, v in model.state_dict().items() if v.is_floating_point()}):
@@ -187,7 +192,10 @@ class FewShotTrainer(DetectionTrainer):
             return weights
         weights = deepcopy(weights).float().eval().to(self.device)
         result = enroll(weights, support, self.args.imgsz, views=support_views(vars(self.args), support.crops))
-        LOGGER.info(table_of(result.classes))
+        log(result)
+        file = self.save_dir / FILE
+        if self.args.plots and RANK in {-1, 0} and plot_support(result, weights.names, file):
+            self.on_plot(file)
         return weights.cpu()
 
     def get_dataset(self) -> dict[str, Any]:
@@ -308,6 +316,8 @@ class FewShotTrainer(DetectionTrainer):
         """
         if event == "on_train_start":
             self.guard = Guard(unwrap_model(self.model))
+            if self.ema:
+                self.ema.ema.loss_class = self.loss_class
             for loss in branch_losses(unwrap_model(self.model)):
                 loss.masked = has_ignored(self.train_loader.dataset)
         elif event == "on_train_epoch_start":

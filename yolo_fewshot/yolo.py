@@ -16,6 +16,7 @@ from yolo_fewshot import enroll as enrolment
 from yolo_fewshot.features import support_views
 from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.plot_support import FILE, plot_support
 from yolo_fewshot.plugin import no_head
 from yolo_fewshot.support import read_support
 
@@ -24,7 +25,10 @@ class FewShotYOLO(YOLO):
     """YOLO model with a few-shot head; `YOLO(...)` of a few-shot checkpoint is one, too.
 
     `predict`, `track`, `val` and `export` take Ultralytics' arguments and two more: `support`, the support set to
-    enroll first, and `enroll`, the method.
+    enroll first, and `enroll`, the method. Where Ultralytics writes a run folder, all but `export` draw the shots, too.
+
+    Attributes:
+        shots (Shots | None): What was enrolled last.
 
     Examples:
         >>> from yolo_fewshot import FewShotYOLO
@@ -36,6 +40,9 @@ class FewShotYOLO(YOLO):
         >>> model.export(format="onnx")
     """
 
+    shots: enrolment.Shots | None = None
+    _undrawn = False
+
     def enroll(
         self,
         support: str | Path,
@@ -43,6 +50,7 @@ class FewShotYOLO(YOLO):
         batch: int = 16,
         method: str = "auto",
         device: str | None = None,
+        plot: str | Path | None = None,
     ) -> dict[str, int]:
         """Teach the model the classes that a support set shows, without training; all other classes stay as they are.
 
@@ -57,6 +65,7 @@ class FewShotYOLO(YOLO):
                 anchors of the support pictures, with a pull towards that mean. 'auto': 'fit', unless 'mean' is
                 clearly better, see `yolo_fewshot.enroll.choose`.
             device (str, optional): Device, as in Ultralytics; that of the model if not given.
+            plot (str | Path, optional): Picture of the shots to write, i.e. 'support_check.png'; none if not given.
 
         Returns:
             (dict[str, int]): Number of shots per enrolled class.
@@ -84,9 +93,10 @@ class FewShotYOLO(YOLO):
         finally:
             model.train(training).to(home)
         self._changed()
-        LOGGER.info(enrolment.table_of(result.classes))
-        for name, files in result.doubtful.items():
-            LOGGER.warning(f"{name}: check {', '.join(files)}, which looks more like another class of the support set.")
+        self.shots = result
+        enrolment.log(result)
+        if plot:
+            plot_support(result, model.names, plot)
         return {name: record["shots"] for name, record in result.classes.items()}
 
     def forget(self, name: str) -> FewShotYOLO:
@@ -151,7 +161,10 @@ class FewShotYOLO(YOLO):
         enrolled = getattr(self.model, "enrolled", None)
         if enrolled and not (self.predictor or new) and kwargs.get("verbose", True):
             LOGGER.info(enrolment.table_of(enrolled))
-        return super().predict(source, stream, predictor, **kwargs)
+        results = super().predict(source, stream, predictor, **kwargs)
+        if self._undrawn and self.predictor.args.save:
+            self._draw(self.predictor.save_dir)
+        return results
 
     def val(self, validator: Any = None, **kwargs: Any) -> Any:
         """Validate as Ultralytics does, after enrolling the classes of `support`, with base and novel AP.
@@ -163,7 +176,11 @@ class FewShotYOLO(YOLO):
         Returns:
             (FewShotMetrics): Results.
         """
-        return super().val(validator, **self._enroll_from(kwargs))
+        kwargs = self._enroll_from(kwargs)
+        metrics = super().val(validator, **kwargs)
+        if self._undrawn and {**self.overrides, **kwargs}.get("plots", True):
+            self._draw(metrics.save_dir)
+        return metrics
 
     def export(self, **kwargs: Any) -> str:
         """Export the folded model as Ultralytics does, after enrolling the classes of `support`.
@@ -198,12 +215,18 @@ class FewShotYOLO(YOLO):
         given = (id(self.model), support, changed, method, imgsz)
         if self.__dict__.get("_given") != given:
             self.enroll(support, imgsz=imgsz, method=method, device=kwargs.get("device"))
-            self._given = given
+            self._given, self._undrawn = given, True
         return kwargs
+
+    def _draw(self, folder: Path) -> None:
+        """Draw the shots of `support` into a run folder, the first one after they were enrolled."""
+        self._undrawn = False
+        plot_support(self.shots, self.model.names, folder / FILE)
 
     def _changed(self) -> None:
         """Drop what belongs to the model as it was: the predictor, which holds a copy, and the last support set."""
-        self.predictor = self._given = None
+        self.predictor = self._given = self.shots = None
+        self._undrawn = False
 
     def _few_shot_model(self, what: str) -> FewShotDetectionModel:
         """Return the network, or raise a TypeError that says how to get one with a few-shot head."""

@@ -1,0 +1,67 @@
+"""Follow objects of new classes through a video.
+
+    yolo track model=best.pt source=street.mp4 support=shots.yaml
+    python examples/track_video.py best.pt fewshot-demo-novel.yaml street.mp4
+
+Without a video of yours one is made of the built-in data: a picture that moves.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from ultralytics.data.utils import check_det_dataset
+
+from yolo_fewshot import FewShotYOLO
+
+
+def main(weights: str, support: str = "fewshot-demo-novel.yaml", video: str = "", **settings: Any) -> dict[str, int]:
+    """Track the classes of a few-shot model and those of a support set.
+
+    Args:
+        weights (str): Few-shot checkpoint.
+        support (str): The examples.
+        video (str): Video.
+        **settings (Any): Further arguments of `track`.
+
+    Returns:
+        (dict[str, int]): How many objects of each class were followed.
+    """
+    video = video or str(moving_picture(next(Path(check_det_dataset(support)["val"]).glob("*")), Path("moving.mp4")))
+    model, tracks = FewShotYOLO(weights), {}
+    for frame in model.track(video, support=support, stream=True, **{"save": True, "verbose": False, **settings}):
+        if frame.boxes.is_track:
+            tracks.update(zip(frame.boxes.id.int().tolist(), frame.boxes.cls.int().tolist()))
+    names = [model.names[c] for c in tracks.values()]
+    counts = {n: names.count(n) for n in dict.fromkeys(names)}
+    print(", ".join(f"{k} {n}" for n, k in counts.items()) or "Nothing was followed.")
+    return counts
+
+
+def moving_picture(picture: Path, video: Path, frames: int = 30) -> Path:
+    """Write a video in which a picture moves to the right and down.
+
+    Args:
+        picture (Path): Picture.
+        video (Path): MP4 file to write.
+        frames (int): Number of frames.
+
+    Returns:
+        (Path): The file.
+    """
+    image = cv2.imread(str(picture))
+    h, w = image.shape[:2]
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"mp4v"), 10, (w, h))
+    for i in range(frames):
+        shift = np.float32([[1, 0, i / 2], [0, 1, i / 4]])
+        writer.write(cv2.warpAffine(image, shift, (w, h), borderMode=cv2.BORDER_REFLECT))
+    writer.release()
+    return video
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,176 @@
+"""Every command of the README, and of the pages under examples, is run or checked, in a folder like a user's."""
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from ultralytics import YOLO
+from ultralytics.cfg import entrypoint, get_cfg, merge_equals_args, parse_key_value_pair
+from ultralytics.utils import DEFAULT_CFG_DICT, ROOT, YAML
+
+from yolo_fewshot import FewShotTrainer, args, benchmark, cli
+
+PROJECT = Path(__file__).parents[1]
+PAGES = sorted((PROJECT / "examples").glob("*.md"))
+QUICK = {"imgsz": 64, "epochs": 1, "workers": 0, "plots": False, "batch": 8}
+EPISODES = {"episodes": 2, "n_way": 2}
+
+
+def blocks(file, language):
+    """The fenced blocks of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", file.read_text(), re.S)
+
+
+def commands(file):
+    """The shell commands of a page, comments left out; `a && b` are two."""
+    lines = "\n".join(blocks(file, "bash")).replace("\\\n", " ").splitlines()
+    parts = [x for line in lines for x in line.split("&&")]
+    return [words for x in parts if (words := shlex.split(x, comments=True))]
+
+
+def write_data(folder, names, pictures):
+    """Write a data set in which picture i of each split shows classes i and i + 7, and return its data.yaml."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+        for i in range(pictures):
+            cv2.imwrite(str(folder / f"images/{split}/{i:04}.png"), rng.integers(0, 256, (48, 48, 3), np.uint8))
+            rows = [[c % len(names), x, x, 0.4, 0.4] for c, x in ((i, 0.25), (i + 7, 0.75))]
+            text = "".join(f"{c} {x} {y} {w} {h}\n" for c, x, y, w, h in rows)
+            (folder / f"labels/{split}/{i:04}.txt").write_text(text)
+    data = {"path": str(folder), "train": "images/train", "val": "images/val", "names": names}
+    YAML.save(folder / "data.yaml", data)
+    return data
+
+
+def write_coco(folder, names):
+    """Write the COCO jsons of such a data set, and its pictures, beside each other."""
+    for split in ("train", "val"):
+        images, boxes = [], []
+        for i, file in enumerate(sorted((folder / "images" / split).iterdir())):
+            images.append({"id": i, "file_name": file.name, "width": 48, "height": 48})
+            for row in (folder / f"labels/{split}/{file.stem}.txt").read_text().splitlines():
+                c, x, y, w, h = map(float, row.split())
+                box = [48 * v for v in (x - w / 2, y - h / 2, w, h)]
+                boxes.append({"id": len(boxes), "image_id": i, "category_id": int(c), "bbox": box, "iscrowd": 0})
+        content = {"images": images, "annotations": boxes}
+        content["categories"] = [{"id": i, "name": n} for i, n in enumerate(names)]
+        Path(f"instances_{split}2017.json").write_text(json.dumps(content))
+        shutil.copytree(folder / "images" / split, f"{split}2017")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, trained):
+    """A folder with the files that the README speaks of, under the names that it gives them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(PROJECT / "examples"))
+    shutil.copytree(PROJECT / "examples", "examples")
+    shutil.copy(trained[1].best, "best.pt")
+    base = write_data(tmp_path / "base", ["star", "plus", "arrow", "ring"], 24)
+    every = write_data(tmp_path / "every", ["star", "plus", "arrow", "scooter", "bus"], 40)
+    YAML.save("base.yaml", base)
+    YAML.save("data.yaml", every)
+    for name in ("shots.yaml", "novel_5shot.yaml"):
+        YAML.save(name, {**write_data(tmp_path / name[:-5], ["scooter", "bus"], 5)})
+    shutil.copy("base/images/val/0000.png", "street.jpg")
+    YOLO("yolo11n.yaml").save("yolo11n.pt")  # stands for pretrained weights
+    for name in ("VOC", "coco"):
+        names = list(YAML.load(ROOT / f"cfg/datasets/{name}.yaml")["names"].values())
+        data = write_data(tmp_path / f"{name}-data", names, 20 * len(names) if name == "VOC" else 17 * len(names))
+        YAML.save(f"{name}.yaml", data)
+    write_coco(tmp_path / "coco-data", names)
+    return tmp_path
+
+
+def run(words, folder):
+    """Run a command, made short by further arguments."""
+    quick = [f"{k}={v}" for k, v in QUICK.items()]
+    if words[0] == "yolo":
+        more = {"train": [*quick, "steps=2"], "val": quick[:1] + quick[2:], "export": quick[:1], "predict": quick[:1]}
+        stage2 = any("stage2" in x for x in words)
+        more = [*more[words[1]], *(f"{k}={v}" for k, v in EPISODES.items() if stage2), f"project={folder}/runs/detect"]
+        entrypoint(shlex.join([*words, *more]))
+    elif words[0] == "yolo-fewshot":
+        short = {"shots=1", "seeds=1", "methods=stock-0,auto,adapt", "imgsz=64", "workers=0", "steps=2"}
+        more = {"benchmark": sorted(short), "doctor": [*quick, "episodes=2", "n_way=2"]}.get(words[1], [])
+        cli.main([*words[1:], *more])
+    elif words[:2] == ["python", "examples/add_classes.py"]:
+        runpy.run_path(words[1])["main"](*words[2:])
+    else:
+        assert words[0] in {"pip", "python"}, f"{shlex.join(words)} is not run"
+
+
+def test_every_command_of_the_readme_runs(folder, monkeypatch):
+    monkeypatch.setattr(benchmark, "MIN_STEPS", 1)
+    monkeypatch.setattr(benchmark, "MIN_EPOCHS", 1)
+    monkeypatch.setattr(sys, "argv", ["yolo"])
+    listed = commands(PROJECT / "README.md")
+    assert len(listed) > 15
+    for words in listed:
+        try:
+            run(words, folder)
+        except (Exception, SystemExit) as e:
+            raise AssertionError(f"{shlex.join(words)}: {e}") from e
+    assert {"my_split", "voc1", "coco", "benchmark", "best.onnx", "runs"} <= {x.name for x in folder.iterdir()}
+
+
+def test_the_python_code_of_the_readme_runs(folder, monkeypatch):
+    init, keys = FewShotTrainer.__init__, {**QUICK, **EPISODES, "project": str(folder)}
+    monkeypatch.setattr(
+        FewShotTrainer,
+        "__init__",
+        lambda self, *args, overrides=None, **kwargs: init(self, *args, overrides={**overrides, **keys}, **kwargs),
+    )
+    code = blocks(PROJECT / "README.md", "python")
+    assert len(code) == 2
+    for text in code:
+        exec(compile(text, "README.md", "exec"), {})
+    assert (folder / "site-a.pt").exists() and (folder / "plain.pt").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda x: x.name)
+def test_the_commands_of_the_pages_are_valid(page):
+    for words in commands(page):
+        if words[0] == "python":
+            assert (PROJECT / words[1]).is_file(), shlex.join(words)
+        elif words[0] == "yolo":
+            pairs = dict(parse_key_value_pair(x) for x in merge_equals_args(words[2:]))
+            recipe = PROJECT / "cfg" / pairs.pop("cfg", "stage1.yaml")
+            assert recipe.is_file()
+            args.check(vars(get_cfg({**DEFAULT_CFG_DICT, "save_dir": ""}, {**YAML.load(recipe), **pairs})))
+        else:
+            assert words[0] == "yolo-fewshot" and words[1] in cli.COMMANDS, shlex.join(words)
+            command = cli.COMMANDS[words[1]]
+            known = {*command.required, *command.optional}
+            assert "KEY" in known or {x.split("=")[0] for x in words[2:]} <= known
+
+
+def test_every_example_is_listed():
+    there = {x.name for x in (PROJECT / "examples").glob("*.py")}
+    for page in (PROJECT / "README.md", PROJECT / "examples" / "README.md"):
+        text = page.read_text()
+        assert {x for x in there if x in text} == there
+
+
+@pytest.mark.parametrize("page", [PROJECT / "README.md", *PAGES], ids=lambda x: x.name)
+def test_links_lead_somewhere(page):
+    anchors = {p: {anchor(x) for x in re.findall(r"(?m)^#+ (.*)$", p.read_text())} for p in (page, *PAGES)}
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            file, _, place = target.partition("#")
+            found = (page.parent / file).resolve() if file else page
+            assert found.exists(), target
+            assert not place or place in anchors[found], target
+
+
+def anchor(title):
+    """The anchor that a heading gets."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")

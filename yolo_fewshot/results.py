@@ -1,0 +1,209 @@
+"""Predictions in which enrolled classes are drawn with dashed boxes and listed in a legend."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from ultralytics.engine.results import Boxes, Results
+from ultralytics.models.yolo.detect import DetectionPredictor
+from ultralytics.utils.plotting import Annotator, colors
+
+DASH, GAP = 5, 3  # lengths in line widths
+ROWS = 10  # classes in the legend, at most
+TEXT = 0.7  # height of the legend's text, relative to labels
+SMALL = 9  # its least height, pixels
+PLATE, INK, FRAME = (255, 255, 255), (40, 40, 40), (150, 150, 150)  # colours of the legend, BGR
+
+
+class FewShotResults(Results):
+    """Results of a few-shot model: Ultralytics' own, but for the picture.
+
+    Attributes:
+        enrolled (dict[str, int]): Number of shots of every enrolled class, by name.
+
+    Examples:
+        >>> result = FewShotYOLO("site-a.pt")("street.jpg")[0]
+        >>> result.save("found.jpg")
+    """
+
+    def __init__(self, *args: Any, enrolled: dict[str, int] | None = None, **kwargs: Any):
+        """Initialize the results.
+
+        Args:
+            *args (Any): Ultralytics' arguments.
+            enrolled (dict[str, int], optional): Number of shots of every enrolled class, by name.
+            **kwargs (Any): Ultralytics' arguments.
+        """
+        super().__init__(*args, **kwargs)
+        self.enrolled = enrolled or {}
+
+    @classmethod
+    def of(cls, result: Results, enrolled: dict[str, int]) -> FewShotResults:
+        """Turn Ultralytics' results into ours.
+
+        Args:
+            result (Results): Results, changed in place.
+            enrolled (dict[str, int]): Number of shots of every enrolled class, by name.
+
+        Returns:
+            (FewShotResults): The results.
+        """
+        result.__class__, result.enrolled = cls, enrolled
+        return result
+
+    def new(self) -> FewShotResults:
+        """Return results of the same picture and classes without detections, which slices and copies start from."""
+        return self.of(super().new(), self.enrolled)
+
+    def plot(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw the results as Ultralytics does, with dashed boxes and a legend for enrolled classes.
+
+        The legend lists the enrolled classes in this picture; `labels=False` leaves it out.
+
+        Args:
+            *args (Any): Ultralytics' arguments.
+            **kwargs (Any): Ultralytics' arguments.
+
+        Returns:
+            (np.ndarray | PIL.Image.Image): The picture, BGR, or RGB with `pil=True`.
+        """
+        given = inspect.signature(super().plot).bind(*args, **kwargs)
+        given.apply_defaults()
+        given = given.arguments
+        classes = [] if self.boxes is None else self.boxes.cls.tolist()
+        novel = [i for i, c in enumerate(classes) if str(self.names[int(c)]) in self.enrolled]
+        if not (novel and given["boxes"]):
+            return super().plot(*args, **kwargs)
+
+        # Without its right and lower end a box leaves only its label, in the place that Ultralytics gives it.
+        labels, data = self[:], torch.as_tensor(self.boxes.data).clone()
+        data[novel, 2:4] = data[novel, :2]
+        labels.boxes = Boxes(data, self.orig_shape)
+        drawn = {**given, "show": False, "save": False}
+        solid, picture = (np.array(Results.plot(x, **drawn)) for x in (self, labels))
+        if given["pil"]:
+            solid, picture = (np.ascontiguousarray(x[..., ::-1]) for x in (solid, picture))
+
+        annotate = functools.partial(Annotator, font=given["font"], pil=given["pil"], example=self.names)
+        label = annotate(picture, given["line_width"], given["font_size"])
+        boxes = self.boxes.xyxy.tolist()
+        for i in novel:
+            for area in _dashed(boxes[i], label.lw):
+                picture[area] = solid[area]
+        if given["labels"]:
+            shown = {c: str(self.names[c]) for c in sorted({int(classes[i]) for i in novel})}
+            by_class = given["color_mode"] == "class"
+            rows = [(name, self.enrolled[name], colors(c, True) if by_class else INK) for c, name in shown.items()]
+            _add_legend(picture, rows, np.array(boxes), label, annotate)
+        last = {k: given[k] for k in ("pil", "show", "save", "filename")}
+        return Results.plot(self.new(), img=picture, **last)
+
+
+class FewShotPredictor(DetectionPredictor):
+    """Ultralytics' predictor with results that know which classes were enrolled.
+
+    Examples:
+        >>> FewShotYOLO("best.pt").predict("street.jpg", support="shots.yaml")
+    """
+
+    def construct_result(self, *args: Any) -> FewShotResults:
+        """Return the results of one picture.
+
+        Args:
+            *args (Any): Ultralytics' arguments.
+
+        Returns:
+            (FewShotResults): The results.
+        """
+        enrolled = getattr(self.model.model, "enrolled", {})  # kept by the folded copy that predicts
+        return FewShotResults.of(super().construct_result(*args), {n: x["shots"] for n, x in enrolled.items()})
+
+
+def _spans(start: int, end: int, lw: float) -> list[tuple[int, int]]:
+    """Return where the dashes of a line begin and end, the first and the last at its ends, with a gap at least."""
+    gaps = max(round(((end - start) / lw - DASH) / (DASH + GAP)), 1)
+    unit = (end - start) / (gaps * (DASH + GAP) + DASH)
+    begin = [start + unit * (DASH + GAP) * i for i in range(gaps + 1)]
+    return [(math.ceil(x), math.floor(x + unit * DASH)) for x in begin]
+
+
+def _dashed(box: list[float], lw: float) -> list[tuple[slice, slice]]:
+    """Return the areas of a picture in which the outline of a box is kept, so that it is dashed."""
+    reach = int(lw) + 1  # cv2 draws a line around the edge, and PIL inside of it
+    spans, bands = [], []  # along x and y
+    for low, high in ((int(box[0]), int(box[2])), (int(box[1]), int(box[3]))):
+        (_, first), *_, (last, _) = inner = _spans(low, high + 1, lw)
+        spans.append([(low - reach, first), *inner[1:-1], (last, high + reach + 1)])
+        bands.append([(low - reach, min(low + reach + 1, first)), (max(high - reach, last), high + reach + 1)])
+    areas = [(y, x) for y in bands[1] for x in spans[0]] + [(y, x) for y in spans[1] for x in bands[0]]
+    return [tuple(slice(max(a, 0), max(b, 0)) for a, b in area) for area in areas]
+
+
+def _text_size(annotator: Annotator, text: str) -> tuple[int, int]:
+    """Return width and height of a text."""
+    if annotator.pil:
+        return annotator.font.getsize(text)
+    return cv2.getTextSize(text, 0, annotator.sf, annotator.tf)[0]
+
+
+def _row(name: str, shots: int, width: int, annotator: Annotator) -> str | None:
+    """Return the legend's text for a class, shortened where it would be too wide; None if nothing fits."""
+    count = f"{shots} shot{'s' * (shots != 1)}"
+    texts = [f"{name}: enrolled, {count}", f"{name}: {count}"]
+    texts += [f"{name[:i]}..: {count}" for i in range(len(name) - 1, 0, -1)]
+    return next((x for x in texts if _text_size(annotator, x)[0] <= width), None)
+
+
+def _add_legend(
+    picture: np.ndarray,
+    classes: list[tuple[str, int, tuple[int, int, int]]],
+    boxes: np.ndarray,
+    label: Annotator,
+    annotate: Callable[..., Annotator],
+) -> None:
+    """Draw the legend into the corner of a picture where it hides least, if there is room for a readable one.
+
+    Args:
+        picture (np.ndarray): Picture (H, W, 3), BGR, changed in place.
+        classes (list[tuple]): Name, number of shots and colour of every class.
+        boxes (np.ndarray): Corners of the boxes in the picture (n, 4).
+        label (Annotator): What draws the labels there.
+        annotate (Callable): Returns an Annotator for a picture, a line width and a font size.
+    """
+    tall, margin = _text_size(label, "Ag")[1], int(label.lw) + 2
+    height, width = (x - 2 * margin for x in picture.shape[:2])
+    size = max(min(round(tall * TEXT), width // 20), SMALL)
+    pad, pitch, key = size // 2, round(size * 1.6), 2 * size
+    if height < 2 * pitch + pad or width < key + 3 * pad:
+        return
+    limit, scale = max(min(ROWS, (height // 2 - pad) // pitch), 1), size / tall
+    plate = annotate(np.full((height, width, 3), PLATE, np.uint8), 1, label.font.size * scale if label.pil else None)
+    if not plate.pil:
+        plate.sf, plate.tf = label.sf * scale, max(round(label.tf * scale), 1)
+    rows = [_row(name, shots, width - 3 * pad - key, plate) for name, shots, _ in classes[:limit]]
+    if None in rows:
+        return
+    rows += [f"+ {len(classes) - limit} more"] * (len(classes) > limit)
+    middle = [pad // 2 + pitch // 2 + pitch * i for i in range(len(rows))]
+    for y, text in zip(middle, rows):
+        plate.box_label([2 * pad + key, y + size // 2 + 2] * 2, text, PLATE, INK)
+    h, w = len(rows) * pitch + pad, max(_text_size(plate, x)[0] for x in rows) + 3 * pad + key
+    legend, half = np.array(plate.result()[:h, :w]), max(size // 8, 1)
+    for y, (_, _, colour) in zip(middle, classes[:limit]):
+        for a, b in _spans(pad, pad + key, key / (2 * DASH + GAP)):
+            cv2.rectangle(legend, (a, y - half - 1), (b, y + half + 1), FRAME, -1)
+            cv2.rectangle(legend, (a + 1, y - half), (b - 1, y + half), colour, -1)
+    cv2.rectangle(legend, (0, 0), (w - 1, h - 1), FRAME, 1)
+
+    low, high = boxes[:, :2] - [0, tall], boxes[:, 2:]  # with their labels
+    corners = [(x, y) for y in (margin + height - h, margin) for x in (margin, margin + width - w)]
+    hidden = [(np.minimum(high, np.add(c, (w, h))) - np.maximum(low, c)).clip(0).prod(1).sum() for c in corners]
+    x, y = corners[int(np.argmin(hidden))]
+    picture[y : y + h, x : x + w] = legend

@@ -18,6 +18,7 @@ from yolo_fewshot import trainer as module
 from yolo_fewshot.args import ADAPTING, KEYS, resolve
 from yolo_fewshot.diagnosis import Diagnosis, diagnose
 from yolo_fewshot.episodes import EpisodeSampler
+from yolo_fewshot.loss_doctor import COUNTS
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plugin import cfg_dir
 
@@ -670,6 +671,19 @@ def test_episodes_are_plotted_at_the_start_and_at_the_end(tiny, stage1, caplog, 
         folder = "train" if i < 3 else "val"
         assert all(f"images/{folder}/" in x for x in batch["im_file"])
         assert found is None if i < 3 else [x.shape[1] for x in found] == [6] * 3
+
+
+def test_loggers_get_every_column(tiny, stage1):
+    run = {**EPISODIC, "model": str(stage1.best), "data": str(tiny / "data.yaml"), "epochs": 2}
+    trainer = FewShotTrainer("stage2.yaml", {**run, "project": str(tiny), "name": "logged"})
+    logged = []
+    trainer.add_callback("on_fit_epoch_end", lambda t: logged.append(dict(t.metrics)))  # as TensorBoard, W&B, MLflow
+    trainer.train()
+    for found, row in zip(logged, rows(trainer)):
+        ours = [k for k in row if k.startswith(("grad/", "share/", "chance/")) or k.removeprefix("train/") in COUNTS]
+        assert len(ours) == 3 * 7 + len(COUNTS) and {k: found[k] for k in ours} == {k: row[k] for k in ours}
+        assert found["metrics/mAP50(B)"] == pytest.approx(row["metrics/mAP50(B)"], abs=1e-5)
+    assert not any(k.startswith("grad/") for k in trainer.metrics)
 
 
 def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):

@@ -105,6 +105,7 @@ class FewShotTrainer(DetectionTrainer):
         self._batch: dict[str, Any] | None = None
         self._loaded: list[dict[str, Any]] = []  # batches of a step of several
         self._finite_tloss: dict[str, torch.Tensor] | None = None
+        self._columns: dict[str, float] = {}  # of the last epoch, by guard and doctor
         self.doctor = LossDoctor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
         self.last, self.best, self.wdir = AtomicPath(self.last), AtomicPath(self.best), AtomicPath(self.wdir)
 
@@ -309,7 +310,7 @@ class FewShotTrainer(DetectionTrainer):
             self.train_loader.sampler.restart(self.epoch)
 
     def run_callbacks(self, event: str) -> None:
-        """Run the callbacks of an event, after what guard and doctor have to do then.
+        """Run the callbacks of an event, after what guard and doctor have to do then; loggers get their columns, too.
 
         Args:
             event (str): Name of the event.
@@ -328,7 +329,12 @@ class FewShotTrainer(DetectionTrainer):
             self._end_epoch()
         elif event == "on_train_end" and (text := report(self._results(), self.args)):
             LOGGER.info(f"{colorstr('Loss doctor:')} {text}")
+        if event != "on_fit_epoch_end":
+            super().run_callbacks(event)
+            return
+        metrics, self.metrics = self.metrics, {**self.metrics, **self._columns}  # where loggers find their scalars
         super().run_callbacks(event)
+        self.metrics = metrics
 
     def _start_epoch(self) -> None:
         """Set the counters to zero and, in stages 2 and 3, the random state to that of the epoch."""
@@ -494,7 +500,8 @@ class FewShotTrainer(DetectionTrainer):
         clamps = {
             f"train/{k}_clamped": sum(int(getattr(x, f"{k[:-1]}_clamped")) for x in dfl) for k in ("sides", "means")
         }
-        super().save_metrics({**metrics, **self.guard.columns(), **clamps, **self.doctor.columns()})
+        self._columns = {**self.guard.columns(), **clamps, **self.doctor.columns()}
+        super().save_metrics({**metrics, **self._columns})
 
     def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
         """Plot a batch as Ultralytics does, and in stage 2 as an episode, too.

@@ -34,7 +34,7 @@ def ultralytics_home() -> Iterator[Path]:
     from ultralytics import settings
     from ultralytics.data import utils
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+    torch.set_num_threads(1)  # of each of the two processes
     utils.DATASETS_DIR = HOME / "datasets"  # which it has read from the settings when it was imported
     settings.update({f"{k}_dir": str(HOME / k) for k in ("datasets", "weights", "runs")} | {"sync": False})
     assert json.loads((HOME / "Ultralytics" / "settings.json").read_text())["runs_dir"] == str(HOME / "runs")

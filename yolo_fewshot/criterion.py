@@ -106,6 +106,7 @@ class FewShotLoss(v8DetectionLoss):
             tal_topk2 (int, optional): Secondary top-k of one-to-one branches.
         """
         self.masked, self._outside = False, None
+        self._anchored: bool | None = None
         super().__init__(model, tal_topk, tal_topk2)
         self.episodic = getattr(self.hyp, "stage", None) == 2
         self.assigner = RecordingAssigner.like(self.assigner)
@@ -337,7 +338,9 @@ class FewShotLoss(v8DetectionLoss):
 
     def triplet_term(self, objects: torch.Tensor, y: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
         """Triplet of every object with the frozen prototypes; without any, batch-hard among the objects."""
-        return self.triplet(objects, y, frozen.float() if bool(frozen.any()) else None)
+        if self._anchored is None:  # which waits for the device, and does not change during a run
+            self._anchored = bool(frozen.any())
+        return self.triplet(objects, y, frozen.float() if self._anchored else None)
 
 
 def part_gradients(part: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:

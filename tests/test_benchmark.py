@@ -161,23 +161,28 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_stock_all_is_fine_tuned_on_shots_of_all_classes_and_measured_as_the_others(data, model, tmp_path, monkeypatch):
+def test_methods_of_all_classes_see_shots_of_them_and_are_measured_as_the_others(data, model, tmp_path, monkeypatch):
     trained, measured = [], []
 
     def fine_tune(plan, folder, shots, freeze, seed):
         trained.append((shots.name, freeze, seed))
         return model, 1.0
 
+    def train(start, folder, **keys):
+        trained.append((Path(keys["data"]).name, Path(keys["cfg"]).name, keys["seed"]))
+        return SimpleNamespace(last=model), 1.0
+
     monkeypatch.setattr(module, "_fine_tune", fine_tune)
+    monkeypatch.setattr(module, "_train", train)
     means = {"base": [0.5, 0.4], "novel": [0.25, 0.1]}
     monkeypatch.setattr(module, "_measure", lambda plan, folder, file, of: measured.append(of.name) or means)
-    benchmark(data, model, methods="stock_all-0,stock_all-22,stock_all-0", seeds=2, out=tmp_path, **QUICK)
-    assert trained == [(f"all_1shot_seed{s}.yaml", f, s) for s in range(2) for f in (0, 22)]
-    assert measured == [x for s in range(2) for _ in range(2) for x in (f"novel_1shot_seed{s}.yaml", "data.yaml")]
+    benchmark(data, model, methods="stock_all-0,stock_all-22,stock_all-0,adapt_all", seeds=2, out=tmp_path, **QUICK)
+    assert trained == [(f"all_1shot_seed{s}.yaml", f, s) for s in range(2) for f in (0, 22, "stage3.yaml")]
+    assert measured == [x for s in range(2) for _ in range(3) for x in (f"novel_1shot_seed{s}.yaml", "data.yaml")]
     with pytest.raises(
         FileNotFoundError, match=r"has no all_5shot_seed0\.yaml\. It has all_1shot_seed0, all_1shot_seed1:"
     ):
-        benchmark(data, model, methods="stock_all", seeds=1, out=tmp_path / "b", **{**QUICK, "shots": 5})
+        benchmark(data, model, methods="adapt_all", seeds=1, out=tmp_path / "b", **{**QUICK, "shots": 5})
 
 
 def test_the_picture_size_is_that_of_the_model(data, model, tmp_path, asked):

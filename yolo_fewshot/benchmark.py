@@ -40,7 +40,8 @@ from yolo_fewshot.wording import few
 from yolo_fewshot.yolo import FewShotYOLO
 
 FREEZES = (0, 10, 22)  # of the stock fine-tuning: all is trained, the backbone is kept, only the head is trained
-STOCKS = {"stock": "novel", "stock_all": "all"}  # what is fine-tuned on: shots of novel classes, or of all
+STOCKS = ("stock", "stock_all")  # fine-tuning on the shots of the novel classes, and on shots of all classes
+ALL = "_all"  # how the names of methods end that see shots of all classes
 BASELINE = "best stock"  # of both and all `freeze`, by the main figure of the protocol
 STOCK = {
     "optimizer": "AdamW", "lr0": 0.002, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0, "val": False,
@@ -56,7 +57,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 anew with the seed of the dr
     "minus_contrast": {"supcon": 0.0, "cpe": 0.0, "triplet": 0.0},
     "two_way": {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False},
 }
-ADAPTATIONS = ("adapt", "replay", "adapt_full")  # stage 3: as it is, with base pictures, and to the trained weights
+# Stage 3 on the shots of the novel classes, with base pictures, to the trained weights, and on shots of all classes.
+ADAPTATIONS = ("adapt", "replay", "adapt_full", "adapt_all")
 DEFAULT_METHODS = (*STOCKS, *ENROLMENTS, *ADAPTATIONS)
 METHODS = (*DEFAULT_METHODS, "no_episodes", *ABLATIONS)
 
@@ -165,12 +167,9 @@ def benchmark(
         raise ValueError(f"'seeds={seeds}' is an invalid value. It must be an int of at least 1, the number of draws.")
     _check_settings(settings)
     novel = _novel(folder)
-    found = _find_shots(folder, counts, seeds, STOCKS["stock"])
-    balanced = (
-        _find_shots(folder, counts, seeds, STOCKS["stock_all"])
-        if any(m.startswith("stock_all") for m in chosen)
-        else {}
-    )
+    found = _find_shots(folder, counts, seeds, "novel")
+    of_all = any(m.partition("-")[0].endswith(ALL) for m in chosen)
+    balanced = _find_shots(folder, counts, seeds, "all") if of_all else {}
     settings = {"imgsz": _check_models(files), **settings}  # which recipes would set to 640
     record = _record(folder, files, settings, {"shots": counts, "seeds": seeds, "methods": chosen, "save": save})
     record["leakage"] = _leakage([x for x in (files["model"], files["stock"]) if x], novel)
@@ -344,13 +343,13 @@ def _run_method(plan: Plan, method: str, shots: int, seed: int) -> Row:
     data, folder = plan.shots[shots, seed], plan.out / "runs" / f"{method}_{shots}shot_seed{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
     name, _, freeze = method.partition("-")
+    train = plan.balanced[shots, seed] if name.endswith(ALL) else data
     if name in STOCKS:
-        train = data if name == "stock" else plan.balanced[shots, seed]
         file, seconds = _fine_tune(plan, folder, train, int(freeze), seed)
     elif method in ADAPTATIONS:
         own = {"replay": {"base_replay": str(plan.folder / "base.yaml")}, "adapt_full": {"blend": 1.0}}
         keys = {**_settings_for("stage3", plan.settings), **own.get(method, {})}
-        trainer, seconds = _train(plan.files["model"], folder, cfg=_recipe(3), data=str(data), seed=seed, **keys)
+        trainer, seconds = _train(plan.files["model"], folder, cfg=_recipe(3), data=str(train), seed=seed, **keys)
         file = Path(trainer.last)
     else:
         start = plan.files["stage1" if method == "no_episodes" else "model"]

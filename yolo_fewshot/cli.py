@@ -108,8 +108,9 @@ COMMANDS = {
             "stage1": "few-shot checkpoint before stage 2, for the ablations",
             "shots": "numbers of shots (1,3,5,10)",
             "seeds": "number of draws (3)",
-            "methods": "some of stock,stock_all,mean,fit,auto,adapt,replay,adapt_full (these), no_episodes,full,"
-            "minus_supcon,minus_cpe,minus_triplet,minus_contrast,two_way; stock-0 is stock with freeze=0 alone",
+            "methods": "some of stock,stock_all,mean,fit,auto,adapt,replay,adapt_full,adapt_all (these), "
+            "no_episodes,full,minus_supcon,minus_cpe,minus_triplet,minus_contrast,two_way; "
+            "stock-0 is stock with freeze=0 alone",
             "out": "folder to write, or to go on with (benchmark)",
             "save": "keep the training runs (False)",
             "KEY": "any other argument of yolo train, i.e. imgsz=160 fliplr=0 device=0",

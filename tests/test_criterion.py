@@ -247,6 +247,21 @@ def test_autocast_changes_the_terms_little(batch):
     torch.testing.assert_close(low["sup_loss"], full["sup_loss"], rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_memory_in_channels_last_gives_the_same_loss_and_gradient(cfg, batch):
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):  # the latter is Ultralytics' choice on CUDA
+        model = make(cfg).to(memory_format=memory_format)
+        torch.manual_seed(0)
+        loss, items = model.loss({**batch, "img": batch["img"].to(memory_format=memory_format)})
+        loss.sum().backward()
+        grads = [p.grad for k, p in model.named_parameters() if "cv3" in k and p.grad is not None]
+        found.append((torch.stack(list(items.values())), torch.stack([g.norm() for g in grads])))
+    assert all(torch.isfinite(x).all() for row in found for x in row) and len(found[0][1]) > 10
+    for plain, last in zip(*found):
+        torch.testing.assert_close(plain, last, rtol=1e-3, atol=1e-4)
+
+
 def test_balanced_sample_gives_classes_equal_shares():
     torch.manual_seed(0)
     labels = torch.tensor([0] * 500 + [1] * 20 + [2] * 5)[torch.randperm(525)]

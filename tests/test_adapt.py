@@ -10,11 +10,11 @@ import torch
 from ultralytics import YOLO
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
-from ultralytics.utils import YAML
+from ultralytics.utils import LOGGER, YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
 from yolo_fewshot import trainer as module
-from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, ap50_on_shots, merged_names, only_new, relabel
+from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, ap50_on_shots, merged_names, only_new, relabel, steps_for
 from yolo_fewshot.args import ADAPTING, EVERY_STAGE, KEYS, check, resolve
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.demo import BASE, NOVEL
@@ -186,7 +186,14 @@ def test_the_recipe_of_stage_three_is_valid_and_does_not_look_at_val():
     assert recipe["stage"] == 3 and recipe["val"] is False and recipe["data"] == "fewshot-demo-novel.yaml"
     check(recipe)
     assert not [k for k in KEYS if recipe.get(k) is not None and k not in {"stage", *ADAPTING, *EVERY_STAGE}]
-    assert {k: recipe[k] for k in ("steps", "blend")} == {k: KEYS[k].default for k in ("steps", "blend")}
+    assert recipe["blend"] == KEYS["blend"].default and "steps" not in recipe
+
+
+@pytest.mark.parametrize(
+    "shots, batch, steps", [(1, 16, 300), (80, 16, 300), (81, 16, 304), (230, 16, 863), (50, 4, 750)]
+)
+def test_steps_grow_with_the_shots(shots, batch, steps):
+    assert steps_for(shots, batch) == steps
 
 
 # Runs
@@ -430,7 +437,7 @@ def built(site, start, cfg="stage3.yaml", **overrides):
     return trainer
 
 
-def test_the_built_in_data_sets(site, start, seen):
+def test_the_built_in_data_sets(site, start, seen, monkeypatch):
     """Shots that count their classes as the model does, and that were enrolled without base pictures."""
     trainer = built(site, start, data="fewshot-demo-novel.yaml", base_replay=None, batch=5, steps=5, plots=True)
     file = trainer.save_dir / "support_check.png"
@@ -439,6 +446,11 @@ def test_the_built_in_data_sets(site, start, seen):
     trainer.model.args = trainer.args
     loader = trainer.get_dataloader(trainer.data["train"], 5, -1)
     assert len(loader) == 3 and len(loader.dataset) == 12  # 5 steps in 2 epochs
+    trainer.args.steps = None
+    said = []
+    monkeypatch.setattr(LOGGER, "info", said.append)
+    assert len(trainer.get_dataloader(trainer.data["train"], 5, -1)) == 150
+    assert "300 steps on 12 pictures of shots and 0 of base classes" in said[-1]
     assert sorted(set(loader.sampler)) == list(range(12))
     assert {int(c) for x in loader.dataset.labels for c in x["cls"].flat} == set(range(24, 32))
 

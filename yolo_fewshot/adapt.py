@@ -17,6 +17,21 @@ from yolo_fewshot.sampling import EpochSampler
 from yolo_fewshot.support import Support
 from yolo_fewshot.wording import few
 
+STEPS, PASSES = 300, 60  # optimizer steps, and passes over the pictures of the shots, at least
+
+
+def steps_for(shots: int, batch: int) -> int:
+    """Return the number of optimizer steps.
+
+    Args:
+        shots (int): Pictures of the shots.
+        batch (int): Pictures in a batch.
+
+    Returns:
+        (int): The steps, at least `STEPS`.
+    """
+    return max(STEPS, -(-PASSES * shots // batch))
+
 
 @torch.no_grad()
 def blend(model: nn.Module, start: dict[str, torch.Tensor], part: float) -> None:

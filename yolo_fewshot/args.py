@@ -51,7 +51,7 @@ KEYS: dict[str, Key] = {
     "blend": Key(
         float, 0.5, "part of the trained weights in those that stage 3 ends with; the rest is the start", high=1
     ),
-    "steps": Key(int, 300, "optimizer steps of stage 3", 1),
+    "steps": Key(int, None, "optimizer steps of stage 3; 300, or 60 passes over the shots if that is more", 1),
     "nonfinite": Key(
         str, "skip", "a step whose loss or gradient is NaN or Inf: skip it, or raise", choices=("skip", "raise")
     ),

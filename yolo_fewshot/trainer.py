@@ -26,7 +26,16 @@ from ultralytics.utils.torch_utils import autocast, init_seeds, unwrap_model
 
 from yolo_fewshot import args as table
 from yolo_fewshot import plugin
-from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, ap50_on_shots, blend, merged_names, only_new, relabel
+from yolo_fewshot.adapt import (
+    AdaptSampler,
+    ShotsAndBase,
+    ap50_on_shots,
+    blend,
+    merged_names,
+    only_new,
+    relabel,
+    steps_for,
+)
 from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.criterion import FewShotLoss, branch_losses
 from yolo_fewshot.diagnosis import diagnose
@@ -287,8 +296,11 @@ class FewShotTrainer(DetectionTrainer):
             )
             batch_size, batches = sampler.episode_size, a.episodes
         else:
-            dataset, batches = loader.dataset, -(-a.steps // a.epochs)
+            dataset = loader.dataset
             shots, base = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
+            steps = a.steps or steps_for(shots, batch_size)
+            batches = -(-steps // a.epochs)
+            LOGGER.info(f"{colorstr('adapt:')} {steps} steps on {shots} pictures of shots and {base} of base classes")
             sampler = AdaptSampler(shots, base, batch_size, batches, a.seed, max(RANK, 0))
         workers = min(os.cpu_count() // max(self.world_size, 1), a.workers, batches)
         return InfiniteDataLoader(

@@ -1,6 +1,5 @@
 import csv
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -12,9 +11,9 @@ from ultralytics.utils import YAML
 
 from yolo_fewshot import FewShotYOLO, __version__, cli
 from yolo_fewshot import benchmark as module
-from yolo_fewshot.benchmark import BASELINE, COLUMNS, FREEZES, METHODS, benchmark
+from yolo_fewshot.benchmark import FREEZES, METHODS, benchmark
+from yolo_fewshot.benchmark_report import BASELINE, COLUMNS, FIGURES, read_rows
 from yolo_fewshot.demo import BASE, NOVEL
-from yolo_fewshot.files import AtomicPath
 
 QUICK = {"imgsz": 96, "workers": 0, "shots": 1}
 NAMES = [*BASE, *NOVEL]
@@ -50,7 +49,7 @@ def asked(monkeypatch):
     def run_method(plan, method, shots, seed):
         calls.append((method, shots, seed))
         x = METHODS.index(method.partition("-")[0]) / 100 + shots / 50 + seed**2 / 200 + len(method) / 1000
-        figures = [f for kind in module.FIGURES.values() for f in kind]
+        figures = [f for kind in FIGURES.values() for f in kind]
         return {f: x + i / 1000 for i, f in enumerate(figures)} | {"seconds": 1.5}
 
     monkeypatch.setattr(module, "_run_method", run_method)
@@ -110,7 +109,7 @@ def test_ablations_end_to_end(data, model, trained, tmp_path, monkeypatch):
     keys = {**QUICK, "epochs": 1, "episodes": 2, "val": False, "save": True, "shots": (1, 5), "seeds": 1}
     out = benchmark(data, model, stage1=trained[0].best, methods=["minus_cpe"], out=tmp_path / "out", **keys)
     assert len(seen) == 1 and seen[0]["cpe"] == 0 and seen[0]["episodes"] == 2 and "n_way" not in seen[0]
-    assert list(module._read_rows(out / "rows.csv")) == [("minus_cpe", 1, 0), ("minus_cpe", 5, 0)]
+    assert list(read_rows(out / "rows.csv")) == [("minus_cpe", 1, 0), ("minus_cpe", 5, 0)]
     kept = {"minus_cpe_seed0", "minus_cpe_seed0.pt", "minus_cpe_1shot_seed0", "minus_cpe_5shot_seed0"}
     assert {x.name for x in (out / "runs").iterdir()} == kept
     assert YOLO(out / "runs" / "minus_cpe_seed0.pt").ckpt["train_args"]["cpe"] == 0
@@ -156,7 +155,7 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
         ("minus_contrast_seed0.pt", "auto"),
     ]
     assert enrolled == [(*x, y) for x in [*expected, ("model.pt", "fit")] for y in (first, second)]
-    row = module._read_rows(tmp_path / "out" / "rows.csv")["fit", 5, 0]
+    row = read_rows(tmp_path / "out" / "rows.csv")["fit", 5, 0]
     assert [row[c] for c in COLUMNS[3:12]] == [0.25, 0.1, 0.5, 0.25, 0.333333, 0.4, 0.1, 0.16, 1.0]
     assert not (tmp_path / "out" / "runs").exists()
 
@@ -233,77 +232,7 @@ def test_other_models_or_settings_are_refused(data, model, trained, tmp_path, as
     assert said["versions"]["yolo_fewshot"] == __version__ and said["machine"]["cores"] and "command" in said
 
 
-def test_a_row_is_never_written_in_part(tmp_path, monkeypatch):
-    file = tmp_path / "rows.csv"
-    row = {**dict.fromkeys(COLUMNS, 0.123456789), "method": "mean", "shots": 1, "seed": 0}
-    module._add_row(file, row)
-    before = file.read_bytes()
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        module._add_row(file, {**row, "seed": 1})
-    assert file.read_bytes() == before and [x.name for x in tmp_path.iterdir()] == ["rows.csv"]
-    monkeypatch.undo()
-    module._add_row(file, {**row, "seed": 1})
-    lines = file.read_text().splitlines()
-    assert lines[0] == ",".join(COLUMNS) and len(lines) == 3 and lines[1].startswith("mean,1,0,0.123457,")
-    assert list(module._read_rows(file)) == [("mean", 1, 0), ("mean", 1, 1)]
-    assert issubclass(AtomicPath, type(tmp_path))
-
-
 # Tables
-
-
-def test_intervals_against_numbers_by_hand():
-    assert module._interval([0.25]) == (0.25, None)
-    mean, half = module._interval([0.1, 0.2, 0.4])  # s = 0.152753, sqrt(3) = 1.732051, t(2) = 4.303
-    assert mean == pytest.approx(0.7 / 3) and half == pytest.approx(4.303 * 0.152753 / 1.732051, rel=1e-5)
-    assert module._interval([1.0, 2.0])[1] == pytest.approx(12.706 / 2)  # s = 1 / sqrt(2)
-    many = [(-1.0) ** i for i in range(40)]
-    assert module._interval(many)[1] == pytest.approx(2.042 * math.sqrt(40 / 39) / math.sqrt(40))
-    assert len(module.T) == 30 and list(module.T) == sorted(module.T, reverse=True)
-
-
-def rows_of(figures):
-    """Rows of one number of shots by method, with the same value of both protocols' main figures."""
-    every = [f for kind in module.FIGURES.values() for f in kind]
-    return {
-        (m, 1, s): {**dict.fromkeys(every, 0.5), "FSOD_nAP50": v, "GFSOD_HM50": 1 - v, "seconds": 10 * s}
-        for m, values in figures.items()
-        for s, v in enumerate(values)
-    }
-
-
-def test_the_baseline_is_the_best_freeze_and_differences_are_paired(tmp_path):
-    figures = {
-        "stock-0": [0.1, 0.2],
-        "stock-10": [0.3, 0.2],
-        "stock-22": [0.0, 0.4],
-        "stock_all-0": [0.1, 0.1],
-        "mean": [0.4, 0.5],
-    }
-    shots = {(1, 0): tmp_path, (1, 1): tmp_path}
-    plan = module.Plan(tmp_path, tmp_path, {}, shots, {}, tuple(figures), (), {}, False)
-    methods = [BASELINE, *figures]
-    rows, best = module._with_baseline(plan, rows_of(figures), 2, "FSOD")
-    assert best == {1: "stock-10"}
-    lines = module._format_table("FSOD", rows, methods, [1], 2, best)
-    assert lines[0] == "| shots | method | nAP50 | nAP50-95 | nAP50 minus that of best stock | seconds |"
-    # Differences 0.1 and 0.3: s = 0.141421, so that 12.706 s / sqrt(2) = 1.2706.
-    assert lines[2] == f"| 1 | {BASELINE} | 0.250 ± 0.635 | 0.500 ± 0.000 | stock, freeze=10 | 5.0 |"
-    assert lines[-1] == "| 1 | mean | 0.450 ± 0.635 | 0.500 ± 0.000 | +0.200 ± 1.271 | 5.0 |"
-    rows, best = module._with_baseline(plan, rows_of(figures), 2, "G-FSOD")  # where all is the other way round
-    assert best == {1: "stock_all-0"}
-    lines = module._format_table("G-FSOD", rows, methods, [1], 2, best)
-    assert " | stock_all, freeze=0 | " in lines[2]
-    assert "| 0.550 ± 0.635 |" in lines[-1] and lines[-1].endswith("| -0.350 ± 0.635 | 5.0 |")
-    lines = module._format_table("FSOD", rows_of({"two_way": [0.2], "full": [0.5]}), ["two_way", "full"], [1], 1, {})
-    assert "| nAP50 minus that of full |" in lines[0] and lines[2:] == [
-        "| 1 | two_way | 0.200 | 0.500 | -0.300 | 0.0 |",
-        "| 1 | full | 0.500 | 0.500 |  | 0.0 |",
-    ]
-    plan = plan._replace(methods=("mean",), shots={(1, 0): tmp_path})
-    rows, best = module._with_baseline(plan, rows_of({"mean": [0.4]}), 1, "FSOD")
-    assert module._format_table("FSOD", rows, ["mean"], [1], 1, best)[2:] == ["| 1 | mean | 0.400 | 0.500 |  | 0.0 |"]
 
 
 def test_the_results(data, model, tmp_path, asked):

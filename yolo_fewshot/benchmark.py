@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import io
 import json
 import os
 import platform
@@ -25,11 +23,12 @@ import ultralytics
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_det_dataset
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML, plt_settings
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.torch_utils import get_cpu_info
 
 import yolo_fewshot
 from yolo_fewshot import args as table
+from yolo_fewshot.benchmark_report import FIGURES, FILES, LEAKAGE, Row, add_row, read_rows, report
 from yolo_fewshot.files import AtomicPath
 from yolo_fewshot.metrics import harmonic_mean
 from yolo_fewshot.model import FewShotDetectionModel
@@ -42,7 +41,6 @@ from yolo_fewshot.yolo import FewShotYOLO
 FREEZES = (0, 10, 22)  # of the stock fine-tuning: all is trained, the backbone is kept, only the head is trained
 STOCKS = ("stock", "stock_all")  # fine-tuning on the shots of the novel classes, and on shots of all classes
 ALL = "_all"  # how the names of methods end that see shots of all classes
-BASELINE = "best stock"  # of both and all `freeze`, by the main figure of the protocol
 STOCK = {
     "optimizer": "AdamW", "lr0": 0.002, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0, "val": False,
     "save": False,
@@ -68,21 +66,6 @@ OURS = {  # keys that the protocol itself sets
     "base_replay", "cfg", "enroll", "exist_ok", "mode", "name", "pretrained", "project", "resume", "save_dir", "seed",
     "stage", "support", "task",
 }  # fmt: skip
-FIGURES = {
-    "FSOD": ("FSOD_nAP50", "FSOD_nAP"),
-    "G-FSOD": ("GFSOD_bAP50", "GFSOD_nAP50", "GFSOD_HM50", "GFSOD_bAP", "GFSOD_nAP", "GFSOD_HM"),
-}
-MAIN = {"FSOD": "FSOD_nAP50", "G-FSOD": "GFSOD_HM50"}  # the figure that methods are compared by
-FILES = ("model", "stock", "stage1")
-LEAKAGE = "LEAKAGE: the starting checkpoint was trained on"
-COLUMNS = ("method", "shots", "seed", *FIGURES["FSOD"], *FIGURES["G-FSOD"], "seconds", *FILES, "version")
-# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
-T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-
-Row = dict[str, Any]
 
 
 class Plan(NamedTuple):
@@ -179,7 +162,7 @@ def benchmark(
     described = ({key: _describe(target, *sources) for key, sources in x.items()} for x in (found, balanced))
     plan = Plan(folder, target, files, *described, tuple(chosen), novel, settings, save)
     _do_missing(plan, record)
-    _report(plan, record)
+    report(target, record, len(novel))
     LOGGER.info(f"Results saved to {target}")
     return target
 
@@ -449,7 +432,7 @@ def _measure(plan: Plan, folder: Path, file: Path, data: Path) -> dict[str, list
     return means
 
 
-# Rows
+# All of them
 
 
 def _do_missing(plan: Plan, record: dict[str, Any]) -> None:
@@ -457,128 +440,13 @@ def _do_missing(plan: Plan, record: dict[str, Any]) -> None:
     file, tasks = plan.out / "rows.csv", plan.tasks
     fixed = {k: (x or ("folded" if k == "stock" else ""))[:12] for k, x in record["sha256"].items()}
     for i, (method, shots, seed) in enumerate(tasks):
-        if (method, shots, seed) not in _read_rows(file):
+        if (method, shots, seed) not in read_rows(file):
             LOGGER.info(f"\nBenchmark {i + 1}/{len(tasks)}: {method}, {shots} shots, seed {seed}")
             figures = _run_method(plan, method, shots, seed)
             row = {"method": method, "shots": shots, "seed": seed, **figures, **fixed}
-            _add_row(file, row | {"version": yolo_fewshot.__version__})
+            add_row(file, row | {"version": yolo_fewshot.__version__})
         last = (method, seed) not in {(m, s) for m, _, s in tasks[i + 1 :]}
         if last and method in ABLATIONS and not plan.save:
             (plan.out / "runs" / f"{method}_seed{seed}.pt").unlink(missing_ok=True)
     if not plan.save:
         shutil.rmtree(plan.out / "runs", ignore_errors=True)
-
-
-def _read_rows(file: Path) -> dict[tuple[str, int, int], Row]:
-    """Return the rows of a CSV file by method, number of shots and seed."""
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    numbers = {*FIGURES["FSOD"], *FIGURES["G-FSOD"], "seconds"}
-    rows = [{k: float(v) if k in numbers else v for k, v in x.items()} for x in csv.DictReader(io.StringIO(text))]
-    return {(x["method"], int(x["shots"]), int(x["seed"])): x for x in rows}
-
-
-def _add_row(file: Path, row: Row) -> None:
-    """Add a row to a CSV file, which is replaced at once, so that it never has a part of one."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    old = file.read_bytes() if file.is_file() else b""
-    if not old:
-        writer.writeheader()
-    writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-    AtomicPath(file).write_bytes(old + text.getvalue().encode())
-
-
-# Tables
-
-
-def _interval(values: Iterable[float]) -> tuple[float, float | None]:
-    """Return the mean and the half-width of its 95 % Student-t interval, None for a single value."""
-    x = np.array(list(values), float)
-    if len(x) < 2:
-        return float(x.mean()), None
-    return float(x.mean()), float(T[min(len(x) - 1, len(T)) - 1] * x.std(ddof=1) / len(x) ** 0.5)
-
-
-def _with_baseline(plan: Plan, rows: dict[tuple[str, int, int], Row], seeds: int, kind: str) -> tuple[dict, dict]:
-    """Add the rows of the best stock fine-tuning for each number of shots, and say which one it is."""
-    stock, best = [m for m in plan.methods if m.partition("-")[0] in STOCKS], {}
-    for k in dict.fromkeys(k for k, _ in plan.shots) if stock else ():
-        best[k] = max(stock, key=lambda m: sum(rows[m, k, s][MAIN[kind]] for s in range(seeds)))
-    return {**rows, **{(BASELINE, k, s): rows[best[k], k, s] for k, s in plan.shots if best}}, best
-
-
-def _format_table(kind: str, rows: dict, methods: list[str], counts: list[int], seeds: int, best: dict) -> list[str]:
-    """Return the lines of the table of one protocol."""
-    reference = next((m for m in (BASELINE, "full") if m in methods), None)
-    titles = [re.sub(r"^\w+_", "", f) for f in FIGURES[kind]]
-    titles = [x if x.endswith("50") else f"{x}50-95" for x in titles]
-    main = titles[FIGURES[kind].index(MAIN[kind])]
-    lines = [
-        f"| shots | method | {' | '.join(titles)} | {main} minus that of {reference or BASELINE} | seconds |",
-        f"|{'---|' * (len(titles) + 4)}",
-    ]
-    for k, method in product(counts, methods):
-        of = {c: [rows[method, k, s][c] for s in range(seeds)] for c in (*FIGURES[kind], "seconds")}
-        cells = [_text(_interval(of[c])) for c in FIGURES[kind]]
-        difference = ""
-        if method == BASELINE:
-            difference = best[k].replace("-", ", freeze=")
-        elif reference and method != reference:
-            pairs = zip(of[MAIN[kind]], (rows[reference, k, s][MAIN[kind]] for s in range(seeds)))
-            difference = _text(_interval(a - b for a, b in pairs), "+")
-        lines.append(f"| {k} | {method} | {' | '.join(cells)} | {difference} | {np.mean(of['seconds']):.1f} |")
-    return lines
-
-
-def _text(figures: tuple[float, float | None], sign: str = "") -> str:
-    """Return a mean with its interval."""
-    mean, half = figures
-    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
-
-
-def _report(plan: Plan, record: dict[str, Any]) -> None:
-    """Write and log the tables, and draw the picture."""
-    counts, seeds = record["shots"], record["seeds"]
-    read, tables = _read_rows(plan.out / "rows.csv"), {}
-    leakage = f" {LEAKAGE} {', '.join(record['leakage'])}" if record["leakage"] else ""
-    lines = []
-    for kind, what in (("FSOD", "novel pictures alone"), ("G-FSOD", "base and novel pictures together")):
-        title = f"{kind}: {what}, {len(plan.novel)} novel classes, {seeds} seed{'s' * (seeds > 1)}."
-        tables[kind], best = _with_baseline(plan, read, seeds, kind)
-        methods = [BASELINE] * bool(best) + list(plan.methods)
-        lines += [f"## {title}{leakage}", "", *_format_table(kind, tables[kind], methods, counts, seeds, best), ""]
-    if seeds > 1:
-        lines += ["Means over the seeds, ± the half-width of the 95 % Student-t interval; differences are paired.", ""]
-    lines += [f"    {record['command']}", ""]
-    lines += [", ".join(f"{k} {v}" for x in ("versions", "machine") for k, v in record[x].items() if v)]
-    AtomicPath(plan.out / "results.md").write_bytes("\n".join([*lines, ""]).encode())
-    LOGGER.info("\n" + "\n".join(lines))
-    shown = [m for m in methods if m.partition("-")[0] not in STOCKS]
-    _plot(tables, shown, counts, seeds, leakage.strip(), plan.out / "results.png")
-
-
-@plt_settings()
-def _plot(tables: dict[str, dict], methods: list[str], counts: list[int], seeds: int, title: str, file: Path) -> None:
-    """Draw AP50 against the number of shots."""
-    import matplotlib.pyplot as plt  # as Ultralytics does, where it is needed
-
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    labels = {"FSOD": "nAP50, novel pictures alone", "G-FSOD": "harmonic mean of bAP50 and nAP50"}
-    for ax, (kind, label) in zip(axes, labels.items()):
-        for method in methods:
-            points = [_interval(tables[kind][method, k, s][MAIN[kind]] for s in range(seeds)) for k in counts]
-            style = {"color": "black", "linestyle": "--"} if method == BASELINE else {}
-            ax.errorbar(
-                counts,
-                [m for m, _ in points],
-                [h or 0 for _, h in points],
-                marker=".",
-                capsize=3,
-                label=method,
-                **style,
-            )
-        ax.set(title=kind, xlabel="shots", ylabel=label, xticks=counts, ylim=(0, None))
-    axes[0].legend(fontsize=8)
-    fig.suptitle(title)
-    fig.savefig(file, dpi=200)
-    plt.close(fig)

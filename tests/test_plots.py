@@ -32,6 +32,17 @@ def figures(monkeypatch):
     return saved
 
 
+def test_the_right_axis_has_the_values_without_the_gain(tmp_path, figures):
+    plot_losses(columns(STAGE2, 3), tmp_path / "losses.png", {"sup": 1.2, "cpe": 0.0, "tri": None})
+    (figure,) = figures
+    right = {ax.get_title(): ax.child_axes for ax in figure.axes if ax.child_axes}
+    assert list(right) == ["sup_loss"]
+    (parent,) = (ax for ax in figure.axes if ax.get_title() == "sup_loss")
+    (raw,) = right["sup_loss"]
+    assert raw.get_ylim() == pytest.approx([x / 1.2 for x in parent.get_ylim()])
+    assert raw.get_ylabel() == "without its gain, 1.2"
+
+
 def curve(ax, label):
     (line,) = [x for x in ax.lines if x.get_label() == label]
     return list(line.get_ydata())

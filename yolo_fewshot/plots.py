@@ -8,12 +8,13 @@ from ultralytics.utils import plt_settings
 
 
 @plt_settings()
-def plot_losses(results: dict[str, list[float]], file: Path) -> None:
+def plot_losses(results: dict[str, list[float]], file: Path, gains: dict[str, float] | None = None) -> None:
     """Draw the terms with their chance levels, their shares of the gradient, and what happened to the steps.
 
     Args:
         results (dict[str, list[float]]): Columns of results.csv, those of the loss doctor included.
         file (Path): Picture to write.
+        gains (dict[str, float], optional): Gains of terms; the axis on the right has the values without them.
     """
     import matplotlib.pyplot as plt  # as Ultralytics does, where it is needed
 
@@ -54,6 +55,9 @@ def plot_losses(results: dict[str, list[float]], file: Path) -> None:
         if any(results[f"chance/{t}"]):
             ax.plot(x, results[f"chance/{t}"], "--", color="gray", label="knows nothing")
         ax.set(title=f"{t}_loss", ylim=(0, None))
+        if gain := (gains or {}).get(t):
+            raw = ax.secondary_yaxis("right", functions=(lambda v, g=gain: v / g, lambda v, g=gain: v * g))
+            raw.set_ylabel(f"without its gain, {gain:g}", fontsize=7)
         ax.legend(fontsize=8)
     for ax in axes:
         ax.set_xlabel("epoch", fontsize=8)

@@ -37,7 +37,7 @@ from yolo_fewshot.adapt import (
     steps_for,
 )
 from yolo_fewshot.calibrate import choose_pull
-from yolo_fewshot.criterion import FewShotLoss, branch_losses
+from yolo_fewshot.criterion import FewShotLoss, branch_losses, gain_key
 from yolo_fewshot.diagnosis import diagnose
 from yolo_fewshot.enroll import enroll, log
 from yolo_fewshot.episode_detect import detect_queries
@@ -577,7 +577,8 @@ class FewShotTrainer(DetectionTrainer):
         results = self.read_results_csv()
         if self.doctor.every and results:
             file = self.save_dir / "losses.png"
-            plot_losses(results, file)
+            terms = [k.removeprefix("share/") for k in results if k.startswith("share/")]
+            plot_losses(results, file, {t: getattr(self.args, gain_key(t), None) for t in terms})
             self.on_plot(file)
 
     def _results(self) -> list[dict[str, float]]:

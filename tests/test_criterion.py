@@ -77,7 +77,7 @@ def test_a_subclass_adds_a_term(batch):
     ours, own = FewShotLoss(model)(preds, batch), (criterion := OwnLoss(model))(preds, batch)
     assert list(own[1]) == [*ours[1], "own_loss"]
     torch.testing.assert_close(own[0][:7], ours[0])
-    objects, y, prototypes, ways = criterion.pooled
+    objects, y, prototypes, ways, _ = criterion.pooled
     assert own[1]["own_loss"].item() == pytest.approx(2 * len(ways), abs=1e-4)  # the prototypes are unit vectors
     assert ways.tolist() == [0, 1, 2] and sorted(y.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
     support = [(0, 0), (2, 0), (1, 1)]  # class and picture of the objects in the support pictures

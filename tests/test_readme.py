@@ -1,11 +1,11 @@
 """Every command of the README, and of the pages under examples, is run or checked, in a folder like a user's."""
 
-import json
 import re
 import runpy
 import shlex
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import cv2
@@ -51,22 +51,6 @@ def write_data(folder, names, pictures):
     return data
 
 
-def write_coco(folder, names):
-    """Write the COCO jsons of such a data set, and its pictures, beside each other."""
-    for split in ("train", "val"):
-        images, boxes = [], []
-        for i, file in enumerate(sorted((folder / "images" / split).iterdir())):
-            images.append({"id": i, "file_name": file.name, "width": 48, "height": 48})
-            for row in (folder / f"labels/{split}/{file.stem}.txt").read_text().splitlines():
-                c, x, y, w, h = map(float, row.split())
-                box = [48 * v for v in (x - w / 2, y - h / 2, w, h)]
-                boxes.append({"id": len(boxes), "image_id": i, "category_id": int(c), "bbox": box, "iscrowd": 0})
-        content = {"images": images, "annotations": boxes}
-        content["categories"] = [{"id": i, "name": n} for i, n in enumerate(names)]
-        Path(f"instances_{split}2017.json").write_text(json.dumps(content))
-        shutil.copytree(folder / "images" / split, f"{split}2017")
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch, trained):
     """A folder with the files that the README speaks of, under the names that it gives them."""
@@ -88,7 +72,9 @@ def folder(tmp_path, monkeypatch, trained):
         names = list(YAML.load(ROOT / f"cfg/datasets/{name}.yaml")["names"].values())
         data = write_data(tmp_path / f"{name}-data", names, 20 * len(names) if name == "VOC" else 17 * len(names))
         YAML.save(f"{name}.yaml", data)
-    write_coco(tmp_path / "coco-data", names)
+    for split in ("train", "val"):
+        import_module("my_data").to_coco("coco.yaml", split, Path(f"instances_{split}2017.json"))
+        shutil.copytree(tmp_path / "coco-data" / "images" / split, f"{split}2017")
     return tmp_path
 
 

@@ -31,12 +31,14 @@ class Pooled(NamedTuple):
         y (torch.Tensor): Their classes, (N,) int64.
         prototypes (torch.Tensor): Prototypes of its w classes, from the support pictures, (w, D) float32.
         ways (torch.Tensor): Their classes, (w,) int64.
+        anchors (tuple[torch.Tensor, torch.Tensor]): Picture and index of the M anchors assigned to objects, (M,) int64.
     """
 
     objects: torch.Tensor
     y: torch.Tensor
     prototypes: torch.Tensor
     ways: torch.Tensor
+    anchors: tuple[torch.Tensor, torch.Tensor]
 
 
 class _PerAnchorDFL(nn.Module):
@@ -265,7 +267,7 @@ class FewShotLoss(v8DetectionLoss):
             y_support = torch.where(drawn, y_support, -1)
         prototypes, counts = class_means(objects, y_support, self.nc)
         ways, real = counts.nonzero()[:, 0], y >= 0
-        return Pooled(objects[real], y[real], prototypes[ways], ways)
+        return Pooled(objects[real], y[real], prototypes[ways], ways, fg)
 
     def episode_terms(
         self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], pooled: Pooled
@@ -280,9 +282,9 @@ class FewShotLoss(v8DetectionLoss):
         Returns:
             (list[torch.Tensor]): Episode, SupCon, CPE and triplet terms.
         """
-        h, (objects, y, prototypes, ways) = self.hyp, pooled
+        h, (objects, y, prototypes, ways, fg) = self.hyp, pooled
         labels, target_boxes, target_scores, fg_mask, _ = self.assigner.assigned
-        embeds, fg = preds["embeds"].transpose(1, 2), fg_mask.nonzero(as_tuple=True)
+        embeds = preds["embeds"].transpose(1, 2)
         query = ~batch["support"].to(embeds.device)
         counted = None if self._outside is None else (self._outside | fg_mask)[query].unsqueeze(-1).float()
         return [

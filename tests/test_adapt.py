@@ -10,13 +10,23 @@ import torch
 from ultralytics import YOLO
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
 from yolo_fewshot import trainer as module
-from yolo_fewshot.adapt import AdaptSampler, ShotsAndBase, ap50_on_shots, merged_names, only_new, relabel, steps_for
+from yolo_fewshot.adapt import (
+    AdaptSampler,
+    ShotsAndBase,
+    ap50_on_shots,
+    blend_for,
+    merged_names,
+    only_new,
+    relabel,
+    steps_for,
+)
 from yolo_fewshot.args import ADAPTING, EVERY_STAGE, KEYS, check, resolve
-from yolo_fewshot.criterion import branch_losses
+from yolo_fewshot.criterion import FewShotLoss, branch_losses
 from yolo_fewshot.demo import BASE, NOVEL
 from yolo_fewshot.masked import IGNORED
 from yolo_fewshot.plugin import cfg_dir
@@ -166,7 +176,7 @@ def test_closing_the_mosaic_skips_no_epoch_where_processes_load():
 
 
 def test_keys_of_stage_three_choose_it():
-    for k, v in (("base_replay", "base.yaml"), ("steps", 7)):
+    for k, v in (("base_replay", "base.yaml"), ("teacher", 0.5), ("memory", 2.0), ("steps", 7)):
         assert k in ADAPTING
         values = resolve({k: v})
         assert values["stage"] == 3 and values[k] == v
@@ -186,7 +196,7 @@ def test_the_recipe_of_stage_three_is_valid_and_does_not_look_at_val():
     assert recipe["stage"] == 3 and recipe["val"] is False and recipe["data"] == "fewshot-demo-novel.yaml"
     check(recipe)
     assert not [k for k in KEYS if recipe.get(k) is not None and k not in {"stage", *ADAPTING, *EVERY_STAGE}]
-    assert recipe["blend"] == KEYS["blend"].default and "steps" not in recipe
+    assert all(recipe[k] == KEYS[k].default for k in ("teacher", "memory")) and not {"steps", "blend"} & set(recipe)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +204,24 @@ def test_the_recipe_of_stage_three_is_valid_and_does_not_look_at_val():
 )
 def test_steps_grow_with_the_shots(shots, batch, steps):
     assert steps_for(shots, batch) == steps
+
+
+@pytest.mark.parametrize(
+    ("labels", "part"),
+    [
+        (((3,), (4,)), 0.5),
+        (((3, 4), ()), 0.5),
+        (((3,), (4,), (4,)), 0.75),  # a median of 1.5
+        (((3,), (4,), (5, 5)), 0.5),
+        (((3, 4), (3, 4)), 0.75),
+        (((0, 1), (2, 3), (4, 5)), 1.0),
+        (((0, 1), (2, 3), (4, 4)), 0.5),
+        ((), 0.5),
+        (((), ()), 0.5),
+    ],
+)
+def test_the_more_the_shots_say_the_further_the_weights_go(labels, part):
+    assert blend_for(6, labels_of(*labels)) == part
 
 
 # Runs
@@ -327,6 +355,60 @@ def test_base_pictures_are_in_every_batch_and_classes_are_those_of_the_model(ada
             ignored += found.count(IGNORED)
     assert all(x.masked for x in branch_losses(trainer.model)) and ignored <= 1
     assert type(trainer.train_loader.dataset) is ShotsAndBase
+
+
+@pytest.fixture(scope="module")
+def retained(site, start):
+    """Runs on shots alone, and their batches: without what retains old classes, with a teacher, with the memory."""
+    runs, batches, forward = {}, [], FewShotLoss.loss
+    for name, gains in {"none": (0.0, 0.0), "teacher": (1.0, 0.0), "memory": (0.0, 1.0)}.items():
+        keys = dict(zip(("teacher", "memory"), gains), name=f"retained_{name}", lr0=0.01, steps=8, blend=1.0)
+        runs[name] = FewShotTrainer("stage3.yaml", settings(site, start, base_replay=None, **keys))
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(FewShotLoss, "loss", lambda *a: batches.append(a[2]) or forward(*a))
+            runs[name].train()
+    return runs, batches
+
+
+def test_the_start_of_a_run_teaches_the_classes_that_the_shots_do_not_show(retained):
+    runs, batches = retained
+    begun, silent = load_checkpoint(runs["teacher"].wdir / "enrolled.pt")[0].eval(), list(range(24))
+    taught = [x for x in batches if "teacher" in x]
+    assert len(taught) == 8 and len(batches) == 24
+    for batch in taught:
+        with torch.no_grad():
+            expected = begun(batch["img"])[1]["scores"][:, silent].sigmoid().transpose(1, 2)
+        (scores,) = batch["teacher"]
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    assert all(x.retained.silent.tolist() == silent for r in runs.values() for x in branch_losses(r.model))
+    tea = [[r["train/tea_loss"] for r in v._results()] for v in runs.values()]
+    assert not any(tea[0] + tea[2]) and all(tea[1])
+
+
+def test_the_memory_keeps_the_scores_of_old_classes_at_remembered_anchors(retained):
+    runs = retained[0]
+    begun = load_checkpoint(runs["none"].wdir / "enrolled.pt")[0]
+    embeds, level, _ = begun.memory[0]
+    score = {}
+    for k, model in {"before": begun, **{k: v.model for k, v in runs.items()}}.items():
+        rows = [model.model[-1].prototypes.rows(i) for i in range(3)]
+        z = torch.stack([rows[i][0] @ e.float() + rows[i][1] for e, i in zip(embeds, level.tolist())]).detach()
+        score[k] = z[:, :24].sigmoid(), z[:, 24:].sigmoid()
+    moved = {k: float((v[0] - score["before"][0]).abs().sum()) for k, v in score.items()}
+    assert moved["memory"] < 0.7 * moved["none"]
+    assert score["memory"][1].mean() < score["none"][1].mean()  # of new classes there is nothing at those anchors
+    mem = [[r["train/mem_loss"] for r in v._results()] for v in runs.values()]
+    assert not any(mem[0] + mem[1]) and all(mem[2])
+
+
+def test_labelled_classes_need_no_teacher(site, start):
+    trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="labelled"))
+    trainer.train()
+    shown = {int(c) for x in trainer.train_loader.dataset.labels for c in x["cls"].flat}
+    silent = [i for i in range(32) if i not in shown]
+    for loss in branch_losses(trainer.model):
+        assert (loss.retained is None) == (not silent)
+        assert not silent or loss.retained.silent.tolist() == silent
 
 
 def test_labels_of_validation_pictures_are_those_of_the_model(adapted, site):

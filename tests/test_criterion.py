@@ -8,9 +8,17 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.metrics import bbox_iou
 
 from yolo_fewshot import args as table
-from yolo_fewshot.criterion import EPISODE_TERMS, FewShotLoss, balanced_sample, branch_losses, gain_key
+from yolo_fewshot.criterion import (
+    EPISODE_TERMS,
+    RETENTION_TERMS,
+    FewShotLoss,
+    balanced_sample,
+    branch_losses,
+    gain_key,
+)
 from yolo_fewshot.losses import SupConLoss, TripletLoss
 from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.retention import Retained
 
 NC, B = 6, 6
 
@@ -375,7 +383,7 @@ def test_a_loss_calls_its_watch_when_the_terms_are_known_and_keeps_nothing(batch
     items = loss(preds, batch)[1]
     assert len(seen) == 1 and seen[0][0] is loss and seen[0][1] is preds and seen[0][2] is batch
     assert all(torch.equal(items[k], v) for k, v in seen[0][3].items())
-    assert loss.assigner.assigned is loss.bbox_loss.last is loss._episode is None
+    assert loss.assigner.assigned is loss.bbox_loss.last is loss._added is None
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
@@ -621,3 +629,109 @@ def test_half_precision_of_the_whole_model_is_finite(batch):
     loss.sum().backward()
     assert all(torch.isfinite(v) for v in items.values())
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+# Stage 3
+
+
+def test_stage_three_is_ultralytics_own_loss_if_every_class_has_labels(batch):
+    model = make(stage=3)
+    preds = preds_of(model, batch)
+    ours, theirs = FewShotLoss(model)(preds, batch), v8DetectionLoss(model)(preds, batch)
+    assert torch.equal(ours[0][:3], theirs[0]) and not ours[0][3:].any()
+    assert tuple(ours[1]) == ("box_loss", "cls_loss", "dfl_loss", *RETENTION_TERMS)
+    assert [gain_key(k) for k in RETENTION_TERMS] == ["teacher", "memory"]
+
+
+def retaining(batch, cfg="yolo11n-fewshot.yaml", silent=(4, 1), **values):
+    """The losses of stage 3 with classes to retain, their predictions, and the batch with a teacher's scores."""
+    model, g = trained(cfg=cfg, stage=3, **values), torch.Generator().manual_seed(11)
+    found, teacher = branches(model, batch), []
+    for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].banks)):
+        with torch.no_grad():
+            bank.gain.copy_(torch.rand(NC, generator=g) + 0.5)
+            bank.offset.copy_(torch.randn(NC, generator=g))
+        level, targets = torch.tensor([0, 2, 1, 1]), torch.rand(4, NC, generator=g)
+        embeds = torch.randn(4, model.model[-1].embed, generator=g)
+        loss.retained = Retained(i, torch.tensor(silent), embeds, level, targets)
+        teacher.append(torch.rand(*preds["scores"].transpose(1, 2).shape[:2], len(silent), generator=g))
+    found = branches(model, batch)  # anew, with those gains and offsets
+    return model, found, {**batch, "teacher": teacher}
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_the_terms_that_retain_classes_equal_loops(batch, cfg):
+    model, found, taught = retaining(batch, cfg, teacher=0.7, memory=0.3)
+    for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].banks)):
+        loss.get_assigned_targets_and_loss(preds, batch)
+        _, _, scores, fg, _ = loss.assigner.assigned
+        x, cls, tea = preds["scores"].detach().double(), 0.0, 0.0
+        for b in range(B):
+            for a in range(x.shape[2]):
+                for c in range(NC):
+                    if c in {1, 4} and not fg[b, a]:
+                        t, p = taught["teacher"][i][b, a, [4, 1].index(c)].double(), x[b, c, a].sigmoid()
+                        tea += float(t * (t / p).log() + (1 - t) * ((1 - t) / (1 - p)).log())
+                    else:
+                        cls += float(F.binary_cross_entropy_with_logits(x[b, c, a], scores[b, a, c].double()))
+        mass = max(float(scores.sum()), 1)
+        _, _, embeds, level, targets = loss.retained
+        mem = 0.0
+        for m in range(4):
+            for c in range(NC):
+                p, s, o = (
+                    x.detach()[i]
+                    for x, i in ((bank.weight[..., 0], c), (bank.logit_scale, level[m]), (bank.bias, level[m]))
+                )
+                z = (s * bank.gain[c] * (embeds[m] @ p / p.norm()) + o + bank.offset[c]).double()
+                t, q = targets[m, c].double(), z.sigmoid()
+                mem += float(t * (t / q).log() + (1 - t) * ((1 - t) / (1 - q)).log())
+        mem /= max(float(targets.amax(1).sum()), 1)
+        items = loss(preds, taught)[1]
+        assert items["cls_loss"].item() == pytest.approx(0.5 * cls / mass, rel=1e-4)
+        assert items["tea_loss"].item() == pytest.approx(0.5 * 0.7 * tea / mass, rel=1e-4)
+        assert items["mem_loss"].item() == pytest.approx(0.5 * 0.3 * mem, rel=1e-4)
+        plain = v8DetectionLoss(model, loss.assigner.topk, loss.assigner.topk2)(preds, batch)[1]
+        for k in set(plain) - {"cls_loss"}:
+            torch.testing.assert_close(items[k], plain[k])
+
+
+def test_a_student_that_agrees_with_its_teacher_is_left_alone(batch):
+    _, [(loss, preds)], taught = retaining(batch)
+    preds = {**preds, "scores": preds["scores"].detach().requires_grad_()}
+    taught["teacher"] = [preds["scores"][:, [4, 1]].transpose(1, 2).detach().sigmoid()]
+    terms = loss.loss(preds, taught)[0]
+    (grad,) = torch.autograd.grad(terms.sum(), preds["scores"])
+    loss.get_assigned_targets_and_loss(preds, batch)
+    background = ~loss.assigner.assigned[3]
+    assert abs(float(terms[3])) < 1e-4 and background.any()
+    assert grad[:, [4, 1]].transpose(1, 2)[background].abs().max() < 1e-6
+    rest = grad[:, [0, 2, 3, 5]].transpose(1, 2)
+    assert rest[background].abs().min() > 1e-6
+
+
+def test_without_a_teacher_old_classes_are_background_and_only_rehearsed(batch):
+    _, [(loss, preds)], taught = retaining(batch)
+    plain = loss.loss(preds, batch)[1]
+    assert plain["tea_loss"].abs() < 1e-4 and plain["mem_loss"] > 0
+    assert plain["cls_loss"] > loss.loss(preds, taught)[1]["cls_loss"]
+    loss.retained = None
+    items = loss.loss(preds, taught)[1]
+    assert torch.equal(items["cls_loss"], plain["cls_loss"]) and not items["tea_loss"] and not items["mem_loss"]
+
+
+def test_parts_and_chance_of_stage_three(batch):
+    _, found, taught = retaining(batch)
+    seen = []
+    for loss, preds in found:
+        loss.watch = lambda loss, preds, batch: seen.extend([loss.parts(preds, batch), loss.chance(preds, batch)])
+        items = loss.loss(preds, taught)[1]
+        parts, chance = seen
+        torch.testing.assert_close({k: v.detach() for k, v in parts.items()}, items)
+        assert all(p.requires_grad for p in parts.values())
+        level, targets = loss.retained[3:]
+        z = torch.tensor([math.log(5 / NC / (640 / (8 * 2 ** int(i))) ** 2) for i in level])[:, None]
+        bce = F.binary_cross_entropy_with_logits(z.expand(4, NC), targets, reduction="sum")
+        entropy = torch.distributions.Bernoulli(targets).entropy().sum()
+        assert chance[4].item() == pytest.approx(0.5 * float(bce - entropy) / float(targets.amax(1).sum()), rel=1e-4)
+        assert chance[3] > items["tea_loss"]

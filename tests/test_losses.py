@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from yolo_fewshot.losses import ClampedDFLoss, CPELoss, SupConLoss, TripletLoss
+from yolo_fewshot.losses import ClampedDFLoss, CPELoss, DistillationLoss, SupConLoss, TripletLoss
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 UNIT = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-0.6, 0.8]])
@@ -822,3 +822,68 @@ def test_dfl_arguments_are_checked():
     ):
         with pytest.raises(ValueError, match=name):
             loss(*args)
+
+
+# DistillationLoss
+
+
+def scores(dtype: torch.dtype = torch.float32, std: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Logits of a student and scores of a teacher, (5, 3)."""
+    g = torch.Generator().manual_seed(3)
+    return (torch.randn(5, 3, generator=g) * std).to(dtype), torch.rand(5, 3, generator=g)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_distillation_equals_the_divergence_of_bernoulli_variables(dtype):
+    logits, targets = scores(dtype)
+    value, grad = run(DistillationLoss(), logits, targets, torch.tensor(4.0))
+    student = torch.distributions.Bernoulli(logits=logits.double())
+    expected = torch.distributions.kl_divergence(torch.distributions.Bernoulli(targets.double()), student).sum() / 4
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(grad.float(), (logits.float().sigmoid() - targets) / 4, rtol=1e-2, atol=1e-3)
+
+
+def test_distillation_is_zero_where_student_and_teacher_agree():
+    logits, _ = scores()
+    value, grad = run(DistillationLoss(), logits, logits.sigmoid(), torch.tensor(1.0))
+    assert abs(value.item()) < 1e-5 and grad.abs().max() < 1e-6
+    hard = torch.tensor([[1.0, 0.0]])  # teachers without a doubt
+    value, _ = run(DistillationLoss(), torch.tensor([[2.0, -1.0]]), hard, torch.tensor(1.0))
+    assert value.item() == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)), rel=1e-6)
+
+
+def test_distillation_counts_what_it_is_told_to():
+    logits, targets = scores()
+    counted = torch.tensor([True, False, True, False, False])
+    value, grad = run(DistillationLoss(), logits, targets, torch.tensor(2.0), counted[:, None])
+    expected, part = run(DistillationLoss(), logits[counted], targets[counted], torch.tensor(2.0))
+    torch.testing.assert_close(value, expected)
+    assert torch.equal(grad[counted], part) and not grad[~counted].any()
+
+
+def test_distillation_never_divides_by_less_than_one():
+    logits, targets = scores()
+    one, _ = run(DistillationLoss(), logits, targets, torch.tensor(1.0))
+    assert torch.equal(run(DistillationLoss(), logits, targets, torch.tensor(0.0))[0], one)
+
+
+def test_distillation_of_nothing_is_a_connected_zero():
+    value, grad = run(DistillationLoss(), torch.zeros(0, 3), torch.zeros(0, 3), torch.tensor(0.0))
+    assert value == 0 and grad.shape == (0, 3)
+    value, grad = run(DistillationLoss(), *scores(), torch.tensor(1.0), torch.tensor(False))
+    assert value == 0 and not grad.any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, HALF_MAX), (torch.float32, 3.3e38), (torch.float32, 1e-40)]
+)
+def test_distillation_extremes(dtype, size):
+    logits = (torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) * size).to(dtype)
+    for targets in (torch.eye(2), 1 - torch.eye(2), torch.tensor([[-0.1, 1.1], [0.5, 1e-40]])):
+        value, grad = run(DistillationLoss(), logits, targets, torch.tensor(1.0))
+        assert torch.isfinite(value) and torch.isfinite(grad).all()
+
+
+def test_distillation_needs_one_target_for_each_logit():
+    with pytest.raises(ValueError, match=r"logits \(2, 3\) and targets \(3, 2\) must have the same shape"):
+        DistillationLoss()(torch.zeros(2, 3), torch.zeros(3, 2), torch.tensor(1.0))

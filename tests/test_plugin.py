@@ -212,7 +212,8 @@ def test_values_at_the_ends_of_a_range_pass():
 def test_stage_follows_from_the_keys(given: dict, stage: int):
     values = args.resolve({**DEFAULT_CFG_DICT, **given})
     assert list(values) == list(args.KEYS)
-    everywhere, adapting = {"nonfinite", "nonfinite_limit", "doctor"}, {"base_replay", "blend", "steps"}
+    everywhere = {"nonfinite", "nonfinite_limit", "doctor"}
+    adapting = {"base_replay", "blend", "teacher", "memory", "steps"}
     used = everywhere | {1: set(), 2: set(args.KEYS) - adapting, 3: adapting}[stage]
     defaults = {k: key.default if k in used else None for k, key in args.KEYS.items()}
     assert values == {**defaults, **given, "stage": stage}

@@ -651,7 +651,14 @@ def test_resolving_keys():
     everything = {k: None if k in ADAPTING else key.default for k, key in KEYS.items()}
     assert resolve({"stage": 2}) == {**everything, "stage": 2}
     assert resolve({**SAFETY, "n_way": 3}) == {**everything, **SAFETY, "n_way": 3, "stage": 2}
-    assert resolve({"steps": 9}) == {**nothing, **defaults, "blend": 0.5, "steps": 9, "stage": 3}
+    assert resolve({"steps": 9}) == {
+        **nothing,
+        **defaults,
+        "teacher": 1.0,
+        "memory": 1.0,
+        "steps": 9,
+        "stage": 3,
+    }
 
 
 def test_episodes_are_plotted_at_the_start_and_at_the_end(tiny, stage1, caplog, monkeypatch):

@@ -49,7 +49,17 @@ KEYS: dict[str, Key] = {
     "grad_clip": Key(float, 5.0, "greatest gradient norm of the loss itself, not multiplied by batch size", above=True),
     "base_replay": Key(str, None, "data.yaml whose train pictures are mixed into the shots of stage 3, half and half"),
     "blend": Key(
-        float, 0.5, "part of the trained weights in those that stage 3 ends with; the rest is the start", high=1
+        float,
+        None,
+        "part of the trained weights in those that stage 3 ends with, the rest is the start; 0.75, with one shot 0.5, "
+        "with shots of all classes 1",
+        high=1,
+    ),
+    "teacher": Key(
+        float, 1.0, "gain of the term of stage 3 by which the start of the run teaches the classes that have no label"
+    ),
+    "memory": Key(
+        float, 1.0, "gain of the term of stage 3 that rehearses those classes on the memory of base pictures"
     ),
     "steps": Key(int, None, "optimizer steps of stage 3; 300, or 60 passes over the shots if that is more", 1),
     "nonfinite": Key(
@@ -61,7 +71,7 @@ KEYS: dict[str, Key] = {
 
 # Those that all stages use, and those of stage 3. The others ask for stage 2.
 EVERY_STAGE = ("nonfinite", "nonfinite_limit", "doctor")
-ADAPTING = ("base_replay", "blend", "steps")
+ADAPTING = ("base_replay", "blend", "teacher", "memory", "steps")
 
 # Keys of predict, track, val and export.
 ENROLL_KEYS: dict[str, Key] = {

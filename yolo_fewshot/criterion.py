@@ -1,4 +1,4 @@
-"""The loss of all stages: Ultralytics' own, and in stage 2 the clamped DFL and the meta-learning terms."""
+"""The loss of all stages: Ultralytics' own; clamped DFL and meta-learning terms in stage 2; retention in stage 3."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from ultralytics.utils.tal import make_anchors
 
 from yolo_fewshot.assign import RecordingAssigner
 from yolo_fewshot.head import BOX_PRIOR, class_prior
-from yolo_fewshot.losses import ClampedDFLoss, CPELoss, SupConLoss, TripletLoss
+from yolo_fewshot.losses import ClampedDFLoss, CPELoss, DistillationLoss, SupConLoss, TripletLoss
 from yolo_fewshot.masked import outside, without_ignored
 from yolo_fewshot.prototypes import class_means, pool_objects
+from yolo_fewshot.retention import Retained
 
 EPISODE_TERMS = ("epi_loss", "sup_loss", "cpe_loss", "tri_loss")
+RETENTION_TERMS = ("tea_loss", "mem_loss")
 CPE_ANCHORS = 512  # foreground anchors in the contrastive proposal encoding term, and a quarter of it of background
 
 
@@ -81,9 +83,13 @@ class RecordingBboxLoss(BboxLoss):
 class FewShotLoss(v8DetectionLoss):
     """Detection loss of one branch of a few-shot model.
 
-    Stages 1 and 3 are Ultralytics' `v8DetectionLoss`. Stage 2 adds, for a batch that is an episode, the detection loss
+    Stage 1 is Ultralytics' `v8DetectionLoss`. Stage 2 adds, for a batch that is an episode, the detection loss
     of the query pictures under prototypes of the support pictures (`epi_loss`), SupCon, CPE and triplet terms, and
     replaces the DFL by the clamped one. For other batches, as in validation, those terms are zero.
+
+    Stage 3 adds two terms for the classes without a label in the training pictures: where no object is labelled, their
+    scores are not pushed to zero but to those of a teacher (`tea_loss`), and they are rehearsed on remembered anchors
+    (`mem_loss`). Without such classes, and in validation, both are zero.
 
     A term of your own goes into `episode_terms` of a subclass, its name into `episode_names`, and the subclass into
     `FewShotTrainer.loss_class`.
@@ -94,6 +100,7 @@ class FewShotLoss(v8DetectionLoss):
         clamped_dfl (ClampedDFLoss | None): The DFL of stage 2, with its counts of clamps.
         masked (bool): Whether batches may have objects to ignore, see `MaskedDataset`: anchors in their boxes are no
             background.
+        retained (Retained | None): What stage 3 must not forget.
         watch (Callable | None): Called with this loss, predictions and batch after the terms of a batch were computed.
     """
 
@@ -109,15 +116,19 @@ class FewShotLoss(v8DetectionLoss):
         """
         self.masked, self._outside = False, None
         self._anchored: bool | None = None
+        self._taught: torch.Tensor | None = None
         super().__init__(model, tal_topk, tal_topk2)
         self.episodic = getattr(self.hyp, "stage", None) == 2
         self.assigner = RecordingAssigner.like(self.assigner)
+        self.retained: Retained | None = None
         self.watch: Callable[[FewShotLoss, dict, dict], None] | None = None
         self.clamped_dfl: ClampedDFLoss | None = None
         h = self.hyp
         if self.episodic and self.use_dfl:
             self.clamped_dfl = ClampedDFLoss(self.reg_max, h.dfl_side_max, h.dfl_mean_max, h.dfl_clamp_mode)
         self.bbox_loss = RecordingBboxLoss(self.reg_max, self.clamped_dfl).to(self.device)
+        if getattr(self.hyp, "stage", None) == 3:
+            self.loss_names, self.distillation = (*self.loss_names, *RETENTION_TERMS), DistillationLoss()
         if not self.episodic:
             return
         self.loss_names = (*self.loss_names, *self.episode_names)
@@ -134,10 +145,11 @@ class FewShotLoss(v8DetectionLoss):
         Args:
             preds (dict[str, torch.Tensor]): Raw predictions of one branch, see `FewShotDetect.forward_head`.
             batch (dict[str, torch.Tensor]): Labels as collated by Ultralytics; an episode also has `support` (B,) bool
-                and `way` (B,), the class each picture was drawn for.
+                and `way` (B,), the class each picture was drawn for; `teacher` is what `Teacher` says of the pictures.
 
         Returns:
-            loss (torch.Tensor): (3,) in stages 1 and 3, (7,) in stage 2 without further terms, as `loss_names`.
+            loss (torch.Tensor): (3,) in stage 1, (5,) in stage 3, (7,) in stage 2 without further terms, as
+                `loss_names`.
             items (dict[str, torch.Tensor]): Weighted terms by name, not multiplied by the batch size.
         """
         if self.masked:
@@ -145,19 +157,28 @@ class FewShotLoss(v8DetectionLoss):
             anchors, stride = make_anchors(preds["feats"], self.stride, 0.5)
             size = torch.tensor(batch["img"].shape[:1:-1], device=self.device)
             self._outside = outside(ignored.to(self.device), anchors * stride, size, len(preds["boxes"]))
+        if self.retained and "teacher" in batch:
+            self._taught = torch.zeros(self.nc, dtype=torch.bool, device=self.device)
+            self._taught[self.retained.silent] = True
         terms = self.terms(preds, batch)
         if self.watch is not None:
             self.watch(self, preds, batch)
         self.assigner.forget()
-        self.bbox_loss.last = self._episode = self._outside = None
+        self.bbox_loss.last = self._added = self._outside = self._taught = None
         return terms * len(preds["boxes"]), dict(zip(self.loss_names, terms.detach()))
 
     @property
     def class_weights(self) -> torch.Tensor | None:
-        """Factors of the class loss: Ultralytics' by class, and 0 at background anchors in boxes to ignore."""
-        if self._outside is None:
+        """Factors of the class loss: Ultralytics' by class, and at background anchors 0 for what is not known there.
+
+        That is, in boxes to ignore, and for classes that a teacher teaches.
+        """
+        known = None if self._outside is None else self._outside.unsqueeze(-1)
+        if self._taught is not None:
+            known = ~self._taught if known is None else known & ~self._taught
+        if known is None:
             return self._class_weights
-        counted = (self._outside | self.assigner.assigned[3]).unsqueeze(-1)
+        counted = known | self.assigner.assigned[3].unsqueeze(-1)
         return counted if self._class_weights is None else self._class_weights * counted
 
     @class_weights.setter
@@ -170,14 +191,14 @@ class FewShotLoss(v8DetectionLoss):
         if not self.use_dfl:  # distances times the stride leave float16; with DFL they are bounded
             preds = {**preds, "boxes": preds["boxes"].float()}
         loss = self.get_assigned_targets_and_loss(preds, batch)[1]
-        self._episode = []
-        if not self.episodic:
-            return loss
-        if "support" in batch and "embeds" in preds:
-            with torch.autocast(preds["embeds"].device.type, enabled=False):
-                self._episode = self.episode_terms(preds, batch, self.pool(preds, batch))
-        zeros = loss.new_zeros(len(self.episode_names))
-        return torch.cat([loss, torch.stack(self._episode) if self._episode else zeros])
+        self._added = []
+        with torch.autocast(preds["scores"].device.type, enabled=False):
+            if self.episodic and "support" in batch and "embeds" in preds:
+                self._added = self.episode_terms(preds, batch, self.pool(preds, batch))
+            elif self.retained:
+                self._added = self.retention_terms(preds, batch)
+        zeros = loss.new_zeros(len(self.loss_names) - len(loss))
+        return torch.cat([loss, torch.stack(self._added) if self._added else zeros])
 
     def parts(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the terms by name, each with a graph of its own up to the predictions.
@@ -194,7 +215,7 @@ class FewShotLoss(v8DetectionLoss):
         box, dfl = self.bbox_loss.last
         with self.aside(), self._replayed():
             cls = self.get_assigned_targets_and_loss({**preds, "boxes": preds["boxes"].detach()}, batch)[1][1]
-        return dict(zip(self.loss_names, [self.hyp.box * box, cls, self.hyp.dfl * dfl, *self._episode]))
+        return dict(zip(self.loss_names, [self.hyp.box * box, cls, self.hyp.dfl * dfl, *self._added]))
 
     @torch.no_grad()
     def chance(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -215,8 +236,7 @@ class FewShotLoss(v8DetectionLoss):
         sizes = [x.shape[2] * x.shape[3] for x in preds["feats"]]
         scores = torch.cat([p.expand(n) for p, n in zip(prior, sizes)]).expand(preds["scores"].shape)
         blank = {**preds, "boxes": torch.full_like(preds["boxes"], BOX_PRIOR), "scores": scores, "logit_bias": prior}
-        if "embeds" in preds:
-            blank["embeds"] = torch.zeros_like(preds["embeds"])
+        blank |= {k: torch.zeros_like(preds[k]) for k in ("embeds", "weight", "offset") if k in preds}
         with self.aside(), self._replayed():
             return self.terms(blank, batch)
 
@@ -344,6 +364,27 @@ class FewShotLoss(v8DetectionLoss):
             self._anchored = bool(frozen.any())
         return self.triplet(objects, y, frozen.float() if self._anchored else None)
 
+    def retention_terms(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return the weighted terms that keep the silent classes, 0-dim float32 each, as `RETENTION_TERMS`.
+
+        Args:
+            preds (dict[str, torch.Tensor]): Raw predictions of one branch, see `FewShotDetect.forward_head`.
+            batch (dict[str, torch.Tensor]): The batch, with what the teacher says of it.
+
+        Returns:
+            (list[torch.Tensor]): Teacher and memory terms.
+        """
+        h, (branch, silent, embeds, level, targets) = self.hyp, self.retained
+        _, _, target_scores, fg_mask, _ = self.assigner.assigned
+        scores = preds["scores"][:, silent].transpose(1, 2)
+        teacher = batch["teacher"][branch] if "teacher" in batch else scores.sigmoid()
+        taught = self.distillation(scores, teacher, target_scores.sum(), ~fg_mask[..., None])
+        rows = F.normalize(preds["weight"].float(), dim=1) * preds["gain"].float()[:, None]
+        scale, bias = preds["logit_scale"].float()[level, None], preds["logit_bias"].float()[level, None]
+        logits = embeds @ rows.t() * scale + bias + preds["offset"].float()
+        rehearsed = self.distillation(logits, targets, targets.amax(1).sum())
+        return [h.cls * h.teacher * taught, h.cls * h.memory * rehearsed]
+
 
 def part_gradients(part: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
     """Return the gradient of one of `FewShotLoss.parts`, as the backward pass of training has it.
@@ -371,7 +412,8 @@ def gain_key(term: str) -> str:
         (str): Name of the key.
     """
     name = term.removesuffix("_loss")
-    return {"l1": "dfl", "epi": "cls", "sup": "supcon", "tri": "triplet"}.get(name, name)
+    keys = {"l1": "dfl", "epi": "cls", "sup": "supcon", "tri": "triplet", "tea": "teacher", "mem": "memory"}
+    return keys.get(name, name)
 
 
 def branch_losses(model: nn.Module) -> list[FewShotLoss]:

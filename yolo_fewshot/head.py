@@ -224,7 +224,8 @@ class FewShotDetect(Detect):
 
         Returns:
             (dict[str, torch.Tensor]): Ultralytics' `boxes` (B, 4 * reg_max, A), `scores` (B, nc, A) and `feats`; in
-                training also `embeds` (B, D, A), `logit_scale` and `logit_bias` (nl,) and `frozen` (nc, D).
+                training also `embeds` (B, D, A), and of the prototypes `weight` (nc, D), `gain` and `offset` (nc,),
+                `logit_scale` and `logit_bias` (nl,), and `frozen` (nc, D).
         """
         if box_head is None or cls_head is None:
             return {}
@@ -235,7 +236,8 @@ class FewShotDetect(Detect):
         if self.training:
             preds["embeds"] = torch.cat([e.flatten(2) for e in embeds], dim=-1)
             preds["logit_scale"], preds["logit_bias"] = prototypes.logit_scale, prototypes.bias
-            preds["frozen"] = prototypes.frozen
+            preds["weight"], preds["gain"] = prototypes.weight[..., 0], prototypes.gain
+            preds["offset"], preds["frozen"] = prototypes.offset, prototypes.frozen
         return preds
 
     def bias_init(self) -> None:

@@ -1,4 +1,4 @@
-"""Losses of the few-shot detector: a bounded box-distribution loss and three embedding losses.
+"""Losses of the few-shot detector: a bounded box-distribution loss, three embedding losses, and distillation.
 
 Every loss computes in float32 whatever the input dtype (also inside an autocast region), returns a 0-dim float32
 tensor that stays attached to the graph, and is finite in value and gradient for finite inputs: empty batches,
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CPELoss", "ClampedDFLoss", "SupConLoss", "TripletLoss"]
+__all__ = ["CPELoss", "ClampedDFLoss", "DistillationLoss", "SupConLoss", "TripletLoss"]
 
 _FAR = 1e38  # fills masked entries: beyond any real logit or distance, yet finite when two are added
 _MAX_VALUE = 1e30  # larger magnitudes are clipped, so that sums and differences stay finite
@@ -391,3 +391,42 @@ class TripletLoss(nn.Module):
         scale = (torch.maximum(a.detach().abs().amax(), b.detach().abs().amax()) / 1e15).clamp_min(1.0)
         # The direct form is exact for close rows, and its gradient at distance zero is zero.
         return scale * torch.cdist(a / scale, b / scale, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class DistillationLoss(nn.Module):
+    """Divergence of class scores from those of a teacher, classes being independent of each other.
+
+    Sum over all scores t of KL(t || sigmoid(x)) for Bernoulli variables, x being the logit, divided by `mass`. Learning
+    without forgetting: Li and Hoiem, ECCV 2016, arXiv:1606.09282; of detectors: Shmelkov et al., ICCV 2017,
+    arXiv:1708.06977.
+
+    Examples:
+        >>> loss = DistillationLoss()(logits, teacher_scores, mass)
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor, mass: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Return the loss.
+
+        Args:
+            logits (Tensor): Logits, any shape and float dtype, clipped to 1e30 in magnitude.
+            targets (Tensor): Scores of the teacher, of the same shape, clamped to 0..1; get no gradient.
+            mass (Tensor): Divisor, 0-dim, at least 1 here.
+            counted (Tensor | None): Which logits count, bool, broadcast to their shape; all by default.
+
+        Returns:
+            (Tensor): 0-dim float32, at least 0 but for rounding; 0 where there is no logit.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        if logits.shape != targets.shape:
+            raise ValueError(
+                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must have the same shape"
+            )
+        with _full_precision(logits):
+            x, t = logits.float().clamp(-_MAX_VALUE, _MAX_VALUE), targets.detach().float().clamp(0, 1)
+            loss = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+            loss = loss - torch.special.entr(t) - torch.special.entr(1 - t)
+            if counted is not None:
+                loss = torch.where(counted, loss, 0.0)
+            return loss.sum() / mass.detach().float().clamp_min(1)

@@ -31,6 +31,7 @@ from yolo_fewshot.adapt import (
     ShotsAndBase,
     ap50_on_shots,
     blend,
+    blend_for,
     merged_names,
     only_new,
     relabel,
@@ -53,6 +54,7 @@ from yolo_fewshot.plot_embedding import plot_embedding
 from yolo_fewshot.plot_episode import plot_episode
 from yolo_fewshot.plot_support import FILE, plot_support
 from yolo_fewshot.plots import plot_losses
+from yolo_fewshot.retention import Teacher, retain, silent_classes
 from yolo_fewshot.support import Support, SupportDataset, read_support
 
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put other pictures into a picture
@@ -113,6 +115,7 @@ class FewShotTrainer(DetectionTrainer):
         self.episodic = self.args.stage == 2
         self._batch: dict[str, Any] | None = None
         self._loaded: list[dict[str, Any]] = []  # batches of a step of several
+        self._teacher: Teacher | None = None  # of stage 3
         self._finite_tloss: dict[str, torch.Tensor] | None = None
         self._columns: dict[str, float] = {}  # of the last epoch, by guard and doctor
         self.doctor = LossDoctor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
@@ -300,7 +303,9 @@ class FewShotTrainer(DetectionTrainer):
             shots, base = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
             steps = a.steps or steps_for(shots, batch_size)
             batches = -(-steps // a.epochs)
-            LOGGER.info(f"{colorstr('adapt:')} {steps} steps on {shots} pictures of shots and {base} of base classes")
+            self._blend = a.blend if a.blend is not None else blend_for(self.data["nc"], dataset.parts[0].labels)
+            what = f"{steps} steps on {shots} pictures of shots and {base} of base classes, blend={self._blend:g}"
+            LOGGER.info(f"{colorstr('adapt:')} {what}")
             sampler = AdaptSampler(shots, base, batch_size, batches, a.seed, max(RANK, 0))
         workers = min(os.cpu_count() // max(self.world_size, 1), a.workers, batches)
         return InfiniteDataLoader(
@@ -333,6 +338,8 @@ class FewShotTrainer(DetectionTrainer):
                 self.ema.ema.loss_class = self.loss_class
             for loss in branch_losses(unwrap_model(self.model)):
                 loss.masked = has_ignored(self.train_loader.dataset)
+            if self.args.stage == 3:
+                self._retain()
         elif event == "on_train_epoch_start":
             self._start_epoch()
         elif event == "on_train_batch_start":
@@ -347,6 +354,19 @@ class FewShotTrainer(DetectionTrainer):
         metrics, self.metrics = self.metrics, {**self.metrics, **self._columns}  # where loggers find their scalars
         super().run_callbacks(event)
         self.metrics = metrics
+
+    def _retain(self) -> None:
+        """Let the model that stage 3 starts from teach the classes without a label in the training pictures."""
+        model = unwrap_model(self.model)
+        start = deepcopy(model, {id(model.criterion): None})
+        start.load_state_dict(self._start)
+        silent = silent_classes(start.model[-1].nc, self.train_loader.dataset.labels).to(self.device)
+        if not len(silent):
+            return
+        for loss, retained in zip(branch_losses(model), retain(start, silent)):
+            loss.retained = retained
+        if self.args.teacher:
+            self._teacher = Teacher(start, silent)
 
     def _start_epoch(self) -> None:
         """Set the counters to zero and, in stages 2 and 3, the random state to that of the epoch."""
@@ -370,6 +390,8 @@ class FewShotTrainer(DetectionTrainer):
         if self.accumulate > 1:
             self._loaded.append(dict(batch))  # as loaded, for they stay on the CPU
         self._batch = super().preprocess_batch(batch)
+        if self._teacher:
+            self._batch["teacher"] = self._teacher(self._batch["img"])
         return self._batch
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -446,9 +468,9 @@ class FewShotTrainer(DetectionTrainer):
         """End stage 3 between its start and its end, or at its start if it finds the shots much less well than that."""
         model, start = self.ema.ema, deepcopy(self.ema.ema)
         start.load_state_dict(self._start)
-        blend(model, self._start, self.args.blend)
+        blend(model, self._start, self._blend)
         before, after = (ap50_on_shots(m, self.support, self.args.imgsz) for m in (start, model))
-        text = f"{self.args.blend:.0%} of the trained weights, the rest of enrolled.pt. AP50 on the shots"
+        text = f"{self._blend:.0%} of the trained weights, the rest of enrolled.pt. AP50 on the shots"
         LOGGER.info(f"{colorstr('adapt:')} {text} {before:.3f} before, {after:.3f} after")
         if after < before - SPOILT:
             model.load_state_dict(self._start)

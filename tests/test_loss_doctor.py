@@ -299,8 +299,8 @@ def test_a_term_at_its_chance_level_is_named_with_a_remedy():
 
 
 def test_every_term_has_a_remedy_and_a_key():
-    args = SimpleNamespace(**table.resolve({"stage": 2}), box=7.5, cls=0.5, dfl=0.15)
-    for term in (*NAMES, "l1"):
+    args = SimpleNamespace(**table.resolve({"stage": 2}) | {"teacher": 1, "memory": 1}, box=7.5, cls=0.5, dfl=0.15)
+    for term in (*NAMES, "l1", "tea", "mem"):
         only = {f"share/{term}": 1.0, f"chance/{term}": 1.0, f"train/{term}_loss": 1.0}
         text = report([{**row(), **only}], args)
         assert f"{term} dominates" in text and f"{term} sits at chance (1, chance 1): {REMEDIES[term]}." in text

@@ -22,6 +22,7 @@ from yolo_fewshot.episodes import EpisodicDataset
 from yolo_fewshot.masked import IGNORED, MaskedDataset, has_ignored, masked, outside, without_ignored
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plugin import cfg_dir
+from yolo_fewshot.retention import Retained
 
 STILL = dict.fromkeys(("mosaic", "mixup", "fliplr", "flipud", "scale", "translate", "hsv_h", "hsv_s", "hsv_v"), 0.0)
 FAMILIES = ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"]
@@ -369,6 +370,28 @@ def test_the_class_loss_leaves_background_in_boxes_to_ignore_out(cfg, stage, wei
         # Their masks are of no use to the next batch.
         again = loss.class_weights
         assert again is None if weights is None else torch.equal(again.flatten(), torch.tensor(weights))
+
+
+@pytest.mark.parametrize("cfg", FAMILIES)
+def test_a_teacher_knows_what_is_in_boxes_to_ignore(cfg):
+    batch, model = batch_of(), make(cfg, 3)
+    found, silent = branches(model, batch), [0, 2]
+    taught = {**batch, "teacher": [torch.rand(B, p["scores"].shape[2], 2) for _, p in found]}
+    for i, (loss, preds) in enumerate(found):
+        targets, fg = assigned(loss, preds)
+        free, scores = naive_outside(batch, preds), preds["scores"].detach().transpose(1, 2)
+        bce = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+        cls = bce[fg].sum() + bce[free & ~fg][:, [1, 3]].sum()  # background in those boxes counts for no class
+        known, told = torch.distributions.Bernoulli(logits=scores[~fg][:, silent]), taught["teacher"][i][~fg]
+        tea = torch.distributions.kl_divergence(torch.distributions.Bernoulli(told), known).sum()
+        none = torch.zeros(0, dtype=torch.long)
+        loss.retained = Retained(i, torch.tensor(silent), torch.zeros(0, 128), none, torch.zeros(0, NC))
+        loss.masked = True
+        items = loss.loss(preds, taught)[1]
+        mass = max(targets.sum().item(), 1)
+        assert items["cls_loss"].item() == pytest.approx(0.5 * cls.item() / mass, rel=1e-4)
+        assert items["tea_loss"].item() == pytest.approx(0.5 * tea.item() / mass, rel=1e-4)
+        assert items["mem_loss"] == 0
 
 
 @pytest.mark.parametrize("stage", [1, 2])

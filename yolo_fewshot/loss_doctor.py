@@ -24,6 +24,8 @@ REMEDIES = {
     "epi": "prototypes do not tell the classes apart yet: train longer, or set a greater lr0",
     "sup": "embeddings of objects do not cluster by class: raise n_way or k_shot, or set supcon=0 to save its time",
     "cpe": "embeddings of anchors do not cluster by class: raise n_way, or set cpe=0 to save its time",
+    "tea": "the old classes are forgotten on the shots: set a smaller lr0 or blend",
+    "mem": "the old classes are forgotten: set a smaller lr0 or blend",
     "tri": "objects are no closer to their own prototype than to others: train longer, or set triplet=0",
 }
 

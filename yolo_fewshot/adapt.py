@@ -13,7 +13,6 @@ from ultralytics.data.dataset import YOLODataset
 
 from yolo_fewshot.features import View, extract
 from yolo_fewshot.leave_out import ap50, detect
-from yolo_fewshot.retention import silent_classes
 from yolo_fewshot.sampling import EpochSampler
 from yolo_fewshot.support import Support
 from yolo_fewshot.wording import few
@@ -34,19 +33,15 @@ def steps_for(shots: int, batch: int) -> int:
     return max(STEPS, -(-PASSES * shots // batch))
 
 
-def blend_for(classes: int, labels: list[dict[str, Any]]) -> float:
-    """Return the part of the trained weights to end with: the more the shots say, the greater.
+def blend_for(labels: list[dict[str, Any]]) -> float:
+    """Return the part of the trained weights to end with.
 
     Args:
-        classes (int): Number of classes of the model.
-        labels (list[dict]): Labels of the shots, with its class indices.
+        labels (list[dict]): Labels of the shots.
 
     Returns:
-        (float): 1 if every class has a label, so that none is forgotten; else 0.5 if the labelled classes have one
-            object each (their median), and 0.75 if they have more.
+        (float): 0.5 if the classes have one object each (their median), 0.75 if they have more.
     """
-    if not len(silent_classes(classes, labels)):
-        return 1.0
     counts = np.unique(np.concatenate([np.zeros(0), *(x["cls"].flat for x in labels)]), return_counts=True)[1]
     return 0.75 if len(counts) and np.median(counts) > 1 else 0.5
 

@@ -51,8 +51,7 @@ KEYS: dict[str, Key] = {
     "blend": Key(
         float,
         None,
-        "part of the trained weights in those that stage 3 ends with, the rest is the start; 0.75, with one shot 0.5, "
-        "with shots of all classes 1",
+        "part of the trained weights in those that stage 3 ends with, the rest is the start; 0.75, with one shot 0.5",
         high=1,
     ),
     "teacher": Key(

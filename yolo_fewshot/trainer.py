@@ -303,7 +303,7 @@ class FewShotTrainer(DetectionTrainer):
             shots, base = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
             steps = a.steps or steps_for(shots, batch_size)
             batches = -(-steps // a.epochs)
-            self._blend = a.blend if a.blend is not None else blend_for(self.data["nc"], dataset.parts[0].labels)
+            self._blend = a.blend if a.blend is not None else blend_for(dataset.parts[0].labels)
             what = f"{steps} steps on {shots} pictures of shots and {base} of base classes, blend={self._blend:g}"
             LOGGER.info(f"{colorstr('adapt:')} {what}")
             sampler = AdaptSampler(shots, base, batch_size, batches, a.seed, max(RANK, 0))

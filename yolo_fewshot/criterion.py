@@ -83,9 +83,9 @@ class RecordingBboxLoss(BboxLoss):
 class FewShotLoss(v8DetectionLoss):
     """Detection loss of one branch of a few-shot model.
 
-    Stage 1 is Ultralytics' `v8DetectionLoss`. Stage 2 adds, for a batch that is an episode, the detection loss
-    of the query pictures under prototypes of the support pictures (`epi_loss`), SupCon, CPE and triplet terms, and
-    replaces the DFL by the clamped one. For other batches, as in validation, those terms are zero.
+    Stage 1 is Ultralytics' `v8DetectionLoss`. Stage 2 adds, for a batch that is an episode, the detection loss of the
+    query pictures under prototypes of the support pictures (`epi_loss`), SupCon, CPE and triplet terms, and replaces
+    the DFL by the clamped one. For other batches, as in validation, those terms are zero.
 
     Stage 3 adds two terms for the classes without a label in the training pictures: where no object is labelled, their
     scores are not pushed to zero but to those of a teacher (`tea_loss`), and they are rehearsed on remembered anchors
@@ -192,6 +192,8 @@ class FewShotLoss(v8DetectionLoss):
             preds = {**preds, "boxes": preds["boxes"].float()}
         loss = self.get_assigned_targets_and_loss(preds, batch)[1]
         self._added = []
+        if len(loss) == len(self.loss_names):
+            return loss
         with torch.autocast(preds["scores"].device.type, enabled=False):
             if self.episodic and "support" in batch and "embeds" in preds:
                 self._added = self.episode_terms(preds, batch, self.pool(preds, batch))

@@ -372,7 +372,7 @@ def test_the_start_of_a_run_teaches_the_classes_that_the_shots_do_not_show(retai
     runs, batches = retained
     begun, silent = load_checkpoint(runs["teacher"].wdir / "enrolled.pt")[0].eval(), list(range(24))
     taught = [x for x in batches if "teacher" in x]
-    assert len(taught) == 8 and len(batches) == 24
+    assert len(taught) == 8
     for batch in taught:
         with torch.no_grad():
             expected = begun(batch["img"])[1]["scores"][:, silent].sigmoid().transpose(1, 2)

@@ -134,22 +134,20 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
     keys = {**QUICK, "shots": (1, 5), "seeds": 1, "out": tmp_path / "out", "episodes": 9, "steps": 7, "supcon": 2.0}
     shutil.copy(trained[0].best, tmp_path / "stage1.pt")
     shutil.copy(model, tmp_path / "model.pt")
-    methods = "replay,adapt_full,adapt_all,no_episodes,full,two_way,minus_contrast,fit"
+    methods = "replay,adapt_full,no_episodes,full,two_way,minus_contrast,fit"
     benchmark(data, tmp_path / "model.pt", stage1=tmp_path / "stage1.pt", methods=methods, **keys)
     first, second = "novel_1shot_seed0.yaml", "novel_5shot_seed0.yaml"
     assert [x[:3] for x in runs] == [
         *(("model.pt", "stage3.yaml", x) for _ in range(2) for x in (first, second)),
-        *(("model.pt", "stage3.yaml", f"all_{k}shot_seed0.yaml") for k in (1, 5)),
         *(("stage1.pt", "stage2.yaml", "base.yaml") for _ in range(3)),
     ]
     common = {"imgsz": 96, "workers": 0, "plots": False, "verbose": False, "seed": 0}
     assert runs[0][3] == runs[1][3] == {**common, "steps": 7, "base_replay": str(data / "base.yaml")}
     assert runs[2][3] == runs[3][3] == {**common, "steps": 7, "blend": 1.0}
-    assert runs[4][3] == runs[5][3] == {**common, "steps": 7, "freeze": 0}
     ways = {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False}
-    assert runs[6][3] == {**common, "episodes": 9, "supcon": 2.0}
-    assert runs[7][3] == {**common, "episodes": 9, "supcon": 2.0, **ways}
-    assert runs[8][3] == {**common, "episodes": 9, "supcon": 0.0, "cpe": 0.0, "triplet": 0.0}
+    assert runs[4][3] == {**common, "episodes": 9, "supcon": 2.0}
+    assert runs[5][3] == {**common, "episodes": 9, "supcon": 2.0, **ways}
+    assert runs[6][3] == {**common, "episodes": 9, "supcon": 0.0, "cpe": 0.0, "triplet": 0.0}
     expected = [
         ("stage1.pt", "auto"),
         ("full_seed0.pt", "auto"),
@@ -160,6 +158,9 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
     row = read_rows(tmp_path / "out" / "rows.csv")["fit", 5, 0]
     assert [row[c] for c in COLUMNS[3:12]] == [0.25, 0.1, 0.5, 0.25, 0.333333, 0.4, 0.1, 0.16, 1.0]
     assert not (tmp_path / "out" / "runs").exists()
+    runs.clear()
+    benchmark(data, tmp_path / "model.pt", methods="adapt_all", **{**keys, "shots": (1,), "out": tmp_path / "all"})
+    assert runs == [("model.pt", "stage3.yaml", "all_1shot_seed0.yaml", {**common, "steps": 7, "freeze": 0})]
 
 
 def test_methods_of_all_classes_see_shots_of_them_and_are_measured_as_the_others(data, model, tmp_path, monkeypatch):

@@ -654,8 +654,8 @@ def test_resolving_keys():
     assert resolve({"steps": 9}) == {
         **nothing,
         **defaults,
-        "teacher": 1.0,
-        "memory": 1.0,
+        "teacher": 0.5,
+        "memory": 0.5,
         "steps": 9,
         "stage": 3,
     }

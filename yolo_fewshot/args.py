@@ -55,10 +55,10 @@ KEYS: dict[str, Key] = {
         high=1,
     ),
     "teacher": Key(
-        float, 1.0, "gain of the term of stage 3 by which the start of the run teaches the classes that have no label"
+        float, 0.5, "gain of the term of stage 3 by which the start of the run teaches the classes that have no label"
     ),
     "memory": Key(
-        float, 1.0, "gain of the term of stage 3 that rehearses those classes on the memory of base pictures"
+        float, 0.5, "gain of the term of stage 3 that rehearses those classes on the memory of base pictures"
     ),
     "steps": Key(int, None, "optimizer steps of stage 3; 300, or 60 passes over the shots if that is more", 1),
     "nonfinite": Key(

@@ -385,7 +385,7 @@ class FewShotLoss(v8DetectionLoss):
         scale, bias = preds["logit_scale"].float()[level, None], preds["logit_bias"].float()[level, None]
         logits = embeds @ rows.t() * scale + bias + preds["offset"].float()
         rehearsed = self.distillation(logits, targets, targets.amax(1).sum())
-        return [h.cls * h.teacher * taught, h.cls * h.memory * rehearsed]
+        return [h.teacher * taught, h.memory * rehearsed]
 
 
 def part_gradients(part: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:

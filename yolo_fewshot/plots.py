@@ -27,7 +27,7 @@ def plot_losses(results: dict[str, list[float]], file: Path, gains: dict[str, fl
 
     shares = [results[f"share/{t}"] for t in terms]
     axes[0].stackplot(x, shares, labels=terms, colors=colors.values())
-    axes[0].set(title="share of the gradient at the neck", xlim=(x[0], x[-1] if len(x) > 1 else x[0] + 1), ylim=(0, 1))
+    axes[0].set(title="gradient shares at the neck", xlim=(x[0], x[-1] if len(x) > 1 else x[0] + 1), ylim=(0, 1))
     if len(x) == 1:  # an area needs two ends
         axes[0].stackplot([x[0], x[0] + 1], [[s[0]] * 2 for s in shares], colors=colors.values())
     axes[0].legend(*(h[::-1] for h in axes[0].get_legend_handles_labels()), fontsize=8, loc="center left")

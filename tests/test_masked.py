@@ -15,7 +15,7 @@ from ultralytics.utils.loss import E2ELoss
 
 from yolo_fewshot import FewShotTrainer, criterion
 from yolo_fewshot import args as table
-from yolo_fewshot.adapt import ShotsAndBase
+from yolo_fewshot.adapt_data import ShotsAndBase
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.diagnosis import describe_batch
 from yolo_fewshot.episodes import EpisodicDataset

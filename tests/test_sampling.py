@@ -1,6 +1,6 @@
 import pytest
 
-from yolo_fewshot.adapt import AdaptSampler
+from yolo_fewshot.adapt_data import AdaptSampler
 from yolo_fewshot.episodes import EpisodeSampler
 from yolo_fewshot.sampling import EpochSampler
 

@@ -1,23 +1,31 @@
-"""Stage 3: which pictures a fine-tuning from enrolled prototypes sees, and where it ends."""
+"""Stage 3: a fine-tuning that starts from enrolled prototypes and is taught what it must not forget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
-from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.utils import check_det_dataset
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import LOGGER, RANK, colorstr
 
-from yolo_fewshot.features import View, extract
+from yolo_fewshot.adapt_data import AdaptSampler, ShotsAndBase, merged_names, only_new
+from yolo_fewshot.criterion import branch_losses
+from yolo_fewshot.enroll import Shots, enroll, log
+from yolo_fewshot.features import View, extract, support_views
+from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.leave_out import ap50, detect
-from yolo_fewshot.sampling import EpochSampler
-from yolo_fewshot.support import Support
-from yolo_fewshot.wording import few
+from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.retention import Teacher, retain, silent_classes
+from yolo_fewshot.support import Support, read_support
 
 STEPS, PASSES = 300, 60  # optimizer steps, and passes over the pictures of the shots, at least
+SPOILT = 0.05  # AP50 on the shots that training may lose against the enrolment
 
 
 def steps_for(shots: int, batch: int) -> int:
@@ -82,149 +90,134 @@ def ap50_on_shots(model: nn.Module, support: Support, imgsz: int) -> float:
     return ap50(detect(features, labels, every, rows, head.banks[0]))
 
 
-def merged_names(known: dict[int, str], names: dict[int, str], labels: list[dict[str, Any]]) -> dict[int, str]:
-    """Return the class names of a model with those appended that are new to it and have an object.
-
-    Args:
-        known (dict[int, str]): Class names of the model.
-        names (dict[int, str]): Class names of the shots, by label index.
-        labels (list[dict]): Labels of the shots, as in `YOLODataset.labels`.
-
-    Returns:
-        (dict[int, str]): Names by index, in the order in which enrolment appends them.
-    """
-    merged = {int(i): str(n) for i, n in known.items()}
-    shown = sorted({int(c) for x in labels for c in x["cls"].flat})
-    for name in dict.fromkeys(str(names[i]) for i in shown):
-        if name not in merged.values():
-            merged[len(merged)] = name
-    return merged
-
-
-def only_new(support: Support, known: dict[int, str]) -> Support:
-    """Return a support set without the boxes of classes that the model knows, which are background to the new ones.
-
-    Args:
-        support (Support): Support set.
-        known (dict[int, str]): Class names of the model.
-
-    Returns:
-        (Support): The same pictures.
-    """
-    new = np.array([i for i, n in support.names.items() if str(n) not in set(map(str, known.values()))])
-    labels = []
-    for x in support.labels:
-        keep = np.isin(x["cls"][:, 0], new)
-        labels.append({**x, "cls": x["cls"][keep], "bboxes": x["bboxes"][keep]})
-    return support._replace(labels=labels)
-
-
-def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str]) -> None:
-    """Give the labels of a data set the class indices of a model, by name.
-
-    Args:
-        dataset (YOLODataset): Data set, changed in place.
-        names (dict[int, str]): Class names of its labels.
-        classes (dict[int, str]): Class names of the model.
-
-    Raises:
-        ValueError: If a picture shows a class that is not among them.
-    """
-    index = {str(n): i for i, n in classes.items()}
-    table = np.array([index.get(str(names[i]), -1) for i in range(len(names))], dtype=np.float32)
-    for x in dataset.labels:
-        cls = x["cls"].astype(int)
-        unknown = {str(names[i]) for i in cls[table[cls] < 0].tolist()}
-        if unknown:
-            raise ValueError(
-                f"{x['im_file']} shows {few(sorted(unknown))}, of which the model knows nothing and has no shots. Add "
-                "shots, or leave these boxes out."
-            )
-        x["cls"] = table[cls]
-
-
-class ShotsAndBase(Dataset):
-    """The pictures of the shots, then those of base classes.
+class Adaptation:
+    """Stage 3 of a run, in the order of its methods.
 
     Attributes:
-        parts (list[YOLODataset]): The shots, and the base pictures if there are any.
-        labels (list[dict]): Labels of all.
+        names (dict[int, str]): Classes of the model that it starts from, then those of the shots that are new.
+        labelled (list[dict]): What Ultralytics knows of the data of the shots and, if there are any, of base pictures.
     """
 
-    def __init__(self, parts: list[YOLODataset]):
-        """Initialize the data set.
+    def __init__(self, args: SimpleNamespace, model: str | Path, data: dict[str, Any]):
+        """Initialize the adaptation.
 
         Args:
-            parts (list[YOLODataset]): The shots, and the base pictures if there are any.
+            args (SimpleNamespace): Arguments of the run.
+            model (str | Path): File of the model to start from.
+            data (dict): What Ultralytics knows of the data of the shots.
+
+        Raises:
+            ValueError: If that is not a few-shot checkpoint.
         """
-        self.parts = parts
-        self.labels = [x for d in parts for x in d.labels]
-        self.collate_fn = parts[0].collate_fn
+        start = load_checkpoint(model)[0] if Path(str(model)).suffix == ".pt" else None
+        if not isinstance(start, FewShotDetectionModel):
+            raise ValueError(
+                f"'model={args.model}' cannot be adapted. Stage 3 starts from a few-shot checkpoint, i.e. the best.pt "
+                "of stage 2."
+            )
+        self.args, self.support = args, read_support(args.data, start.names)
+        self.names = merged_names(start.names, self.support.names, self.support.labels)
+        self.labelled = [data, *([check_det_dataset(args.base_replay)] if args.base_replay else [])]
+        self._start: dict[str, torch.Tensor] = {}
+        self._blend = args.blend
+        self._teacher: Teacher | None = None
 
-    def __len__(self) -> int:
-        """Return the number of pictures."""
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """Return an augmented picture with its labels."""
-        for d in self.parts:
-            if i < len(d):
-                return d[i]
-            i -= len(d)
-        raise IndexError(i)
-
-    def close_mosaic(self, hyp: Any) -> None:
-        """Stop mixing pictures, as Ultralytics does for the last epochs.
+    def enrolled(
+        self, weights: FewShotDetectionModel, device: torch.device
+    ) -> tuple[FewShotDetectionModel, Shots | None]:
+        """Return a copy of a model in which the new classes of the shots are enrolled.
 
         Args:
-            hyp (Any): Arguments of the run.
+            weights (FewShotDetectionModel): The model.
+            device (torch.device): Where to compute.
+
+        Returns:
+            (tuple[FewShotDetectionModel, Shots | None]): The copy, and what was enrolled; the model itself and None if
+                no class is new.
         """
-        for d in self.parts:
-            d.close_mosaic(hyp)
+        support = only_new(self.support, weights.names)
+        if not any(len(x["cls"]) for x in support.labels):
+            return weights, None
+        weights = deepcopy(weights).float().eval().to(device)
+        shots = enroll(weights, support, self.args.imgsz, views=support_views(vars(self.args), support.crops))
+        log(shots)
+        return weights.cpu(), shots
 
-
-class AdaptSampler(EpochSampler):
-    """Draws batches of shots, or half shots and half base pictures; every picture comes before any comes again.
-
-    Epoch e depends on (seed, e, rank) alone.
-    """
-
-    def __init__(self, shots: int, base: int, batch: int, batches: int, seed: int = 0, rank: int = 0):
-        """Initialize the sampler.
+    def begin(self, model: FewShotDetectionModel, file: Path, resume: bool) -> None:
+        """Keep the state that training starts from, in a file so that a resumed run knows it, too.
 
         Args:
-            shots (int): Pictures of the shots.
-            base (int): Base pictures, which are numbered after those.
-            batch (int): Pictures in a batch.
-            batches (int): Batches in an epoch.
-            seed (int): Seed of the run.
-            rank (int): Rank of this process in multi-GPU training.
+            model (FewShotDetectionModel): Model with the new classes enrolled.
+            file (Path): Checkpoint to write, or to read if the run is resumed.
+            resume (bool): Whether it is.
         """
-        super().__init__(seed, rank)
-        self.sizes, self.batch, self.batches = (shots, base), batch, batches
+        if resume:
+            model = load_checkpoint(file)[0]
+        elif RANK in {-1, 0}:
+            save_checkpoint({"model": model, "train_args": vars(self.args)}, file)
+        self._start = {k: v.clone() for k, v in model.state_dict().items()}
 
-    def __len__(self) -> int:
-        """Return the pictures of an epoch."""
-        return self.batch * self.batches
-
-    def draw(self, epoch: int) -> Iterator[int]:
-        """Yield the pictures of one epoch.
+    def sampler(self, dataset: ShotsAndBase, batch: int) -> AdaptSampler:
+        """Return what draws the batches, and say how many and how far the weights will go.
 
         Args:
-            epoch (int): Epoch, counted from 0.
+            dataset (ShotsAndBase): Pictures to train on.
+            batch (int): Pictures in a batch of this process.
 
-        Yields:
-            (int): Index of a picture.
+        Returns:
+            (AdaptSampler): The sampler.
         """
-        rng = np.random.default_rng((self.seed, epoch, self.rank))
-        shots, base = self.sizes
-        replayed = self.batch // 2 if base else 0
-        a = _cycle(rng, shots, (self.batch - replayed) * self.batches).reshape(self.batches, -1)
-        b = _cycle(rng, base, replayed * self.batches).reshape(self.batches, -1) + shots
-        yield from np.concatenate([a, b], 1).ravel().tolist()
+        a, shots, base = self.args, len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
+        steps = a.steps or steps_for(shots, batch)
+        if a.blend is None:
+            self._blend = blend_for(dataset.parts[0].labels)
+        what = f"{steps} steps on {shots} pictures of shots and {base} of base classes, blend={self._blend:g}"
+        LOGGER.info(f"{colorstr('adapt:')} {what}")
+        return AdaptSampler(shots, base, batch, -(-steps // a.epochs), a.seed, max(RANK, 0))
 
+    def retain(self, model: FewShotDetectionModel, labels: list[dict[str, Any]]) -> None:
+        """Let the model that training starts from teach the classes that no picture labels.
 
-def _cycle(rng: np.random.Generator, n: int, count: int) -> np.ndarray:
-    """Return `count` indices of n things, in random rounds of all of them."""
-    rounds = [rng.permutation(n) for _ in range(-(-count // n))] if count else []
-    return np.concatenate(rounds)[:count] if count else np.zeros(0, int)
+        Args:
+            model (FewShotDetectionModel): Model in training.
+            labels (list[dict]): Labels of the pictures to train on, as in `YOLODataset.labels`.
+        """
+        start = deepcopy(model, {id(model.criterion): None})
+        start.load_state_dict(self._start)
+        silent = silent_classes(start.model[-1].nc, labels).to(next(model.parameters()).device)
+        if not len(silent):
+            return
+        for loss, retained in zip(branch_losses(model), retain(start, silent)):
+            loss.retained = retained
+        if self.args.teacher:
+            self._teacher = Teacher(start, silent)
+
+    def taught(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch with what the teacher sees in it, if there is one.
+
+        Args:
+            batch (dict): Preprocessed batch.
+
+        Returns:
+            (dict): The same, with `teacher`.
+        """
+        return {**batch, "teacher": self._teacher(batch["img"])} if self._teacher else batch
+
+    def end(self, model: FewShotDetectionModel) -> None:
+        """End between start and end of the training, or at its start if that finds the shots much better.
+
+        Args:
+            model (FewShotDetectionModel): Trained model in eval mode, changed in place.
+        """
+        start = deepcopy(model)
+        start.load_state_dict(self._start)
+        blend(model, self._start, self._blend)
+        before, after = (ap50_on_shots(m, self.support, self.args.imgsz) for m in (start, model))
+        text = f"{self._blend:.0%} of the trained weights, the rest of enrolled.pt. AP50 on the shots"
+        LOGGER.info(f"{colorstr('adapt:')} {text} {before:.3f} before, {after:.3f} after")
+        if after < before - SPOILT:
+            model.load_state_dict(self._start)
+            LOGGER.warning(
+                "Training finds the shots much less well than enrolment, so the result is enrolled.pt. Look at the "
+                "labels of the shots, or set a smaller lr0 or blend."
+            )

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.data import Dataset
 from ultralytics.cfg import cfg2dict, get_cfg
 from ultralytics.data.build import InfiniteDataLoader, seed_worker
-from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
@@ -26,24 +25,14 @@ from ultralytics.utils.torch_utils import autocast, init_seeds, unwrap_model
 
 from yolo_fewshot import args as table
 from yolo_fewshot import plugin
-from yolo_fewshot.adapt import (
-    AdaptSampler,
-    ShotsAndBase,
-    ap50_on_shots,
-    blend,
-    blend_for,
-    merged_names,
-    only_new,
-    relabel,
-    steps_for,
-)
+from yolo_fewshot.adapt import Adaptation
+from yolo_fewshot.adapt_data import ShotsAndBase, relabel
 from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.criterion import FewShotLoss, branch_losses, gain_key
 from yolo_fewshot.diagnosis import diagnose
-from yolo_fewshot.enroll import enroll, log
 from yolo_fewshot.episode_detect import detect_queries
 from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset
-from yolo_fewshot.features import View, extract, support_views
+from yolo_fewshot.features import View, extract
 from yolo_fewshot.files import AtomicPath, save_checkpoint, staged
 from yolo_fewshot.guard import Guard, nonfinite
 from yolo_fewshot.loss_doctor import LossDoctor, report
@@ -54,11 +43,9 @@ from yolo_fewshot.plot_embedding import plot_embedding
 from yolo_fewshot.plot_episode import plot_episode
 from yolo_fewshot.plot_support import FILE, plot_support
 from yolo_fewshot.plots import plot_losses
-from yolo_fewshot.retention import Teacher, retain, silent_classes
-from yolo_fewshot.support import Support, SupportDataset, read_support
+from yolo_fewshot.support import Support, SupportDataset
 
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put other pictures into a picture
-SPOILT = 0.05  # AP50 on the shots that stage 3 may lose against the enrolment
 VAL_EPISODES, EMBEDDED = 3, 200  # episodes, and pictures whose objects are embedded, plotted at the end
 STOCK_CLIP = 10.0  # Ultralytics' own, on the loss multiplied by the batch size
 
@@ -72,6 +59,7 @@ class FewShotTrainer(DetectionTrainer):
 
     Attributes:
         episodic (bool): Whether this run is stage 2.
+        adaptation (Adaptation, optional): What stage 3 does beside training.
         guard (Guard): Gradient clip and skipped steps.
         doctor (LossDoctor): Gradient of each term and its chance level.
         loss_class (type[FewShotLoss]): The loss; a subclass of the trainer may set one with terms of its own.
@@ -111,11 +99,11 @@ class FewShotTrainer(DetectionTrainer):
         if not merged["resume"]:  # a resumed run takes everything from its checkpoint
             table.check(merged)
             merged.update(self._resolve(merged, given))
+        self.adaptation: Adaptation | None = None
         super().__init__(merged, {k: merged[k] for k in overrides}, _callbacks)
         self.episodic = self.args.stage == 2
         self._batch: dict[str, Any] | None = None
         self._loaded: list[dict[str, Any]] = []  # batches of a step of several
-        self._teacher: Teacher | None = None  # of stage 3
         self._finite_tloss: dict[str, torch.Tensor] | None = None
         self._columns: dict[str, float] = {}  # of the last epoch, by guard and doctor
         self.doctor = LossDoctor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
@@ -170,7 +158,7 @@ class FewShotTrainer(DetectionTrainer):
         """
         if self.args.stage == 3 and not weights:
             raise ValueError("'pretrained=False' leaves stage 3 nothing to adapt. Leave it out.")
-        if self.args.stage == 3 and not self.resume:
+        if self.adaptation and not self.resume:
             weights = self._enrolled(weights)
         model = FewShotDetectionModel(cfg, ch=self.data["channels"], nc=self.data["nc"], verbose=verbose and RANK == -1)
         model = self.set_model_names_for_load(model)
@@ -184,32 +172,18 @@ class FewShotTrainer(DetectionTrainer):
                 )
             if self.episodic and not self.resume:
                 model.model[-1].freeze_prototypes(model.transferred)
-            if self.args.stage == 3:
+            if self.adaptation:
                 model.enrolled, model.pull, model.memory = weights.enrolled, weights.pull, weights.memory
-                self._keep_start(model)
+                self.adaptation.begin(model, self.wdir / "enrolled.pt", self.resume)
         return model
 
-    def _keep_start(self, model: FewShotDetectionModel) -> None:
-        """Keep the state that stage 3 starts from, as `enrolled.pt`, so that a resumed run knows it, too."""
-        file = self.wdir / "enrolled.pt"
-        if self.resume:
-            model = load_checkpoint(file)[0]
-        elif RANK in {-1, 0}:
-            save_checkpoint({"model": model, "train_args": vars(self.args)}, file)
-        self._start = {k: v.clone() for k, v in model.state_dict().items()}
-
     def _enrolled(self, weights: nn.Module) -> nn.Module:
-        """Return a copy of a model in which the new classes of the shots are enrolled."""
-        support = only_new(self.support, weights.names)
-        if not any(len(x["cls"]) for x in support.labels):
-            return weights
-        weights = deepcopy(weights).float().eval().to(self.device)
-        result = enroll(weights, support, self.args.imgsz, views=support_views(vars(self.args), support.crops))
-        log(result)
+        """Return a model in which the new classes of the shots are enrolled, and plot those."""
+        weights, shots = self.adaptation.enrolled(weights, self.device)
         file = self.save_dir / FILE
-        if self.args.plots and RANK in {-1, 0} and plot_support(result, weights.names, file):
+        if shots and self.args.plots and RANK in {-1, 0} and plot_support(shots, weights.names, file):
             self.on_plot(file)
-        return weights.cpu()
+        return weights
 
     def get_dataset(self) -> dict[str, Any]:
         """Return what Ultralytics knows of the data; in stage 3 with the classes of the model and of the shots.
@@ -223,16 +197,8 @@ class FewShotTrainer(DetectionTrainer):
         data = super().get_dataset()
         if self.args.stage != 3:
             return data
-        start = load_checkpoint(self.model)[0] if Path(str(self.model)).suffix == ".pt" else None
-        if not isinstance(start, FewShotDetectionModel):
-            raise ValueError(
-                f"'model={self.args.model}' cannot be adapted. Stage 3 starts from a few-shot checkpoint, i.e. the "
-                "best.pt of stage 2."
-            )
-        self.support = read_support(self.args.data, start.names)
-        names = merged_names(start.names, self.support.names, self.support.labels)
-        self.labelled = data, check_det_dataset(self.args.base_replay) if self.args.base_replay else None
-        return {**data, "names": names, "nc": len(names)}
+        self.adaptation = Adaptation(self.args, self.model, data)
+        return {**data, "names": self.adaptation.names, "nc": len(self.adaptation.names)}
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Dataset:
         """Return Ultralytics' data set; in stage 3 with the model's class indices, and with base pictures to train on.
@@ -248,13 +214,13 @@ class FewShotTrainer(DetectionTrainer):
         Raises:
             ValueError: If pictures of stage 3 show a class that neither the model nor the shots know.
         """
-        if self.args.stage != 3:
+        if not self.adaptation:
             return masked(super().build_dataset(img_path, mode, batch), self.data, mode)
-        shots, base = self.labelled
+        shots, *base = self.adaptation.labelled
         own = self._build_part(shots, img_path, mode, batch)
         if mode != "train":
             return own
-        return ShotsAndBase([own, *([self._build_part(base, base["train"], mode, batch)] if base else [])])
+        return ShotsAndBase([own, *(self._build_part(x, x["train"], mode, batch) for x in base)])
 
     def _build_part(self, data: dict[str, Any], img_path: str, mode: str, batch: int | None) -> Dataset:
         """Return Ultralytics' data set, whose labels have the names of `data`, with the model's class indices."""
@@ -300,13 +266,8 @@ class FewShotTrainer(DetectionTrainer):
             batch_size, batches = sampler.episode_size, a.episodes
         else:
             dataset = loader.dataset
-            shots, base = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
-            steps = a.steps or steps_for(shots, batch_size)
-            batches = -(-steps // a.epochs)
-            self._blend = a.blend if a.blend is not None else blend_for(dataset.parts[0].labels)
-            what = f"{steps} steps on {shots} pictures of shots and {base} of base classes, blend={self._blend:g}"
-            LOGGER.info(f"{colorstr('adapt:')} {what}")
-            sampler = AdaptSampler(shots, base, batch_size, batches, a.seed, max(RANK, 0))
+            sampler = self.adaptation.sampler(dataset, batch_size)
+            batches = sampler.batches
         workers = min(os.cpu_count() // max(self.world_size, 1), a.workers, batches)
         return InfiniteDataLoader(
             dataset,
@@ -323,7 +284,7 @@ class FewShotTrainer(DetectionTrainer):
     def _close_dataloader_mosaic(self) -> None:
         """Stop mixing pictures as Ultralytics does, which then asks the loader for this epoch anew."""
         super()._close_dataloader_mosaic()
-        if self.args.stage == 3:
+        if self.adaptation:
             self.train_loader.sampler.restart(self.epoch)
 
     def run_callbacks(self, event: str) -> None:
@@ -338,8 +299,8 @@ class FewShotTrainer(DetectionTrainer):
                 self.ema.ema.loss_class = self.loss_class
             for loss in branch_losses(unwrap_model(self.model)):
                 loss.masked = has_ignored(self.train_loader.dataset)
-            if self.args.stage == 3:
-                self._retain()
+            if self.adaptation:
+                self.adaptation.retain(unwrap_model(self.model), self.train_loader.dataset.labels)
         elif event == "on_train_epoch_start":
             self._start_epoch()
         elif event == "on_train_batch_start":
@@ -354,19 +315,6 @@ class FewShotTrainer(DetectionTrainer):
         metrics, self.metrics = self.metrics, {**self.metrics, **self._columns}  # where loggers find their scalars
         super().run_callbacks(event)
         self.metrics = metrics
-
-    def _retain(self) -> None:
-        """Let the model that stage 3 starts from teach the classes without a label in the training pictures."""
-        model = unwrap_model(self.model)
-        start = deepcopy(model, {id(model.criterion): None})
-        start.load_state_dict(self._start)
-        silent = silent_classes(start.model[-1].nc, self.train_loader.dataset.labels).to(self.device)
-        if not len(silent):
-            return
-        for loss, retained in zip(branch_losses(model), retain(start, silent)):
-            loss.retained = retained
-        if self.args.teacher:
-            self._teacher = Teacher(start, silent)
 
     def _start_epoch(self) -> None:
         """Set the counters to zero and, in stages 2 and 3, the random state to that of the epoch."""
@@ -390,8 +338,8 @@ class FewShotTrainer(DetectionTrainer):
         if self.accumulate > 1:
             self._loaded.append(dict(batch))  # as loaded, for they stay on the CPU
         self._batch = super().preprocess_batch(batch)
-        if self._teacher:
-            self._batch["teacher"] = self._teacher(self._batch["img"])
+        if self.adaptation:
+            self._batch = self.adaptation.taught(self._batch)
         return self._batch
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -461,23 +409,8 @@ class FewShotTrainer(DetectionTrainer):
     def _end_epoch(self) -> None:
         """Look at the batches that the last step left over, and end stage 3 between its start and its end."""
         self._check_leftover()
-        if self.args.stage == 3 and self.epoch + 1 >= self.epochs:
-            self._end_adapting()
-
-    def _end_adapting(self) -> None:
-        """End stage 3 between its start and its end, or at its start if it finds the shots much less well than that."""
-        model, start = self.ema.ema, deepcopy(self.ema.ema)
-        start.load_state_dict(self._start)
-        blend(model, self._start, self._blend)
-        before, after = (ap50_on_shots(m, self.support, self.args.imgsz) for m in (start, model))
-        text = f"{self._blend:.0%} of the trained weights, the rest of enrolled.pt. AP50 on the shots"
-        LOGGER.info(f"{colorstr('adapt:')} {text} {before:.3f} before, {after:.3f} after")
-        if after < before - SPOILT:
-            model.load_state_dict(self._start)
-            LOGGER.warning(
-                "Training finds the shots much less well than enrolment, so the result is enrolled.pt. Look at the "
-                "labels of the shots, or set a smaller lr0 or blend."
-            )
+        if self.adaptation and self.epoch + 1 >= self.epochs:
+            self.adaptation.end(self.ema.ema)
 
     def _check_leftover(self) -> None:
         """Look at the batches that the last step left over, which are part of the next epoch's first step."""
@@ -627,7 +560,7 @@ class FewShotTrainer(DetectionTrainer):
         ckpts = [torch.load(f, map_location="cpu", weights_only=False) for f in files]
         model = deepcopy(ckpts[0]["model"]).float().to(self.device)
         trained_on, about = self.train_loader.dataset, (self.args.imgsz, self.args.seed)
-        if self.args.stage == 3:  # what the base data told before holds, except for their embeddings
+        if self.adaptation:  # what the base data told before holds, except for their embeddings
             for base in trained_on.parts[1:]:
                 model.memory = remember(model, fully_labelled(base), *about)
         else:

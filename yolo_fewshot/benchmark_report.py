@@ -22,6 +22,7 @@ FIGURES = {
 }
 MAIN = {"FSOD": "FSOD_nAP50", "G-FSOD": "GFSOD_HM50"}  # the figure that methods are compared by
 FILES = ("model", "stock", "stage1")
+APART = 0.01  # intervals of the methods in the plot, of its width
 LEAKAGE = "LEAKAGE: the starting checkpoint was trained on"
 COLUMNS = ("method", "shots", "seed", *FIGURES["FSOD"], *FIGURES["G-FSOD"], "seconds", *FILES, "version")
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
@@ -179,11 +180,11 @@ def _plot(tables: dict[str, Rows], methods: list[str], counts: list[int], seeds:
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     labels = {"FSOD": "nAP50, novel pictures alone", "G-FSOD": "harmonic mean of bAP50 and nAP50"}
     for ax, (kind, label) in zip(axes, labels.items()):
-        for method in methods:
+        for i, method in enumerate(methods):
             points = [interval(tables[kind][method, k, s][MAIN[kind]] for s in range(seeds)) for k in counts]
             style = {"color": "black", "linestyle": "--"} if method == BASELINE else {}
             ax.errorbar(
-                counts,
+                np.array(counts) + APART * max(counts) * (i - (len(methods) - 1) / 2),
                 [m for m, _ in points],
                 [h or 0 for _, h in points],
                 marker=".",

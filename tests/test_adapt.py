@@ -12,14 +12,14 @@ from ultralytics.utils import LOGGER, YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
 from yolo_fewshot import adapt as module
-from yolo_fewshot.adapt import ap50_on_shots, blend_for, steps_for
+from yolo_fewshot.adapt import ap50_on_shots, blend_for, freeze_for, steps_for
 from yolo_fewshot.adapt_data import ShotsAndBase
 from yolo_fewshot.args import ADAPTING, EVERY_STAGE, KEYS, check, resolve
 from yolo_fewshot.criterion import FewShotLoss, branch_losses
 from yolo_fewshot.demo import BASE, NOVEL
 from yolo_fewshot.masked import IGNORED
 from yolo_fewshot.plugin import cfg_dir
-from yolo_fewshot.support import read_support
+from yolo_fewshot.support import Support, read_support
 
 ROWS = ("weight", "gain", "offset")  # what a bank holds of every class
 NEW = tuple(reversed(NOVEL))  # the order in which the shots of these tests number the novel classes
@@ -77,6 +77,15 @@ def test_steps_grow_with_the_shots(shots, batch, steps):
 )
 def test_weights_go_further_with_more_than_one_shot(labels, part):
     assert blend_for([{"cls": np.array(x, np.float32).reshape(-1, 1)} for x in labels]) == part
+
+
+@pytest.mark.parametrize(
+    ("labels", "frozen"), [(((0,), (1, 2)), 0), (((2, 1, 0, 0),), 0), (((0,), (2, 2)), 10), (((0, 1), ()), 10)]
+)
+def test_the_backbone_is_free_where_the_shots_show_all_classes(labels, frozen):
+    labels = [{"cls": np.array(x, np.float32).reshape(-1, 1)} for x in labels]
+    shots = Support({0: "new", 1: 7, 2: "old", 3: "unseen"}, labels, False, Path("shots"), 3)
+    assert freeze_for({0: "old", 1: "7", 2: "new"}, shots) == frozen
 
 
 # Runs
@@ -210,6 +219,8 @@ def test_base_pictures_are_in_every_batch_and_classes_are_those_of_the_model(ada
             ignored += found.count(IGNORED)
     assert all(x.masked for x in branch_losses(trainer.model)) and ignored <= 1
     assert type(trainer.train_loader.dataset) is ShotsAndBase
+    moving = {int(k.split(".")[1]) for k, p in trainer.model.named_parameters() if p.requires_grad}
+    assert min(moving) == trainer.args.freeze == 10
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +326,7 @@ def test_the_figure_of_the_shots_is_that_of_ultralytics(enrolled, demo, tmp_path
 def test_a_run_that_spoils_the_model_ends_with_the_enrolment_and_says_so(site, start, caplog):
     logging.getLogger("ultralytics").addHandler(caplog.handler)
     try:
-        trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="spoilt", lr0=1.0, blend=1.0, freeze=None))
+        trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="spoilt", lr0=1.0, blend=1.0, freeze=0))
         trainer.train()
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)

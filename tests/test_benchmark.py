@@ -160,7 +160,7 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
     assert not (tmp_path / "out" / "runs").exists()
     runs.clear()
     benchmark(data, tmp_path / "model.pt", methods="adapt_all", **{**keys, "shots": (1,), "out": tmp_path / "all"})
-    assert runs == [("model.pt", "stage3.yaml", "all_1shot_seed0.yaml", {**common, "steps": 7, "freeze": 0})]
+    assert runs == [("model.pt", "stage3.yaml", "all_1shot_seed0.yaml", {**common, "steps": 7})]
 
 
 def test_methods_of_all_classes_see_shots_of_them_and_are_measured_as_the_others(data, model, tmp_path, monkeypatch):

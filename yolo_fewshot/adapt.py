@@ -25,6 +25,7 @@ from yolo_fewshot.retention import Teacher, retain, silent_classes
 from yolo_fewshot.support import Support, read_support
 
 STEPS, PASSES = 300, 60  # optimizer steps, and passes over the pictures of the shots, at least
+FROZEN = 10  # layers, which are the backbone
 SPOILT = 0.05  # AP50 on the shots that training may lose against the enrolment
 
 
@@ -52,6 +53,20 @@ def blend_for(labels: list[dict[str, Any]]) -> float:
     """
     counts = np.unique(np.concatenate([np.zeros(0), *(x["cls"].flat for x in labels)]), return_counts=True)[1]
     return 0.75 if len(counts) and np.median(counts) > 1 else 0.5
+
+
+def freeze_for(names: dict[int, str], support: Support) -> int:
+    """Return the number of layers that stay as they are.
+
+    Args:
+        names (dict[int, str]): Classes of the model and of the shots.
+        support (Support): The shots.
+
+    Returns:
+        (int): The backbone if there is a class to be kept without shots, else 0.
+    """
+    shown = {str(support.names[int(c)]) for x in support.labels for c in x["cls"].flat}
+    return FROZEN if set(names.values()) - shown else 0
 
 
 @torch.no_grad()
@@ -102,7 +117,7 @@ class Adaptation:
         """Initialize the adaptation.
 
         Args:
-            args (SimpleNamespace): Arguments of the run.
+            args (SimpleNamespace): Arguments of the run; `freeze` is set if it is None.
             model (str | Path): File of the model to start from.
             data (dict): What Ultralytics knows of the data of the shots.
 
@@ -118,6 +133,8 @@ class Adaptation:
         self.args, self.support = args, read_support(args.data, start.names)
         self.names = merged_names(start.names, self.support.names, self.support.labels)
         self.labelled = [data, *([check_det_dataset(args.base_replay)] if args.base_replay else [])]
+        if args.freeze is None:
+            args.freeze = freeze_for(self.names, self.support)
         self._start: dict[str, torch.Tensor] = {}
         self._blend = args.blend
         self._teacher: Teacher | None = None
@@ -171,7 +188,8 @@ class Adaptation:
         steps = a.steps or steps_for(shots, batch)
         if a.blend is None:
             self._blend = blend_for(dataset.parts[0].labels)
-        what = f"{steps} steps on {shots} pictures of shots and {base} of base classes, blend={self._blend:g}"
+        pictures, where = f"{shots} pictures of shots and {base} of base classes", f"blend={self._blend:g}"
+        what = f"{steps} steps on {pictures}, freeze={a.freeze}, {where}"
         LOGGER.info(f"{colorstr('adapt:')} {what}")
         return AdaptSampler(shots, base, batch, -(-steps // a.epochs), a.seed, max(RANK, 0))
 

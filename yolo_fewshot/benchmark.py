@@ -330,8 +330,7 @@ def _run_method(plan: Plan, method: str, shots: int, seed: int) -> Row:
     if name in STOCKS:
         file, seconds = _fine_tune(plan, folder, train, int(freeze), seed)
     elif method in ADAPTATIONS:
-        replay = {"base_replay": str(plan.folder / "base.yaml")}
-        own = {"replay": replay, "adapt_full": {"blend": 1.0}, "adapt_all": {"freeze": 0}}
+        own = {"replay": {"base_replay": str(plan.folder / "base.yaml")}, "adapt_full": {"blend": 1.0}}
         keys = {**_settings_for("stage3", plan.settings), **own.get(method, {})}
         trainer, seconds = _train(plan.files["model"], folder, cfg=_recipe(3), data=str(train), seed=seed, **keys)
         file = Path(trainer.last)

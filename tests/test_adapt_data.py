@@ -7,8 +7,7 @@ import torch
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
-from yolo_fewshot.adapt_data import AdaptSampler, ShotsAndBase, merged_names, only_new, relabel
-from yolo_fewshot.support import Support
+from yolo_fewshot.adapt_data import AdaptSampler, ShotsAndBase, merged_names, relabel
 
 # Names and labels
 
@@ -28,17 +27,6 @@ def test_new_classes_are_appended_in_the_order_of_their_label_index():
     assert merged_names(known, names, labels_of([1], [])) == known
     assert merged_names(known, names, []) == known
     assert merged_names({0: "1"}, {0: 2, 1: 1}, labels_of([0, 1])) == {0: "1", 1: "2"}  # names that YAML made numbers
-
-
-def test_only_boxes_of_new_classes_are_enrolled():
-    labels = labels_of([0, 1, 2], [1], [2, 2])
-    support = Support({0: "new", 1: "old", 2: "newer"}, labels, True, Path("shots"), 1)
-    kept = only_new(support, {0: "other", 1: "old"})
-    assert [x["cls"].flatten().tolist() for x in kept.labels] == [[0, 2], [], [2, 2]]
-    assert [x["bboxes"].shape for x in kept.labels] == [(2, 4), (0, 4), (2, 4)]
-    assert [x["im_file"] for x in kept.labels] == ["0.png", "1.png", "2.png"]
-    assert kept._replace(labels=labels) == support and [len(x["cls"]) for x in labels] == [3, 1, 2]
-    assert all(not len(x["cls"]) for x in only_new(support, dict(enumerate(("newer", "old", "new")))).labels)
 
 
 def test_labels_get_the_class_indices_of_a_model_by_name():

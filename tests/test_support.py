@@ -12,7 +12,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import YAML
 
 from yolo_fewshot import support as module
-from yolo_fewshot.support import Support, SupportDataset, read_support
+from yolo_fewshot.support import Support, SupportDataset, read_support, shown_beside, without
 
 NAMES = {0: "cat", 1: "dog"}  # of the model
 
@@ -235,6 +235,44 @@ def test_folder_of_crops(tmp_path, monkeypatch):
     assert boxes(support) == [[[c, 0.5, 0.5, 1, 1]] for c in (0, 1, 1)]
     assert all(x["cls"].dtype == x["bboxes"].dtype == np.float32 for x in support.labels)
     assert all(x["cls"].shape == (1, 1) and x["bboxes"].shape == (1, 4) for x in support.labels)
+
+
+# Classes that are not meant -------------------------------------------------------------------------------------------
+
+
+def support_of(*classes):
+    """A support set whose pictures show these class indices; 2 and the number 4 are new."""
+    labels = [
+        {"im_file": f"{i}.png", "cls": np.array(c, np.float32).reshape(-1, 1), "bboxes": np.full((len(c), 4), i / 10)}
+        for i, c in enumerate(classes)
+    ]
+    return Support({0: "a", 1: "b", 2: "new", 3: "c", 4: 7}, labels, True, Path("shots"), 1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        ([[2, 0], [0, 4, 0]], ["a"]),
+        ([[2, 0], [0]], []),  # a picture of its own
+        ([[2, 0], [0, 1]], []),  # one with another old class
+        ([[2, 0, 1], [3, 1], []], ["a"]),
+        ([[4, 1, 0]], ["b", "a"]),
+        ([[2], [4]], []),
+        ([[0, 1], [3]], []),
+    ],
+)
+def test_classes_that_are_labelled_beside_others_only(classes, expected):
+    assert shown_beside(support_of(*classes), ["c", "b", "a", "unseen"]) == expected
+
+
+def test_boxes_of_some_classes_are_left_out_and_their_pictures_stay():
+    support = support_of([2, 1, 4], [1], [4, 4])
+    kept = without(support, ["b", "unseen"])
+    assert [x["cls"].flatten().tolist() for x in kept.labels] == [[2, 4], [], [4, 4]]
+    assert [x["bboxes"].shape for x in kept.labels] == [(2, 4), (0, 4), (2, 4)]
+    assert [x["im_file"] for x in kept.labels] == ["0.png", "1.png", "2.png"]
+    assert kept._replace(labels=support.labels) == support and [len(x["cls"]) for x in support.labels] == [3, 1, 2]
+    assert all(not len(x["cls"]) for x in without(support, ("new", "b", "7")).labels)  # a name that YAML made a number
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -302,6 +302,19 @@ def test_a_trained_class_that_is_enrolled_anew_is_named(model, few, caplog):
     assert not warnings(caplog)
 
 
+def test_a_trained_class_that_is_labelled_beside_a_new_one_stays_as_it_is(model, tmp_path, tensor, caplog):
+    shots, before = scenes(tmp_path, [("hourglass", 0)] * 3, ["hourglass", "star"]), logits(model, tensor)
+    for i in range(3):  # the picture shows no star, but its labels say so
+        with open(tmp_path / f"labels/{i:02}.txt", "a") as f:
+            f.write("1 0.1 0.1 0.2 0.2\n")
+    for _ in range(2):  # the second time hourglass is known, too
+        caplog.clear()
+        assert model.enroll(shots) == {"hourglass": 3}
+        assert "star: trained classes, which stay as they are." in caplog.text and not warnings(caplog)
+        torch.testing.assert_close(logits(model, tensor)[:, :24], before, rtol=0, atol=1e-4)
+        assert list(model.model.enrolled) == ["hourglass"]
+
+
 def test_new_classes_are_not_said_to_be_enrolled_anew(model, caplog):
     model.enroll(SHOTS, method="mean")
     assert not any("anew" in text for text in warnings(caplog))

@@ -14,7 +14,7 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK, colorstr
 
-from yolo_fewshot.adapt_data import AdaptSampler, ShotsAndBase, merged_names, only_new
+from yolo_fewshot.adapt_data import AdaptSampler, ShotsAndBase, merged_names
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.enroll import Shots, enroll, log
 from yolo_fewshot.features import View, extract, support_views
@@ -22,7 +22,7 @@ from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.leave_out import ap50, detect
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.retention import Teacher, retain, silent_classes
-from yolo_fewshot.support import Support, read_support
+from yolo_fewshot.support import Support, read_support, without
 
 STEPS, PASSES = 300, 60  # optimizer steps, and passes over the pictures of the shots, at least
 FROZEN = 10  # layers, which are the backbone
@@ -152,7 +152,7 @@ class Adaptation:
             (tuple[FewShotDetectionModel, Shots | None]): The copy, and what was enrolled; the model itself and None if
                 no class is new.
         """
-        support = only_new(self.support, weights.names)
+        support = without(self.support, {str(n) for n in weights.names.values()})
         if not any(len(x["cls"]) for x in support.labels):
             return weights, None
         weights = deepcopy(weights).float().eval().to(device)

@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 from ultralytics.data.dataset import YOLODataset
 
 from yolo_fewshot.sampling import EpochSampler
-from yolo_fewshot.support import Support
 from yolo_fewshot.wording import few
 
 
@@ -31,24 +30,6 @@ def merged_names(known: dict[int, str], names: dict[int, str], labels: list[dict
         if name not in merged.values():
             merged[len(merged)] = name
     return merged
-
-
-def only_new(support: Support, known: dict[int, str]) -> Support:
-    """Return a support set without the boxes of classes that the model knows, which are background to the new ones.
-
-    Args:
-        support (Support): Support set.
-        known (dict[int, str]): Class names of the model.
-
-    Returns:
-        (Support): The same pictures.
-    """
-    new = np.array([i for i, n in support.names.items() if str(n) not in set(map(str, known.values()))])
-    labels = []
-    for x in support.labels:
-        keep = np.isin(x["cls"][:, 0], new)
-        labels.append({**x, "cls": x["cls"][keep], "bboxes": x["bboxes"][keep]})
-    return support._replace(labels=labels)
 
 
 def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
+from collections.abc import Collection
 from itertools import repeat
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -131,6 +132,41 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
             "class out of 'names'."
         )
     return Support(names, labels, False, source, data.get("channels") or 3, ignore_folder(data))
+
+
+def shown_beside(support: Support, names: Collection[str]) -> list[str]:
+    """Return those of some classes that a support set shows in pictures of other classes only, labelled by the way.
+
+    Args:
+        support (Support): Support set.
+        names (Collection[str]): Names of the classes.
+
+    Returns:
+        (list[str]): Names, in the order of `names`.
+    """
+    beside, own = set(), set()
+    for x in support.labels:
+        shown = {str(support.names[int(c)]) for c in x["cls"].flat}
+        (own if shown <= set(names) else beside).update(shown)
+    return [n for n in names if n in beside - own]
+
+
+def without(support: Support, names: Collection[str]) -> Support:
+    """Return a support set without the boxes of some classes, which become background to the others.
+
+    Args:
+        support (Support): Support set.
+        names (Collection[str]): Names of the classes.
+
+    Returns:
+        (Support): The same pictures.
+    """
+    kept = np.array([i for i, n in support.names.items() if str(n) not in names])
+    labels = []
+    for x in support.labels:
+        keep = np.isin(x["cls"][:, 0], kept)
+        labels.append({**x, "cls": x["cls"][keep], "bboxes": x["bboxes"][keep]})
+    return support._replace(labels=labels)
 
 
 def _find(support: str | Path) -> Path:

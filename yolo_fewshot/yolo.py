@@ -18,7 +18,8 @@ from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plot_support import FILE, plot_support
 from yolo_fewshot.plugin import no_head
-from yolo_fewshot.support import read_support
+from yolo_fewshot.support import read_support, shown_beside, without
+from yolo_fewshot.wording import few
 
 
 class FewShotYOLO(YOLO):
@@ -54,7 +55,8 @@ class FewShotYOLO(YOLO):
     ) -> dict[str, int]:
         """Teach the model the classes that a support set shows, without training; all other classes stay as they are.
 
-        Classes with a known name are enrolled anew, others are appended.
+        Classes with a known name are enrolled anew, others are appended. Classes of its training that the support set
+        shows beside others only, and in no picture of their own, are not shots: they stay as they are.
 
         Args:
             support (str | Path): YOLO data.yaml, whose train split counts; .txt list of pictures with YOLO label files;
@@ -78,12 +80,20 @@ class FewShotYOLO(YOLO):
         model = self._few_shot_model("enroll")
         table.check({"enroll": method})  # before the support set is read
         shots = read_support(str(support), model.names)  # the command line turns digits into an int
-        shown = {shots.names[int(c)] for x in shots.labels for c in x["cls"].flat}
-        again = [n for n in model.names.values() if n in shown and n not in model.enrolled]
+        trained = [n for n in map(str, model.names.values()) if n not in model.enrolled]
+        kept = shown_beside(shots, trained)
+        if kept:
+            LOGGER.info(
+                f"{few(kept)}: trained classes, which stay as they are. They are background to the shots, in whose "
+                "pictures alone they are labelled; to enroll one anew, add pictures of it by itself."
+            )
+            shots = without(shots, kept)
+        shown = {str(shots.names[int(c)]) for x in shots.labels for c in x["cls"].flat}
+        again = [n for n in trained if n in shown]
         if again:
             LOGGER.warning(
-                f"{', '.join(again)}: trained classes, which are enrolled anew from these shots. If the shots mean "
-                "something else, give the class another name."
+                f"{few(again)}: trained classes, which are enrolled anew from these shots. If the shots mean something "
+                "else, give the class another name."
             )
         views = support_views((self.ckpt or {}).get("train_args") or {}, shots.crops)
         home, training = next(model.parameters()).device, model.training

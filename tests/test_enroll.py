@@ -229,6 +229,22 @@ def test_objects_that_no_anchor_belongs_to_are_no_shots(model, shots, monkeypatc
     assert [x.file for x in result.objects["square"]] == [shots.labels[i]["im_file"] for i in (0, 1, 2, 4)]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_classes_to_keep_are_negatives_and_witnesses_and_stay_as_they_are(models, shots, method):
+    """The other classes come out as if all were enrolled."""
+    model, every = (deepcopy(models["yolo11n-fewshot.yaml"]) for _ in range(2))
+    shots, before = as_base(shots), logits(model, shots)
+    expected = enroll(every, shots, SIZE, method=method)
+    found = enroll(model, shots, SIZE, method=method, keep=["cat", "dog"])
+    assert list(found.classes) == list(model.enrolled) == list(found.objects) == ["square"]
+    assert {x.nearest for x in found.objects["square"]} == {"cat"}
+    assert found.classes["square"] == expected.classes["square"] and model.names == every.names
+    assert found.objects["square"] == expected.objects["square"]
+    torch.testing.assert_close(logits(model, shots)[:, :2], before, rtol=0, atol=1e-5)
+    for (vector, offset), (v, o) in zip(model.model[-1].get_class(2), every.model[-1].get_class(2)):
+        assert torch.equal(vector, v) and torch.equal(offset, o)
+
+
 def test_pictures_of_doubtful_shots_are_named_once():
     rows = [("a", True), ("b", False), ("c", True), ("a", True)]
     objects = {"ant": [Shot(f, [0, 0, 1, 1], 0.1, 0.5, "bee", x) for f, x in rows], "bee": []}
@@ -354,6 +370,18 @@ def test_a_class_without_an_anchor_is_an_error_and_the_model_stays(model, shots)
     with pytest.raises(ValueError, match="No anchor of the model belongs to a box of disc at imgsz=64"):
         enroll(model, shots._replace(labels=[twice]), SIZE)
     assert same(model, before) and model.names == BASE and model.enrolled == {} and model.model[-1].nc == 2
+
+
+def test_a_class_to_keep_may_be_without_an_anchor(model, shots):
+    other, one, rest = deepcopy(model), shots.labels[2], shots.labels[4:]
+    twice = {**one, "cls": np.array([[1.0], [3.0]], dtype=np.float32)}
+    twice["bboxes"] = one["bboxes"].repeat(2, 0)  # all anchors of the second box belong to the first
+    shots = as_base(shots)._replace(labels=[twice, *rest])
+    with pytest.raises(ValueError, match="a box of cat at"):
+        enroll(deepcopy(model), shots, SIZE)
+    found = enroll(model, shots, SIZE, keep=["cat"])
+    assert found == enroll(other, shots._replace(labels=[one, *rest]), SIZE) and same(model, other)
+    assert found.classes["square"]["shots"] == 2
 
 
 def test_classes_are_numbered_by_their_label_indices_and_lost_objects_have_none():

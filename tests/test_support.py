@@ -12,7 +12,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import YAML
 
 from yolo_fewshot import support as module
-from yolo_fewshot.support import Support, SupportDataset, read_support, shown_beside, without
+from yolo_fewshot.support import Support, SupportDataset, read_support, shown_beside
 
 NAMES = {0: "cat", 1: "dog"}  # of the model
 
@@ -263,16 +263,6 @@ def support_of(*classes):
 )
 def test_classes_that_are_labelled_beside_others_only(classes, expected):
     assert shown_beside(support_of(*classes), ["c", "b", "a", "unseen"]) == expected
-
-
-def test_boxes_of_some_classes_are_left_out_and_their_pictures_stay():
-    support = support_of([2, 1, 4], [1], [4, 4])
-    kept = without(support, ["b", "unseen"])
-    assert [x["cls"].flatten().tolist() for x in kept.labels] == [[2, 4], [], [4, 4]]
-    assert [x["bboxes"].shape for x in kept.labels] == [(2, 4), (0, 4), (2, 4)]
-    assert [x["im_file"] for x in kept.labels] == ["0.png", "1.png", "2.png"]
-    assert kept._replace(labels=support.labels) == support and [len(x["cls"]) for x in support.labels] == [3, 1, 2]
-    assert all(not len(x["cls"]) for x in without(support, ("new", "b", "7")).labels)  # a name that YAML made a number
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

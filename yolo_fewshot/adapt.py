@@ -22,7 +22,7 @@ from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.leave_out import ap50, detect
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.retention import Teacher, retain, silent_classes
-from yolo_fewshot.support import Support, read_support, without
+from yolo_fewshot.support import Support, read_support
 
 STEPS, PASSES = 300, 60  # optimizer steps, and passes over the pictures of the shots, at least
 FROZEN = 10  # layers, which are the backbone
@@ -152,11 +152,11 @@ class Adaptation:
             (tuple[FewShotDetectionModel, Shots | None]): The copy, and what was enrolled; the model itself and None if
                 no class is new.
         """
-        support = without(self.support, {str(n) for n in weights.names.values()})
-        if not any(len(x["cls"]) for x in support.labels):
+        if len(self.names) == len(weights.names):
             return weights, None
+        known, views = {str(n) for n in weights.names.values()}, support_views(vars(self.args), self.support.crops)
         weights = deepcopy(weights).float().eval().to(device)
-        shots = enroll(weights, support, self.args.imgsz, views=support_views(vars(self.args), support.crops))
+        shots = enroll(weights, self.support, self.args.imgsz, views=views, keep=known)
         log(shots)
         return weights.cpu(), shots
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,7 @@ def enroll(
     batch: int = 16,
     method: str = "auto",
     views: list[View] | None = None,
+    keep: Collection[str] = (),
 ) -> Shots:
     """Set or append the classifiers of the classes that a support set shows; nothing else changes.
 
@@ -80,6 +82,8 @@ def enroll(
         method (str): 'mean', the mean of the shots' embeddings (Snell et al. 2017); 'fit', a classifier fitted on all
             anchors of the support pictures with a pull towards that mean; or 'auto', see `choose`.
         views (list[View], optional): Views of the pictures, those of `support_views` if not given.
+        keep (Collection[str]): Classes of the model that stay as they are. Their objects in the support pictures are
+            negatives of the others, and help to choose the method.
 
     Returns:
         (Shots): What was enrolled.
@@ -91,19 +95,23 @@ def enroll(
     features = extract(model, support, imgsz, batch, views)
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
-    lost = [n for n, k in zip(names, counts) if not k]
+    lost = [n for n, k in zip(names, counts) if not k and n not in keep]
     if lost:
         raise ValueError(
             f"No anchor of the model belongs to a box of {', '.join(lost)} at imgsz={imgsz}. Use a greater imgsz, or "
             "greater objects."
         )
     head, known = model.model[-1], {str(n): i for i, n in model.names.items()}
-    features = recall(model.memory, features, [known[n] for n in names if n in known])
-    pull, left_out = choose(features, labels, counts, method, head.banks[0], model.pull or PULL)
+    shown = {n: i for n, i in known.items() if n in names}
+    judged = recall(model.memory, features, list(shown.values()))  # none of the classes takes itself for a negative
+    pull, left_out = choose(judged, labels, counts, method, head.banks[0], model.pull or PULL)
+    features = recall(model.memory, features, [i for n, i in shown.items() if n not in keep])
     rows = [classifiers(features, labels, pull, i, bank) for i, bank in enumerate(head.banks)]
     conf = thresholds(left_out)
     classes = {}
     for c, name in enumerate(names):
+        if name in keep:
+            continue
         index = known.setdefault(name, len(known))
         before = model.enrolled.get(name, {}).get("replaced")
         if name not in model.enrolled and index < head.nc:
@@ -118,7 +126,8 @@ def enroll(
         }
     model.enrolled.update(classes)
     model.nc = model.yaml["nc"] = head.nc
-    return Shots(classes, _objects(support, features, labels, names))
+    objects = _objects(support, features, labels, names)
+    return Shots(classes, {name: objects[name] for name in classes})
 
 
 def forget(model: nn.Module, name: str) -> None:

@@ -151,24 +151,6 @@ def shown_beside(support: Support, names: Collection[str]) -> list[str]:
     return [n for n in names if n in beside - own]
 
 
-def without(support: Support, names: Collection[str]) -> Support:
-    """Return a support set without the boxes of some classes, which become background to the others.
-
-    Args:
-        support (Support): Support set.
-        names (Collection[str]): Names of the classes.
-
-    Returns:
-        (Support): The same pictures.
-    """
-    kept = np.array([i for i, n in support.names.items() if str(n) not in names])
-    labels = []
-    for x in support.labels:
-        keep = np.isin(x["cls"][:, 0], kept)
-        labels.append({**x, "cls": x["cls"][keep], "bboxes": x["bboxes"][keep]})
-    return support._replace(labels=labels)
-
-
 def _find(support: str | Path) -> Path:
     """Return the absolute path of a support set: a YAML file, a list, or a folder of crops."""
     path = Path(support)

@@ -18,7 +18,7 @@ from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plot_support import FILE, plot_support
 from yolo_fewshot.plugin import no_head
-from yolo_fewshot.support import read_support, shown_beside, without
+from yolo_fewshot.support import read_support, shown_beside
 from yolo_fewshot.wording import few
 
 
@@ -84,12 +84,11 @@ class FewShotYOLO(YOLO):
         kept = shown_beside(shots, trained)
         if kept:
             LOGGER.info(
-                f"{few(kept)}: trained classes, which stay as they are. They are background to the shots, in whose "
-                "pictures alone they are labelled; to enroll one anew, add pictures of it by itself."
+                f"{few(kept)}: trained classes, which stay as they are, for they are labelled beside others only. To "
+                "enroll one anew, add a picture of it by itself."
             )
-            shots = without(shots, kept)
         shown = {str(shots.names[int(c)]) for x in shots.labels for c in x["cls"].flat}
-        again = [n for n in trained if n in shown]
+        again = [n for n in trained if n in shown and n not in kept]
         if again:
             LOGGER.warning(
                 f"{few(again)}: trained classes, which are enrolled anew from these shots. If the shots mean something "
@@ -99,7 +98,8 @@ class FewShotYOLO(YOLO):
         home, training = next(model.parameters()).device, model.training
         model.eval().to(home if device in (None, "") else select_device(device, verbose=False))
         try:
-            result = enrolment.enroll(model, shots, imgsz or self.overrides.get("imgsz", 640), batch, method, views)
+            size = imgsz or self.overrides.get("imgsz", 640)
+            result = enrolment.enroll(model, shots, size, batch, method, views, kept)
         finally:
             model.train(training).to(home)
         self._changed()

@@ -62,6 +62,7 @@ def folder(tmp_path, monkeypatch, trained):
     every = write_data(tmp_path / "every", ["star", "plus", "arrow", "scooter", "bus"], 40)
     YAML.save("base.yaml", base)
     YAML.save("data.yaml", every)
+    YAML.save("all_5shot.yaml", every)
     for name in ("shots.yaml", "novel_5shot.yaml"):
         YAML.save(name, {**write_data(tmp_path / name[:-5], ["scooter", "bus"], 5)})
     shutil.copy("base/images/val/0000.png", "street.jpg")

@@ -276,7 +276,7 @@ def test_detections_from_features_are_those_of_the_enrolled_model(model, shots):
     assert seen > 50
 
 
-def test_what_the_model_remembers_serves_as_background_but_for_the_classes_that_are_shown(model, shots):
+def test_what_the_model_remembers_serves_as_background_but_for_the_classes_that_are_shown(models, model, shots):
     """A memory of the very anchors of the shots makes their classifiers less sure, unless it is of the class itself."""
     plain, cautious, own = (deepcopy(model) for _ in range(3))
     anchors = extract(model, shots, SIZE).anchors[0]
@@ -289,6 +289,10 @@ def test_what_the_model_remembers_serves_as_background_but_for_the_classes_that_
     assert same(plain, own)
     before, after = (logits(copy, shots)[0, [0, 2]].amax(1) for copy in (plain, cautious))
     assert (after < before - 0.1).all()
+    kept = deepcopy(models["yolo11n-fewshot.yaml"])
+    kept.memory = own.memory
+    enroll(kept, as_base(shots), SIZE, method="fit", keep=["cat"])  # cats stay, and are background to the squares
+    assert (logits(kept, shots)[0, 2].amax() < logits(plain, shots)[0, 2].amax() - 0.1).all()
 
 
 # Methods --------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ class FewShotYOLO(YOLO):
         kept = shown_beside(shots, trained)
         if kept:
             LOGGER.info(
-                f"{few(kept)}: trained classes, which stay as they are, for they are labelled beside others only. To "
+                f"{few(kept)}: trained classes, which stay as they are, for only pictures of other classes show them. To "
                 "enroll one anew, add a picture of it by itself."
             )
         shown = {str(shots.names[int(c)]) for x in shots.labels for c in x["cls"].flat}

@@ -84,8 +84,8 @@ class FewShotYOLO(YOLO):
         kept = shown_beside(shots, trained)
         if kept:
             LOGGER.info(
-                f"{few(kept)}: trained classes, which stay as they are, for only pictures of other classes show them. To "
-                "enroll one anew, add a picture of it by itself."
+                f"{few(kept)}: trained classes, which stay as they are, for only pictures of other classes show them. "
+                "To enroll one anew, add a picture of it by itself."
             )
         shown = {str(shots.names[int(c)]) for x in shots.labels for c in x["cls"].flat}
         again = [n for n in trained if n in shown and n not in kept]

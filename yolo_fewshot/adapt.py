@@ -65,8 +65,7 @@ def freeze_for(names: dict[int, str], support: Support) -> int:
     Returns:
         (int): The backbone if there is a class to be kept without shots, else 0.
     """
-    shown = {str(support.names[int(c)]) for x in support.labels for c in x["cls"].flat}
-    return FROZEN if set(names.values()) - shown else 0
+    return FROZEN if set(names.values()) - support.shown else 0
 
 
 @torch.no_grad()

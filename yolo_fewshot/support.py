@@ -46,6 +46,11 @@ class Support(NamedTuple):
     channels: int = 3
     ignore: str = ""
 
+    @property
+    def shown(self) -> set[str]:
+        """Names of the classes that have a box."""
+        return {str(self.names[int(c)]) for x in self.labels for c in x["cls"].flat}
+
 
 class SupportDataset(YOLODataset):
     """A data set of the pictures of a support set, not augmented; it scans nothing and writes no cache.

@@ -87,7 +87,7 @@ class FewShotYOLO(YOLO):
                 f"{few(kept)}: trained classes, which stay as they are, for only pictures of other classes show them. "
                 "To enroll one anew, add a picture of it by itself."
             )
-        shown = {str(shots.names[int(c)]) for x in shots.labels for c in x["cls"].flat}
+        shown = shots.shown
         again = [n for n in trained if n in shown and n not in kept]
         if again:
             LOGGER.warning(

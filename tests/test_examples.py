@@ -101,7 +101,7 @@ def test_tuning_the_gains(example, base, tmp_path):
 
 
 def test_a_long_run_goes_on_and_ends_once(example, base, tmp_path, monkeypatch, capsys):
-    long_run, end = example("long_run"), FewShotTrainer._end_epoch
+    long_run, end = example("long_run"), FewShotTrainer.end_epoch
 
     def interrupted(self):
         if self.epoch == 1:
@@ -110,10 +110,10 @@ def test_a_long_run_goes_on_and_ends_once(example, base, tmp_path, monkeypatch, 
 
     given = str(base / "yolo11n-tiny.yaml"), str(base / "data.yaml")
     keys = {**QUICK, "epochs": 3, "plots": False}
-    monkeypatch.setattr(FewShotTrainer, "_end_epoch", interrupted)
+    monkeypatch.setattr(FewShotTrainer, "end_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         long_run.main(*given, **keys)
-    monkeypatch.setattr(FewShotTrainer, "_end_epoch", end)
+    monkeypatch.setattr(FewShotTrainer, "end_epoch", end)
     best = long_run.main(*given, **keys)
     assert best == tmp_path / "long" / "stage2" / "weights" / "best.pt" and best.exists()
     rows = (best.parents[1] / "results.csv").read_text().splitlines()[1:]

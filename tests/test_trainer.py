@@ -414,7 +414,7 @@ def test_raise_stops_at_once_and_names_the_pictures_but_lets_amp_find_its_scale(
 
     seen = spoil(monkeypatch, {1, 3}, bad)
     found = [Diagnosis("", "", [], "the scale is too large", "It is halved.", certain=False, overflow=True)]
-    monkeypatch.setattr("yolo_fewshot.trainer.diagnose", lambda *a: found.pop() if found else diagnose(*a))
+    monkeypatch.setattr("yolo_fewshot.guarded.diagnose", lambda *a: found.pop() if found else diagnose(*a))
     with pytest.raises(FloatingPointError, match=r"Non-finite .*Training stops because of nonfinite=raise\.") as e:
         train(tiny, "raise", **{**EPISODIC, "epochs": 1, "nonfinite": "raise", "nonfinite_limit": 1})
     assert seen == [1, 2, 3]
@@ -442,7 +442,7 @@ def test_only_a_finite_loss_can_be_an_overflow_of_amp(tiny, monkeypatch):
         hook = head.prototypes.bias.register_hook(lambda g: hook.remove() or g * float("inf"))
 
     spoil(monkeypatch, {2}, bad_gradient)
-    monkeypatch.setattr("yolo_fewshot.trainer.diagnose", lambda *a: asked.append(a[-1]) or diagnose(*a))
+    monkeypatch.setattr("yolo_fewshot.guarded.diagnose", lambda *a: asked.append(a[-1]) or diagnose(*a))
     train(tiny, "overflow", **{**EPISODIC, "epochs": 1})
     assert asked == [True] and trainers[0].guard.overflows == 1 and trainers[0].guard.skipped == 0
     assert trainers[0].scaler.get_scale() == 0.5

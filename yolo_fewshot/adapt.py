@@ -18,7 +18,7 @@ from yolo_fewshot.adapt_data import AdaptSampler, ShotsAndBase, merged_names
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.enroll import Shots, enroll, log
 from yolo_fewshot.features import View, extract, support_views
-from yolo_fewshot.files import save_checkpoint
+from yolo_fewshot.files import AtomicPath, save_checkpoint
 from yolo_fewshot.leave_out import ap50, detect
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.retention import Teacher, retain, silent_classes
@@ -26,6 +26,7 @@ from yolo_fewshot.support import Support, read_support
 
 STEPS, PASSES = 300, 60  # optimizer steps, and passes over the pictures of the shots, at least
 FROZEN = 10  # layers, which are the backbone
+ENROLLED = "enrolled.pt"  # what training starts from, beside its checkpoints
 SPOILT = 0.05  # AP50 on the shots that training may lose against the enrolment
 
 
@@ -108,35 +109,35 @@ class Adaptation:
     """Stage 3 of a run, in the order of its methods.
 
     Attributes:
-        names (dict[int, str]): Classes of the model that it starts from, then those of the shots that are new.
+        names (dict[int, str]): Classes of the model that it starts from, then those of the shots that are new; known
+            after `take_classes`.
         labelled (list[dict]): What Ultralytics knows of the data of the shots and, if there are any, of base pictures.
     """
 
-    def __init__(self, args: SimpleNamespace, model: str | Path, data: dict[str, Any]):
+    def __init__(self, args: SimpleNamespace, data: dict[str, Any]):
         """Initialize the adaptation.
 
         Args:
-            args (SimpleNamespace): Arguments of the run; `freeze` is set if it is None.
-            model (str | Path): File of the model to start from.
+            args (SimpleNamespace): Arguments of the run.
             data (dict): What Ultralytics knows of the data of the shots.
-
-        Raises:
-            ValueError: If that is not a few-shot checkpoint.
         """
-        start = load_checkpoint(model)[0] if Path(str(model)).suffix == ".pt" else None
-        if not isinstance(start, FewShotDetectionModel):
-            raise ValueError(
-                f"'model={args.model}' cannot be adapted. Stage 3 starts from a few-shot checkpoint, i.e. the best.pt "
-                "of stage 2."
-            )
-        self.args, self.support = args, read_support(args.data, start.names)
-        self.names = merged_names(start.names, self.support.names, self.support.labels)
+        self.args = args
         self.labelled = [data, *([check_det_dataset(args.base_replay)] if args.base_replay else [])]
-        if args.freeze is None:
-            args.freeze = freeze_for(self.names, self.support)
+        self.names: dict[int, str] = {}
         self._start: dict[str, torch.Tensor] = {}
         self._blend = args.blend
         self._teacher: Teacher | None = None
+
+    def take_classes(self, names: dict[int, str]) -> None:
+        """Read the shots, and append their new classes to those of the model that training starts from.
+
+        Args:
+            names (dict[int, str]): Classes of the model; `freeze` follows from them if it is None.
+        """
+        self.support = read_support(self.args.data, names)
+        self.names = merged_names(names, self.support.names, self.support.labels)
+        if self.args.freeze is None:
+            self.args.freeze = freeze_for(self.names, self.support)
 
     def enrolled(
         self, weights: FewShotDetectionModel, device: torch.device
@@ -151,7 +152,7 @@ class Adaptation:
             (tuple[FewShotDetectionModel, Shots | None]): The copy, and what was enrolled; the model itself and None if
                 no class is new.
         """
-        if len(self.names) == len(weights.names):
+        if self.names == {int(i): str(n) for i, n in weights.names.items()}:
             return weights, None
         known, views = {str(n) for n in weights.names.values()}, support_views(vars(self.args), self.support.crops)
         weights = deepcopy(weights).float().eval().to(device)
@@ -159,38 +160,49 @@ class Adaptation:
         log(shots)
         return weights.cpu(), shots
 
-    def begin(self, model: FewShotDetectionModel, file: Path, resume: bool) -> None:
+    def begin(self, model: FewShotDetectionModel, folder: Path) -> None:
         """Keep the state that training starts from, in a file so that a resumed run knows it, too.
 
         Args:
-            model (FewShotDetectionModel): Model with the new classes enrolled.
-            file (Path): Checkpoint to write, or to read if the run is resumed.
-            resume (bool): Whether it is.
+            model (FewShotDetectionModel): Model with the new classes enrolled, unless the run is resumed.
+            folder (Path): Folder of the checkpoints, where `enrolled.pt` is written. A resumed run reads the one beside
+                its checkpoint, wherever the folder has been moved.
         """
-        if resume:
-            model = load_checkpoint(file)[0]
+        file = folder / ENROLLED
+        if self.args.resume:
+            source = Path(self.args.resume).parent / ENROLLED
+            if not source.exists():
+                raise FileNotFoundError(
+                    f"{source} is missing, which stage 3 started from and ends between. Put it back beside "
+                    f"{Path(self.args.resume).name}, or start a new run."
+                )
+            model = load_checkpoint(source)[0]
+            if RANK in {-1, 0} and not file.exists():
+                AtomicPath(file).write_bytes(source.read_bytes())
         elif RANK in {-1, 0}:
-            save_checkpoint({"model": model, "train_args": vars(self.args)}, file)
+            start = deepcopy(model, {id(getattr(model, "criterion", None)): None}).cpu()
+            save_checkpoint({"model": start, "train_args": vars(self.args)}, file)
         self._start = {k: v.clone() for k, v in model.state_dict().items()}
 
-    def sampler(self, dataset: ShotsAndBase, batch: int) -> AdaptSampler:
+    def sampler(self, dataset: ShotsAndBase, batch: int, processes: int = 1) -> AdaptSampler:
         """Return what draws the batches, and say how many and how far the weights will go.
 
         Args:
             dataset (ShotsAndBase): Pictures to train on.
             batch (int): Pictures in a batch of this process.
+            processes (int): Processes that train together; a step sees a batch of each.
 
         Returns:
             (AdaptSampler): The sampler.
         """
         a, shots, base = self.args, len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
-        steps = a.steps or steps_for(shots, batch)
+        steps = a.steps or steps_for(shots, batch * processes)
         if a.blend is None:
             self._blend = blend_for(dataset.parts[0].labels)
         pictures, where = f"{shots} pictures of shots and {base} of base classes", f"blend={self._blend:g}"
         what = f"{steps} steps on {pictures}, freeze={a.freeze}, {where}"
         LOGGER.info(f"{colorstr('adapt:')} {what}")
-        return AdaptSampler(shots, base, batch, -(-steps // a.epochs), a.seed, max(RANK, 0))
+        return AdaptSampler(shots, base, batch, -(-steps // a.epochs), a.seed, max(RANK, 0), processes)
 
     def retain(self, model: FewShotDetectionModel, labels: list[dict[str, Any]]) -> None:
         """Let the model that training starts from teach the classes that no picture labels.
@@ -220,21 +232,28 @@ class Adaptation:
         """
         return {**batch, "teacher": self._teacher(batch["img"])} if self._teacher else batch
 
-    def end(self, model: FewShotDetectionModel) -> None:
+    def end(self, last: str, best: str, device: torch.device) -> None:
         """End between start and end of the training, or at its start if that finds the shots much better.
 
         Args:
-            model (FewShotDetectionModel): Trained model in eval mode, changed in place.
+            last (str): Checkpoint of the last epoch; replaced by the end.
+            best (str): Checkpoint that becomes the same, since no result on other pictures chooses an epoch.
+            device (torch.device): Where to compute.
         """
+        ckpt = torch.load(last, map_location="cpu", weights_only=False)
+        model = ckpt["ema"].float().eval().to(device)
         start = deepcopy(model)
         start.load_state_dict(self._start)
         blend(model, self._start, self._blend)
         before, after = (ap50_on_shots(m, self.support, self.args.imgsz) for m in (start, model))
-        text = f"{self._blend:.0%} of the trained weights, the rest of enrolled.pt. AP50 on the shots"
+        text = f"{self._blend:.0%} of the trained weights, the rest of {ENROLLED}. AP50 on the shots"
         LOGGER.info(f"{colorstr('adapt:')} {text} {before:.3f} before, {after:.3f} after")
         if after < before - SPOILT:
-            model.load_state_dict(self._start)
+            model = start
             LOGGER.warning(
-                "Training finds the shots much less well than enrolment, so the result is enrolled.pt. Look at the "
+                f"Training finds the shots much less well than enrollment, so the result is {ENROLLED}. Look at the "
                 "labels of the shots, or set a smaller lr0 or blend."
             )
+        ckpt["ema"] = model.cpu().half()
+        for file in (last, best):
+            save_checkpoint(ckpt, file)

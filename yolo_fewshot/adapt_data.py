@@ -99,22 +99,26 @@ class ShotsAndBase(Dataset):
 class AdaptSampler(EpochSampler):
     """Draws batches of shots, or half shots and half base pictures; every picture comes before any comes again.
 
-    Epoch e depends on (seed, e, rank) alone.
+    Epoch e depends on (seed, e) alone. Processes that train together share one order and take turns, so that their
+    number changes neither the steps nor how often a picture is seen.
     """
 
-    def __init__(self, shots: int, base: int, batch: int, batches: int, seed: int = 0, rank: int = 0):
+    def __init__(
+        self, shots: int, base: int, batch: int, batches: int, seed: int = 0, rank: int = 0, processes: int = 1
+    ):
         """Initialize the sampler.
 
         Args:
             shots (int): Pictures of the shots.
             base (int): Base pictures, which are numbered after those.
-            batch (int): Pictures in a batch.
+            batch (int): Pictures in a batch of this process.
             batches (int): Batches in an epoch.
             seed (int): Seed of the run.
             rank (int): Rank of this process in multi-GPU training.
+            processes (int): Number of such processes.
         """
         super().__init__(seed, rank)
-        self.sizes, self.batch, self.batches = (shots, base), batch, batches
+        self.sizes, self.batch, self.batches, self.processes = (shots, base), batch, batches, processes
 
     def __len__(self) -> int:
         """Return the pictures of an epoch."""
@@ -129,11 +133,12 @@ class AdaptSampler(EpochSampler):
         Yields:
             (int): Index of a picture.
         """
-        rng = np.random.default_rng((self.seed, epoch, self.rank))
+        rng = np.random.default_rng((self.seed, epoch, 0))
         shots, base = self.sizes
         replayed = self.batch // 2 if base else 0
-        a = _cycle(rng, shots, (self.batch - replayed) * self.batches).reshape(self.batches, -1)
-        b = _cycle(rng, base, replayed * self.batches).reshape(self.batches, -1) + shots
+        steps, own = self.batches, slice(self.rank, None, self.processes)
+        a = _cycle(rng, shots, (self.batch - replayed) * self.processes * steps).reshape(steps, -1)[:, own]
+        b = _cycle(rng, base, replayed * self.processes * steps).reshape(steps, -1)[:, own] + shots
         yield from np.concatenate([a, b], 1).ravel().tolist()
 
 

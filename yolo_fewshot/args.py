@@ -68,7 +68,8 @@ KEYS: dict[str, Key] = {
     "doctor": Key(int, 50, "batches from one measurement of every term's gradient to the next, 0 for none"),
 }
 
-# Those that all stages use, and those of stage 3. The others ask for stage 2.
+# Those that any training uses, of a stock model of any task too; those that all stages use; and those of stage 3.
+GUARD = ("grad_clip", "nonfinite", "nonfinite_limit")
 EVERY_STAGE = ("nonfinite", "nonfinite_limit", "doctor")
 ADAPTING = ("base_replay", "blend", "teacher", "memory", "steps")
 
@@ -140,21 +141,43 @@ def refuse_support(args: dict[str, Any]) -> None:
             )
 
 
+def need_stage(args: dict[str, Any]) -> None:
+    """Refuse keys of a stage where no stage is given, since a key alone never makes an ordinary training another one.
+
+    Args:
+        args (dict[str, Any]): A configuration or overrides.
+
+    Raises:
+        ValueError: If there are such keys; the text names them and the recipe to add.
+    """
+    keys = [k for k in used(args) if k not in {*GUARD, *EVERY_STAGE}]
+    if keys and args.get("stage") is None:
+        stage = 3 if set(keys) & set(ADAPTING) else 2
+        named = ", ".join(f"'{k}={args[k]}'" for k in keys)
+        raise ValueError(
+            f"{named} belongs to stage {stage}, and no stage is given. Add cfg=stage{stage}.yaml, or stage={stage}, or "
+            "leave it out for an ordinary training."
+        )
+
+
 def resolve(args: dict[str, Any]) -> dict[str, Any]:
     """Return the values of our keys that a training run uses.
 
-    The stage is the given one, else 3 if a key of stage 3 is set, else 2 if one of stage 2 is, else 1. Keys of the
-    stage that are not given, and those of `EVERY_STAGE`, take the table's default.
+    The stage is the given one, else 1. Keys of the stage that are not given, and those of `EVERY_STAGE`, take the
+    table's default.
 
     Args:
         args (dict[str, Any]): A configuration that passed `check`.
 
     Returns:
         (dict[str, Any]): A value (or None) for every key of the table.
+
+    Raises:
+        ValueError: If keys of a stage are set and no stage is.
     """
+    need_stage(args)
     given = {k: args.get(k) for k in KEYS}
-    asked = set(used(args)) - set(EVERY_STAGE)
-    stage = given["stage"] or (3 if asked & set(ADAPTING) else 2 if asked else 1)
+    stage = given["stage"] or 1
     own = {1: (), 2: [k for k in KEYS if k not in ADAPTING], 3: ADAPTING}[stage]
     defaults = {k: KEYS[k].default for k in (*own, *EVERY_STAGE)}
     return {**given, **{k: v for k, v in defaults.items() if given[k] is None}, "stage": stage}

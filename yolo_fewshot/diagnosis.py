@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from yolo_fewshot.criterion import branch_losses, gain_key, part_gradients
+from yolo_fewshot.criterion import FewShotLoss, branch_losses, gain_key, part_gradients
 from yolo_fewshot.guard import nonfinite
 from yolo_fewshot.wording import few
 
@@ -76,10 +76,12 @@ def diagnose(
     """
     what, where = describe_gradients(model), describe_batch(batch, names)
     weights = nonfinite(dict(model.named_parameters()))
-    pictures = [f for f, ok in zip(batch["im_file"], torch.isfinite(batch["img"]).flatten(1).all(1).tolist()) if not ok]
-    boxes = batch["bboxes"].float()
-    corrupt = ~(boxes.abs() <= FAR).all(1)  # true for NaN, too
-    labels = sorted({batch["im_file"][int(i)] for i in batch["batch_idx"][corrupt]})
+    files = _files(batch)
+    pictures = [f for f, ok in zip(files, torch.isfinite(batch["img"]).flatten(1).all(1).tolist()) if not ok]
+    labels = []
+    if "bboxes" in batch:
+        corrupt = ~(batch["bboxes"][:, :4].float().abs() <= FAR).all(1)  # true for NaN, too; a fifth number is an angle
+        labels = sorted({files[int(i)] for i in batch["batch_idx"][corrupt]})
     run = _rerun(model, batch, autocast)
     if run and run.finite and scaled:
         cause, advice = "the gradient times the scale of AMP overflows float16", "AMP halves the scale."
@@ -133,23 +135,28 @@ def describe_batch(batch: dict[str, Any], names: dict[int, str]) -> str:
     """Say what is in a batch: the classes that an episode was drawn for, or those labelled, and its picture files.
 
     Args:
-        batch (dict): Collated batch.
+        batch (dict): Collated batch of any task.
         names (dict[int, str]): Class names.
 
     Returns:
         (str): The text.
     """
-    drawn = batch["way"] if "way" in batch else batch["cls"].flatten()
-    classes = [names.get(c, str(c)) for c in sorted({int(c) for c in drawn.tolist() if c >= 0})]
+    drawn = batch["way"] if "way" in batch else batch.get("cls", torch.zeros(0)).flatten()
+    classes = [str(names.get(c, c)) for c in sorted({int(c) for c in drawn.tolist() if c >= 0})]
     kind = "Episode" if "way" in batch else "Batch"
-    return f"{kind} of {', '.join(classes) or 'no class'}: {', '.join(batch['im_file'])}."
+    return f"{kind} of {', '.join(classes) or 'no class'}: {', '.join(_files(batch))}."
+
+
+def _files(batch: dict[str, Any]) -> list[str]:
+    """Return the image files of a batch, or places in it where it does not know them, as in classification."""
+    return list(batch.get("im_file") or (f"image {i}" for i in range(len(batch["img"]))))
 
 
 def _rerun(
     model: nn.Module, batch: dict[str, Any], autocast: Callable[[], contextlib.AbstractContextManager]
 ) -> _Rerun | None:
     """Run a batch again without a trace in gradients and random state; None if there is no memory for it."""
-    losses = branch_losses(model)
+    losses = [x for x in branch_losses(model) if isinstance(x, FewShotLoss)]  # none in a stock model
     terms: list[str] = []
 
     def watch(loss: Any, preds: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
@@ -159,7 +166,8 @@ def _rerun(
             if nonfinite(dict(enumerate((part, *grads)))) and name not in terms:
                 terms.append(name)
 
-    with contextlib.ExitStack() as stack, torch.enable_grad():
+    devices = [batch["img"].device] if batch["img"].device.type == "cuda" else []
+    with contextlib.ExitStack() as stack, torch.enable_grad(), torch.random.fork_rng(devices):
         for loss in losses:
             stack.enter_context(loss.aside())
             stack.callback(setattr, loss, "watch", loss.watch)
@@ -167,13 +175,15 @@ def _rerun(
         layers = stack.enter_context(_nonfinite_layers(model))
         try:
             with autocast():
-                total = model.loss(batch)[0].sum()
+                total, items = model.loss(batch)
+                total = total.sum()
             parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
             grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         except RuntimeError as e:
             if "out of memory" not in str(e).lower():
                 raise
             return None
+    terms += [] if losses else nonfinite(items)
     bad = nonfinite({"loss": total, **{k: g for k, g in zip(parameters, grads) if g is not None}})
     return _Rerun(terms, layers[0] if layers else "", not bad and not terms)
 

@@ -55,8 +55,8 @@ class Rehearsal(FewShotTrainer):
         Raises:
             RehearsalOver: After the last step.
         """
-        self.callbacks = {}
-        super().run_callbacks(event)
+        if event in self.listeners():
+            self.listeners()[event](self)
         now = time.perf_counter()
         if event == "on_train_start":
             self.seconds, self.memory = [], 0

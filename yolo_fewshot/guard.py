@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+STOCK_CLIP = 10.0  # Ultralytics' own, on the loss as it multiplies it
+
 
 class Guard:
     """Clips gradients, tells when a step has to be skipped, and undoes what the batches of such a step did.
@@ -19,6 +21,7 @@ class Guard:
         skipped (int): Steps skipped since `reset` because something was not finite.
         overflows (int): Steps skipped since `reset` because a gradient multiplied by the AMP scale overflowed.
         in_a_row (int): Steps counted in `skipped` since the last step that was taken.
+        total (dict[str, int]): Steps, and those clipped, skipped and skipped for an overflow, before the last `reset`.
     """
 
     def __init__(self, model: nn.Module):
@@ -31,21 +34,24 @@ class Guard:
         self.buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
         self.statistics = self._flat_buffers()
         self.in_a_row = 0
-        self.reset()
+        self.norms, self.clipped, self.skipped, self.overflows = [], 0, 0, 0
+        self.total = {k: 0 for k in self._counts()}
 
     def reset(self) -> None:
         """Set the counters of an epoch to zero."""
+        self.total = {k: v + self.total[k] for k, v in self._counts().items()}
         self.norms: list[float] = []
         self.clipped = self.skipped = self.overflows = 0
 
-    def clip(self, max_norm: float, scale: float, loss: torch.Tensor) -> bool:
+    def clip(self, max_norm: float | None, scale: float, loss: torch.Tensor) -> bool:
         """Clip the gradients in place, and return whether the step may be taken.
 
         One number for each of gradient, loss and statistics is read from the device. Processes that train together
         give the same answer.
 
         Args:
-            max_norm (float): Greatest norm of the gradient divided by `scale`.
+            max_norm (float | None): Greatest norm of the gradient divided by `scale`; None for Ultralytics' own clip,
+                which is on the gradient itself.
             scale (float): Factor by which the loss was multiplied before the backward pass.
             loss (torch.Tensor): That loss.
 
@@ -53,7 +59,8 @@ class Guard:
             (bool): False if anything is not finite; the gradients are left as they are then.
         """
         graded = [p for p in self.parameters.values() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm([p.grad for p in graded])
+        foreach = False if loss.device.type == "npu" else None  # as Ultralytics does there
+        total = torch.nn.utils.get_total_norm([p.grad for p in graded], foreach=foreach)
         statistics = self._flat_buffers()
         largest = torch.linalg.vector_norm(statistics, math.inf) if len(statistics) else total.new_zeros(())
         seen = torch.stack([total.float(), loss.detach().float(), largest.to(total.device)])
@@ -62,9 +69,10 @@ class Guard:
         norm, *others = seen.tolist()  # the only wait for the device
         if not all(map(math.isfinite, (norm, *others))):
             return False
-        torch.nn.utils.clip_grads_with_norm_(graded, max_norm * scale, total)
+        limit = STOCK_CLIP if max_norm is None else max_norm * scale
+        torch.nn.utils.clip_grads_with_norm_(graded, limit, total, foreach=foreach)
         self.norms.append(norm / scale)
-        self.clipped += norm > max_norm * scale
+        self.clipped += norm > limit
         self.statistics, self.in_a_row = statistics, 0
         return True
 
@@ -118,13 +126,20 @@ class Guard:
                 those skipped, and of those skipped for an overflow of AMP.
         """
         mean = sum(self.norms) / len(self.norms) if self.norms else 0.0
-        return {
-            "train/grad_norm": round(mean, 5),
-            "train/steps": len(self.norms) + self.skipped + self.overflows,
-            "train/clipped": self.clipped,
-            "train/skipped": self.skipped,
-            "train/overflows": self.overflows,
-        }
+        return {"train/grad_norm": round(mean, 5), **{f"train/{k}": v for k, v in self._counts().items()}}
+
+    def summary(self) -> str:
+        """Return what the guard did since it was made, in a sentence."""
+        n = {k: v + self.total[k] for k, v in self._counts().items()}
+        return (
+            f"Of {n['steps']} steps {n['clipped']} were clipped, {n['overflows']} skipped for an overflow of AMP and "
+            f"{n['skipped']} because something was not finite."
+        )
+
+    def _counts(self) -> dict[str, int]:
+        """Return the counters since `reset`."""
+        steps = len(self.norms) + self.skipped + self.overflows
+        return {"steps": steps, "clipped": self.clipped, "skipped": self.skipped, "overflows": self.overflows}
 
     def _flat_buffers(self) -> torch.Tensor:
         """Return a copy of all floating-point buffers, (N,)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.abc
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -151,8 +152,8 @@ def _on_import(name: str, module: Any) -> None:
             return
     try:
         _CHANGES.get(name, lambda _: None)(module)
-    except (AttributeError, ImportError) as e:  # raised here it would break the stock command
-        _switch_off(f"does not fit: {e}")
+    except Exception as e:  # raised here it would break the stock command
+        _switch_off(str(e) if isinstance(e, KeyTaken) else f"does not fit: {type(e).__name__}: {e}")
 
 
 def _switch_off(reason: str) -> None:
@@ -166,28 +167,36 @@ def _switch_off(reason: str) -> None:
     )
 
 
+class KeyTaken(Exception):
+    """A key of ours is one of Ultralytics' own, so that it must not get our meaning."""
+
+
 def _replace(owner: Any, name: str, value: Any) -> None:
-    """Set an attribute and note how to restore it."""
-    old = owner.__dict__[name]
+    """Set an attribute and note how to restore it; one that a class inherits is taken away from it again."""
+    old = inspect.getattr_static(owner, name)
+    own = name in vars(owner)
     setattr(owner, name, value)
-    _undo.append(lambda: setattr(owner, name, old))
+    _undo.append(lambda: setattr(owner, name, old) if own else delattr(owner, name))
 
 
 def _add_keys(utils: Any) -> None:
     """Make our configuration keys known, with the default None, by changing the shared objects in place."""
+    taken = [k for k in table.ALL_KEYS if k in utils.DEFAULT_CFG_DICT or hasattr(utils.DEFAULT_CFG, k)]
+    if taken:
+        raise KeyTaken(f"has {', '.join(f'{k}=' for k in taken)} of its own, which means something else here")
     for k in table.ALL_KEYS:
-        if k not in utils.DEFAULT_CFG_DICT:
-            utils.DEFAULT_CFG_DICT[k] = None
-            setattr(utils.DEFAULT_CFG, k, None)
-            _undo.append(functools.partial(utils.DEFAULT_CFG_DICT.pop, k, None))
-            _undo.append(functools.partial(utils.DEFAULT_CFG.__dict__.pop, k, None))
+        utils.DEFAULT_CFG_DICT[k] = None
+        setattr(utils.DEFAULT_CFG, k, None)
+        _undo.append(functools.partial(utils.DEFAULT_CFG_DICT.pop, k, None))
+        _undo.append(functools.partial(utils.DEFAULT_CFG.__dict__.pop, k, None))
 
 
 def _add_types(cfg: Any) -> None:
     """Let Ultralytics' own checks and tuner know the types of our keys."""
     for name, kind in (("INT", int), ("FLOAT", float), ("BOOL", bool), ("STR", str)):
         keys = getattr(cfg, f"CFG_{name}_KEYS")
-        _replace(cfg, f"CFG_{name}_KEYS", keys | {k for k, key in table.ALL_KEYS.items() if key.kind is kind})
+        ours = {k for k, key in table.ALL_KEYS.items() if key.kind is kind}
+        _replace(cfg, f"CFG_{name}_KEYS", type(keys)({*keys, *ours}))
 
 
 def _resolve_names(checks: Any) -> None:
@@ -234,7 +243,13 @@ def _route_models(engine: Any) -> None:
 
     _replace(engine.Model, "_smart_load", _smart_load)
     _replace(engine.Model, "tune", tune)
-    _replace(engine.Model, "train", _adopting(engine.Model.train))
+    stock_train = engine.Model.train
+
+    @functools.wraps(stock_train)
+    def train(self: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        return stock_train(self, trainer_for(self, trainer, kwargs), **kwargs)
+
+    _replace(engine.Model, "train", _adopting(train))
     for mode in ("predict", "val", "export"):  # `track` predicts
         _replace(engine.Model, mode, _refusing_support(getattr(engine.Model, mode)))
     _allow_loading()
@@ -251,22 +266,34 @@ def _adopting(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, *args, **kwargs)
-        from ultralytics import YOLO
-
-        if type(self) is YOLO and is_fewshot(self):
-            from yolo_fewshot.yolo import FewShotYOLO
-
-            self.__class__ = FewShotYOLO
+        _adopt(self)
         return result
 
     return method
 
 
+def _adopt(model: Any) -> bool:
+    """Make a stock `YOLO` that holds a few-shot model a `FewShotYOLO`, and return whether it was one."""
+    from ultralytics import YOLO
+
+    adopted = type(model) is YOLO and is_fewshot(model)
+    if adopted:
+        from yolo_fewshot.yolo import FewShotYOLO
+
+        model.__class__ = FewShotYOLO
+    return adopted
+
+
 def _refusing_support(stock: Callable) -> Callable:
-    """Wrap a mode of Ultralytics, which would ignore `support=`; `FewShotYOLO` takes it before it comes here."""
+    """Wrap a mode of Ultralytics, which would ignore `support=`; `FewShotYOLO` takes it before it comes here.
+
+    A few-shot model is still a stock `YOLO` here if loading it was what imported this package.
+    """
 
     @functools.wraps(stock)
     def mode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _adopt(self):
+            return getattr(self, stock.__name__)(*args, **kwargs)
         if kwargs.get("support") is not None:
             raise TypeError(no_head(self, f"'support={kwargs['support']}'"))
         return stock(self, *args, **kwargs)
@@ -344,39 +371,86 @@ def route(model: Any, key: str, stock: type) -> Any:
         stock (type): What Ultralytics would use.
 
     Returns:
-        (type | Callable): For the trainer of a stock model, a factory that looks at the overrides: the stock trainer
-            if they set none of our keys, ours (which upgrades the head) if they do.
+        (type): The class.
     """
-    if key == "model" and is_fewshot(model):
+    if not is_fewshot(model):
+        return stock
+    if key == "model":
         from yolo_fewshot.model import FewShotDetectionModel
 
         return FewShotDetectionModel
-    if key == "validator" and is_fewshot(model):
+    if key == "validator":
         from yolo_fewshot.validator import FewShotValidator
 
         return FewShotValidator
-    if key == "predictor" and is_fewshot(model):
+    if key == "predictor":
         from yolo_fewshot.results import FewShotPredictor
 
         return FewShotPredictor
-    if key != "trainer":
-        return stock
-    if is_fewshot(model):
+    if key == "trainer":
         from yolo_fewshot.trainer import FewShotTrainer
 
         return FewShotTrainer
+    return stock
 
-    def trainer(*args: Any, overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        table.refuse_support(overrides or {})
-        keys = table.used(overrides or {})
-        if not keys:
-            return stock(*args, overrides=overrides, **kwargs)
-        check_upgradable(model, stock, keys)
+
+def trainer_for(model: Any, trainer: type | None, kwargs: dict[str, Any]) -> type | None:
+    """Return the trainer of `model.train`: ours where a stage is set, the stock one with the guard where its keys are.
+
+    Args:
+        model (ultralytics.engine.model.Model): The model to train.
+        trainer (type | None): Trainer that the user chose.
+        kwargs (dict[str, Any]): Arguments of `train`.
+
+    Returns:
+        (type | None): The trainer; what was given if none of our keys is set.
+
+    Raises:
+        TypeError: If the model cannot be upgraded to a few-shot model.
+        ValueError: If a key of ours has an invalid value, or belongs to a stage that is not set.
+    """
+    settings = {**training_settings(model, kwargs), **kwargs}
+    table.refuse_support(settings)
+    keys = table.used(settings)
+    if not keys or is_fewshot(model):  # FewShotTrainer checks them itself
+        return trainer
+    table.check(settings)
+    table.need_stage(settings)
+    if settings.get("stage") is not None:
+        check_upgradable(model, keys)
         from yolo_fewshot.trainer import FewShotTrainer
 
-        return FewShotTrainer(*args, overrides=overrides, **kwargs)
+        return trainer or FewShotTrainer
+    if not set(keys) & set(table.GUARD):
+        from ultralytics.utils import LOGGER
 
-    return trainer
+        LOGGER.warning(f"{', '.join(f'{k}=' for k in keys)} has no effect on a model without a few-shot head.")
+        return trainer
+    from yolo_fewshot.guarded import guarded
+
+    return guarded(trainer or model._smart_load("trainer"))
+
+
+def training_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what a training run starts from beside its arguments: a resumed run, a recipe, or the model's overrides.
+
+    Args:
+        model (ultralytics.engine.model.Model): The model to train.
+        kwargs (dict[str, Any]): Arguments of `train`.
+
+    Returns:
+        (dict[str, Any]): The settings.
+    """
+    from ultralytics.utils import YAML, checks
+
+    resume = kwargs.get("resume")
+    if isinstance(resume, (str, Path)) and Path(resume).is_file():
+        from ultralytics.nn.tasks import load_checkpoint
+
+        return vars(load_checkpoint(resume)[0].args)
+    if resume:
+        return (model.ckpt or {}).get("train_args") or {}
+    return YAML.load(checks.check_yaml(kwargs["cfg"])) if kwargs.get("cfg") else model.overrides
 
 
 def tune_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -404,12 +478,11 @@ def tune_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**table.resolve({**tuned, **given}), **given}
 
 
-def check_upgradable(model: Any, stock: type, keys: list[str]) -> None:
+def check_upgradable(model: Any, keys: list[str]) -> None:
     """Refuse a few-shot recipe on a model whose head cannot become a few-shot head.
 
     Args:
         model (ultralytics.engine.model.Model): The model to train.
-        stock (type): The trainer class that Ultralytics would use for it.
         keys (list[str]): The few-shot keys that were set.
 
     Raises:
@@ -417,7 +490,7 @@ def check_upgradable(model: Any, stock: type, keys: list[str]) -> None:
     """
     from ultralytics.models.yolo.detect import DetectionTrainer
 
-    if stock is not DetectionTrainer:
+    if model._smart_load("trainer") is not DetectionTrainer:
         raise TypeError(
             f"model='{model.model_name}' is a {type(model).__name__} model for task '{model.task}', and the few-shot "
             f"settings {', '.join(f'{k}=' for k in keys)} need a YOLO detection model. Use a detection model, i.e. "

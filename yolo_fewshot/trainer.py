@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.checks import check_yaml
-from ultralytics.utils.torch_utils import autocast, init_seeds, unwrap_model
+from ultralytics.utils.torch_utils import init_seeds, unwrap_model
 
 from yolo_fewshot import args as table
 from yolo_fewshot import plugin
@@ -29,12 +31,13 @@ from yolo_fewshot.adapt import Adaptation
 from yolo_fewshot.adapt_data import ShotsAndBase, relabel
 from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.criterion import FewShotLoss, branch_losses, gain_key
-from yolo_fewshot.diagnosis import diagnose
+from yolo_fewshot.enroll import Shots
 from yolo_fewshot.episode_detect import detect_queries
 from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset
 from yolo_fewshot.features import View, extract
-from yolo_fewshot.files import AtomicPath, save_checkpoint, staged
-from yolo_fewshot.guard import Guard, nonfinite
+from yolo_fewshot.files import AtomicPath, StagedPath, save_checkpoint, staged
+from yolo_fewshot.guard import nonfinite
+from yolo_fewshot.guarded import GuardedTrainer
 from yolo_fewshot.loss_doctor import LossDoctor, report
 from yolo_fewshot.masked import fully_labelled, has_ignored, masked
 from yolo_fewshot.memory import remember
@@ -47,20 +50,18 @@ from yolo_fewshot.support import Support, SupportDataset
 
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put other pictures into a picture
 VAL_EPISODES, EMBEDDED = 3, 200  # episodes, and pictures whose objects are embedded, plotted at the end
-STOCK_CLIP = 10.0  # Ultralytics' own, on the loss multiplied by the batch size
 
 
 class AllEpochsDone(Exception):
     """Tells Ultralytics' training loop that there is no epoch left to train."""
 
 
-class FewShotTrainer(DetectionTrainer):
+class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     """Trains a few-shot detector: stage 1 on ordinary batches, stage 2 on episodes, stage 3 on shots from enrolment.
 
     Attributes:
         episodic (bool): Whether this run is stage 2.
         adaptation (Adaptation, optional): What stage 3 does beside training.
-        guard (Guard): Gradient clip and skipped steps.
         doctor (LossDoctor): Gradient of each term and its chance level.
         loss_class (type[FewShotLoss]): The loss; a subclass of the trainer may set one with terms of its own.
 
@@ -102,9 +103,6 @@ class FewShotTrainer(DetectionTrainer):
         self.adaptation: Adaptation | None = None
         super().__init__(merged, {k: merged[k] for k in overrides}, _callbacks)
         self.episodic = self.args.stage == 2
-        self._batch: dict[str, Any] | None = None
-        self._loaded: list[dict[str, Any]] = []  # batches of a step of several
-        self._finite_tloss: dict[str, torch.Tensor] | None = None
         self._columns: dict[str, float] = {}  # of the last epoch, by guard and doctor
         self.doctor = LossDoctor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
         self.last, self.best, self.wdir = AtomicPath(self.last), AtomicPath(self.best), AtomicPath(self.wdir)
@@ -121,6 +119,10 @@ class FewShotTrainer(DetectionTrainer):
                 LOGGER.warning(f"{what}, so {', '.join(f'{k}=' for k in idle)} has no effect there.")
             if values["stage"] == 1:
                 return values
+            alone = {"single_cls": "keeps all classes of its model", "distill_model": "has a teacher of its own"}
+            for k, why in alone.items():
+                if merged[k]:
+                    raise ValueError(f"'{k}={merged[k]}' does not work in stage 3, which {why}. Leave it out.")
             if merged["batch"] < 1:
                 raise ValueError(f"'batch={merged['batch']}' is an invalid value. In stage 3 'batch' must be >= 1.")
             return {**values, "rect": False, "nbs": merged["batch"]}
@@ -154,15 +156,15 @@ class FewShotTrainer(DetectionTrainer):
                 anchors of the triplet term.
 
         Raises:
-            ValueError: If a weight is not finite, or stage 3 has nothing to start from.
+            ValueError: If a weight is not finite, or stage 3 has no few-shot checkpoint to start from.
         """
-        if self.args.stage == 3 and not weights:
-            raise ValueError("'pretrained=False' leaves stage 3 nothing to adapt. Leave it out.")
-        if self.adaptation and not self.resume:
+        if self.adaptation:
             weights = self._enrolled(weights)
         model = FewShotDetectionModel(cfg, ch=self.data["channels"], nc=self.data["nc"], verbose=verbose and RANK == -1)
         model = self.set_model_names_for_load(model)
         model.loss_class = self.loss_class
+        if self.adaptation:
+            model.names = self.data["names"]
         if weights:
             model.load(weights)
             if bad := nonfinite({k: v for k, v in model.state_dict().items() if v.is_floating_point()}):
@@ -173,32 +175,54 @@ class FewShotTrainer(DetectionTrainer):
             if self.episodic and not self.resume:
                 model.model[-1].freeze_prototypes(model.transferred)
             if self.adaptation:
-                model.enrolled, model.pull, model.memory = weights.enrolled, weights.pull, weights.memory
-                self.adaptation.begin(model, self.wdir / "enrolled.pt", self.resume)
+                model.enrolled = {n: x for n, x in weights.enrolled.items() if n in model.names.values()}
+                model.pull, model.memory = weights.pull, weights.memory
         return model
 
-    def _enrolled(self, weights: nn.Module) -> nn.Module:
-        """Return a model in which the new classes of the shots are enrolled, and plot those."""
+    def setup_model(self) -> dict[str, Any] | None:
+        """Load or create the model as Ultralytics does; several processes get that of stage 3 from their launcher.
+
+        Returns:
+            (dict | None): Checkpoint to resume from.
+        """
+        if self.adaptation and isinstance(self.model, nn.Module):
+            self._take_classes(self.model)
+        return super().setup_model()
+
+    def _take_classes(self, model: FewShotDetectionModel) -> None:
+        """Make the classes of stage 3 those of the model that it starts from, and the new ones of the shots."""
+        self.adaptation.take_classes(model.names)
+        self.data = {**self.data, "names": self.adaptation.names, "nc": len(self.adaptation.names)}
+
+    def _enrolled(self, weights: nn.Module | None) -> FewShotDetectionModel:
+        """Return what stage 3 starts from: with the new classes of the shots enrolled, unless it is resumed."""
+        if self.args.pretrained is False:
+            raise ValueError("'pretrained=False' leaves stage 3 nothing to adapt. Leave it out.")
+        if not isinstance(weights, FewShotDetectionModel):
+            raise ValueError(
+                f"'model={self.args.model}' cannot be adapted. Stage 3 starts from a few-shot checkpoint, i.e. the "
+                "best.pt of stage 2."
+            )
+        self._take_classes(weights)
+        if self.resume:
+            return weights
         weights, shots = self.adaptation.enrolled(weights, self.device)
-        file = self.save_dir / FILE
-        if shots and self.args.plots and RANK in {-1, 0} and plot_support(shots, weights.names, file):
-            self.on_plot(file)
+        if (
+            shots and self.args.plots
+        ):  # when training starts, since the launcher of several processes empties the folder
+            self.add_callback("on_train_start", functools.partial(draw_shots, shots=shots, names=dict(weights.names)))
         return weights
 
     def get_dataset(self) -> dict[str, Any]:
-        """Return what Ultralytics knows of the data; in stage 3 with the classes of the model and of the shots.
+        """Return what Ultralytics knows of the data, in stage 3 that of the shots.
 
         Returns:
             (dict): Paths, class names and so on.
-
-        Raises:
-            ValueError: If stage 3 is not to start from a few-shot checkpoint.
         """
         data = super().get_dataset()
-        if self.args.stage != 3:
-            return data
-        self.adaptation = Adaptation(self.args, self.model, data)
-        return {**data, "names": self.adaptation.names, "nc": len(self.adaptation.names)}
+        if self.args.stage == 3:
+            self.adaptation = Adaptation(self.args, data)
+        return data
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Dataset:
         """Return Ultralytics' data set; in stage 3 with the model's class indices, and with base pictures to train on.
@@ -266,9 +290,10 @@ class FewShotTrainer(DetectionTrainer):
             batch_size, batches = sampler.episode_size, a.episodes
         else:
             dataset = loader.dataset
-            sampler = self.adaptation.sampler(dataset, batch_size)
+            sampler = self.adaptation.sampler(dataset, batch_size, max(self.world_size, 1))
             batches = sampler.batches
         workers = min(os.cpu_count() // max(self.world_size, 1), a.workers, batches)
+        pinned = getattr(loader, "pin_memory_device", "")  # of an NPU or XPU
         return InfiniteDataLoader(
             dataset,
             batch_size=batch_size,
@@ -278,7 +303,9 @@ class FewShotTrainer(DetectionTrainer):
             pin_memory=loader.pin_memory,
             collate_fn=dataset.collate_fn,
             worker_init_fn=seed_worker,
-            generator=torch.Generator().manual_seed(a.seed),  # starting it must not disturb the run's random state
+            # Starting it must not disturb the run's random state, and each process augments in its own way.
+            generator=torch.Generator().manual_seed(a.seed + 1 + RANK),
+            **({"pin_memory_device": pinned} if pinned else {}),
         )
 
     def _close_dataloader_mosaic(self) -> None:
@@ -287,38 +314,24 @@ class FewShotTrainer(DetectionTrainer):
         if self.adaptation:
             self.train_loader.sampler.restart(self.epoch)
 
-    def run_callbacks(self, event: str) -> None:
-        """Run the callbacks of an event, after what guard and doctor have to do then; loggers get their columns, too.
+    def listeners(self) -> dict[str, Callable[[FewShotTrainer], None]]:
+        """Return what is called with the trainer at an event, by the name of the event and before other callbacks."""
+        return {**super().listeners(), "on_train_batch_start": type(self).begin_batch}
 
-        Args:
-            event (str): Name of the event.
-        """
-        if event == "on_train_start":
-            self.guard = Guard(unwrap_model(self.model))
-            if self.ema:
-                self.ema.ema.loss_class = self.loss_class
-            for loss in branch_losses(unwrap_model(self.model)):
-                loss.masked = has_ignored(self.train_loader.dataset)
-            if self.adaptation:
-                self.adaptation.retain(unwrap_model(self.model), self.train_loader.dataset.labels)
-        elif event == "on_train_epoch_start":
-            self._start_epoch()
-        elif event == "on_train_batch_start":
-            self.doctor.watch(unwrap_model(self.model), self.scaler)
-        elif event == "on_train_epoch_end":
-            self._end_epoch()
-        elif event == "on_train_end" and (text := report(self._results(), self.args)):
-            LOGGER.info(f"{colorstr('Loss doctor:')} {text}")
-        if event != "on_fit_epoch_end":
-            super().run_callbacks(event)
-            return
-        metrics, self.metrics = self.metrics, {**self.metrics, **self._columns}  # where loggers find their scalars
-        super().run_callbacks(event)
-        self.metrics = metrics
+    def begin_training(self) -> None:
+        """Give the loss what it needs of the data, in every process."""
+        super().begin_training()
+        model = unwrap_model(self.model)
+        for m in (model, self.ema.ema):  # neither a checkpoint nor another process hands it over
+            m.loss_class = self.loss_class
+        for loss in branch_losses(model):
+            loss.masked = has_ignored(self.train_loader.dataset)
+        if self.adaptation:
+            self.adaptation.retain(model, self.train_loader.dataset.labels)
 
-    def _start_epoch(self) -> None:
+    def begin_epoch(self) -> None:
         """Set the counters to zero and, in stages 2 and 3, the random state to that of the epoch."""
-        self.guard.reset()
+        super().begin_epoch()
         self.doctor.reset()
         for loss in branch_losses(unwrap_model(self.model)):
             if loss.clamped_dfl:
@@ -326,8 +339,41 @@ class FewShotTrainer(DetectionTrainer):
         if self.args.stage != 1:  # an interrupted run and an uninterrupted one have the same state here
             init_seeds(self.args.seed + 1 + RANK + 1000 * self.epoch, deterministic=self.args.deterministic)
 
+    def begin_batch(self) -> None:
+        """Announce a batch to the doctor."""
+        self.doctor.watch(unwrap_model(self.model), self.scaler)
+
+    def end_epoch(self) -> None:
+        """Check what the last step left over, and make the columns of guard and doctor."""
+        super().end_epoch()
+        dfl = [x.clamped_dfl for x in branch_losses(unwrap_model(self.model)) if x.clamped_dfl]
+        clamps = {
+            f"train/{k}_clamped": sum(int(getattr(x, f"{k[:-1]}_clamped")) for x in dfl) for k in ("sides", "means")
+        }
+        self._columns = {**self.guard.columns(), **clamps, **self.doctor.columns()}
+        if self.metrics is not None:  # which only the process has that writes them
+            self.metrics = {**self.metrics, **self._columns}
+
+    def end_training(self) -> None:
+        """Say in words how the loss terms did."""
+        text = report(self._results(), self.args)
+        if text:
+            LOGGER.info(f"{colorstr('Loss doctor:')} {text}")
+        else:
+            super().end_training()
+
+    def validate(self) -> tuple[dict[str, float] | None, float | None]:
+        """Validate as Ultralytics does.
+
+        Returns:
+            metrics (dict | None): Results, with the columns of guard and doctor, for results.csv and loggers.
+            fitness (float | None): Fitness.
+        """
+        metrics, fitness = super().validate()
+        return metrics and {**metrics, **self._columns}, fitness
+
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Move a batch to the device as Ultralytics does, and keep those of a step for its diagnosis.
+        """Move a batch to the device as Ultralytics does, in stage 3 with what the teacher says of it.
 
         Args:
             batch (dict): Collated batch.
@@ -335,97 +381,18 @@ class FewShotTrainer(DetectionTrainer):
         Returns:
             (dict): Preprocessed batch.
         """
-        if self.accumulate > 1:
-            self._loaded.append(dict(batch))  # as loaded, for they stay on the CPU
         self._batch = super().preprocess_batch(batch)
         if self.adaptation:
             self._batch = self.adaptation.taught(self._batch)
         return self._batch
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Return the context in which this run computes a batch."""
-        return autocast(torch.bfloat16 if self.args.amp == "bf16" else self.amp, device=self.device.type)
-
-    def optimizer_step(self) -> None:
-        """Clip the gradient, then take a step, or skip it if the loss or the gradient is not finite.
-
-        Raises:
-            FloatingPointError: If it is not finite and `nonfinite=raise`, or so many times in a row that training
-                cannot go on.
-        """
-        self.scaler.unscale_(self.optimizer)
-        # Ultralytics multiplies the loss by the pictures of all processes and adds up `accumulate` batches. An episode
-        # is the batch of one process.
-        scale = self.batch_size * self.accumulate * (max(self.world_size, 1) if self.episodic else 1)
-        clip = self.args.grad_clip or STOCK_CLIP / scale
-        if self.guard.clip(clip, scale, self.loss):
-            self.scaler.step(self.optimizer)
-            self._finite_tloss = self.tloss
-            if self.ema:
-                self.ema.update(self.model)
-        else:
-            self._skip_step()
-        self.scaler.update()  # after an overflow this halves the scale
-        self.optimizer.zero_grad()
-        self._batch, self._loaded = None, []
-
-    def _skip_step(self) -> None:
-        """Say why a step is skipped, and undo what its batches did to the model and to the log."""
-        float16 = self.amp and self.args.amp != "bf16"
-        scaled = self.scaler.is_enabled() and bool(torch.isfinite(self.loss))  # which an overflow of the scale leaves
-        about = self.data["names"], self.autocast, float16, scaled
-        found = diagnose(unwrap_model(self.model), self._batch, *about)
-        for batch in self._loaded[:-1]:  # it may be another batch of the step
-            if not found.certain:
-                found = diagnose(unwrap_model(self.model), super().preprocess_batch(batch), *about)
-        if dist.is_available() and dist.is_initialized():  # the batch at fault may be that of another process
-            of_all: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(of_all, found)
-            found = max(of_all, key=lambda x: (x.certain, not x.overflow))
-        restored = self.guard.undo(self.ema.ema, self.optimizer)
-        self.guard.skip(found.overflow)
-        # Neither the running means nor, after its last batch, the whole epoch may suffer.
-        self.tloss = self._finite_tloss or {k: torch.zeros_like(v) for k, v in self.tloss.items()}
-        self.loss = torch.zeros_like(self.loss)
-        if found.overflow:
-            LOGGER.info(
-                f"AMP: {found.cause} ({self.scaler.get_scale():g}). Skipping this optimizer step. {found.advice}"
-            )
-            return
-        text = f"Non-finite {found}"
-        if restored:
-            text += f" Weights of {', '.join(restored)} were taken from the moving average."
-        if self.args.nonfinite == "raise":
-            raise FloatingPointError(f"{text} Training stops because of nonfinite=raise.")
-        limit, row = self.args.nonfinite_limit or table.KEYS["nonfinite_limit"].default, self.guard.in_a_row
-        if row >= limit:
-            raise FloatingPointError(
-                f"{text} Training stops after {row} such steps in a row (nonfinite_limit={limit}); last.pt is that "
-                "of the last epoch."
-            )
-        counts = f"{self.guard.skipped} in this epoch, {row} in a row"
-        LOGGER.warning(f"{text} Skipping this optimizer step ({counts}).")
-
-    def _end_epoch(self) -> None:
-        """Look at the batches that the last step left over, and end stage 3 between its start and its end."""
-        self._check_leftover()
-        if self.adaptation and self.epoch + 1 >= self.epochs:
-            self.adaptation.end(self.ema.ema)
-
-    def _check_leftover(self) -> None:
-        """Look at the batches that the last step left over, which are part of the next epoch's first step."""
-        if self._batch is None:
-            return
-        bad = (~torch.isfinite(torch.stack([self.loss.detach(), *self.tloss.values()]))).any().int()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if bad:
-            self._skip_step()
-            self.optimizer.zero_grad()
-            self._batch, self._loaded = None, []
+    @property
+    def loss_scale(self) -> int:
+        """Factor of the loss itself in the sum that a step is taken on; an episode is the batch of one process."""
+        return super().loss_scale * (max(self.world_size, 1) if self.episodic else 1)
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
-        """Resume from a checkpoint; the episodes go on with those of the next epoch.
+        """Resume from a checkpoint, with the episodes of the next epoch; stage 3 keeps what it started from.
 
         Args:
             ckpt (dict, optional): Checkpoint.
@@ -433,6 +400,8 @@ class FewShotTrainer(DetectionTrainer):
         Raises:
             AllEpochsDone: If the run was stopped after its last epoch, when its last steps have been done here.
         """
+        if self.adaptation:
+            self.adaptation.begin(self.ema.ema, self.wdir)
         if self.resume and ckpt and ckpt["optimizer"] and ckpt["epoch"] + 1 == self.epochs:
             self.epoch, self.epoch_time, self.tloss = self.epochs - 1, 0.0, {}  # what loggers read
             self.lr = {f"lr/pg{i}": x["lr"] for i, x in enumerate(self.optimizer.param_groups)}
@@ -446,7 +415,8 @@ class FewShotTrainer(DetectionTrainer):
         if not self.resume:
             return
         if self.args.stage != 1:
-            self.train_loader.sampler.set_epoch(self.start_epoch)
+            self.train_loader.sampler.restart(self.start_epoch)
+            self.train_loader.reset()  # whose processes may have asked for the first epoch already
         if RANK in {-1, 0} and self.csv.exists():  # an epoch that was cut off may have left a row, or a part of one
             lines = self.csv.read_text().splitlines(keepends=True)
             rows = [x for x in lines[1:] if x.endswith("\n") and float(x.partition(",")[0]) <= self.start_epoch]
@@ -456,19 +426,6 @@ class FewShotTrainer(DetectionTrainer):
         """Train, or finish a run that was stopped after its last epoch."""
         with contextlib.suppress(AllEpochsDone):
             super().train()
-
-    def save_metrics(self, metrics: dict[str, Any]) -> None:
-        """Save the metrics of an epoch to results.csv, with the columns of guard and doctor.
-
-        Args:
-            metrics (dict): Metrics by column.
-        """
-        dfl = [x.clamped_dfl for x in branch_losses(unwrap_model(self.model)) if x.clamped_dfl]
-        clamps = {
-            f"train/{k}_clamped": sum(int(getattr(x, f"{k[:-1]}_clamped")) for x in dfl) for k in ("sides", "means")
-        }
-        self._columns = {**self.guard.columns(), **clamps, **self.doctor.columns()}
-        super().save_metrics({**metrics, **self._columns})
 
     def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
         """Plot a batch as Ultralytics does, and in stage 2 as an episode, too.
@@ -542,21 +499,32 @@ class FewShotTrainer(DetectionTrainer):
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def final_eval(self) -> None:
-        """Strip and validate the checkpoints, and choose how they enroll; until all is done they stay as they were."""
+        """Strip and validate the checkpoints, and choose how they enroll; until all is done they stay as they were.
+
+        Stage 3 ends between its start and its last epoch, however its loop has ended.
+        """
         files = self.last, self.best
+        writes = RANK in {-1, 0}
+        stage = staged(*files) if writes else contextlib.nullcontext([StagedPath(f) for f in files])
         try:
-            with staged(*files) as (self.last, self.best):
+            with stage as (self.last, self.best):
+                if writes and self.adaptation and self.last.exists():
+                    self.adaptation.end(*map(os.fspath, (self.last, self.best)), self.device)
+                _meet()  # the others validate what is staged, too
                 super().final_eval()
-                if RANK in {-1, 0}:
+                if writes:
                     self._prepare_enrolment()
         finally:
             self.last, self.best = files
-        if self.episodic and self.args.plots and RANK in {-1, 0} and self.best.exists():
+        _meet()
+        if self.episodic and self.args.plots and writes and self.best.exists():
             self._plot_val_episodes()
 
     def _prepare_enrolment(self) -> None:
         """Store what enrolment needs of the base data, for the best model, in both checkpoints."""
         files = [os.fspath(f) for f in (self.best, self.last) if f.exists()]
+        if not files:  # stopped before an epoch was saved
+            return
         ckpts = [torch.load(f, map_location="cpu", weights_only=False) for f in files]
         model = deepcopy(ckpts[0]["model"]).float().to(self.device)
         trained_on, about = self.train_loader.dataset, (self.args.imgsz, self.args.seed)
@@ -573,4 +541,25 @@ class FewShotTrainer(DetectionTrainer):
             self._plot_embedding(model)
         for ckpt, file in zip(ckpts, files):
             ckpt["model"].pull, ckpt["model"].memory = model.pull, model.memory
+            if self.adaptation:  # its weights are those of no epoch
+                ckpt["train_metrics"] = {**(ckpt.get("train_metrics") or {}), **self.metrics}
             save_checkpoint(ckpt, file)
+
+
+def draw_shots(trainer: FewShotTrainer, shots: Shots, names: dict[int, str]) -> None:
+    """Plot the shots that stage 3 enrolled.
+
+    Args:
+        trainer (FewShotTrainer): The trainer, when training starts.
+        shots (Shots): What was enrolled.
+        names (dict[int, str]): Class names of the model.
+    """
+    file = trainer.save_dir / FILE
+    if RANK in {-1, 0} and plot_support(shots, names, file):
+        trainer.on_plot(file)
+
+
+def _meet() -> None:
+    """Wait until all processes of the training are here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

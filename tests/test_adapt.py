@@ -32,16 +32,14 @@ QUICK = {
 # Settings
 
 
-def test_keys_of_stage_three_choose_it():
+def test_stage_three_has_its_own_keys():
     for k, v in (("base_replay", "base.yaml"), ("teacher", 0.5), ("memory", 2.0), ("steps", 7)):
         assert k in ADAPTING
-        values = resolve({k: v})
+        values = resolve({k: v, "stage": 3})
         assert values["stage"] == 3 and values[k] == v
         assert all(values[x] is not None for x in EVERY_STAGE)
         assert not [x for x in KEYS if values[x] is not None and x not in {"stage", *ADAPTING, *EVERY_STAGE}]
-        assert resolve({k: v, "n_way": 5})["stage"] == 3 and resolve({k: v, "nonfinite": "raise"})["stage"] == 3
         assert resolve({k: v, "stage": 2})["stage"] == 2
-    assert resolve({"n_way": 5})["stage"] == 2 and resolve({"doctor": 5})["stage"] == 1
     assert resolve({"stage": 3})["steps"] == KEYS["steps"].default and resolve({"stage": 2})["steps"] is None
     assert not any(resolve({"stage": 2})[k] for k in ADAPTING)
     with pytest.raises(ValueError, match="'steps' must be finite and >= 1"):
@@ -389,6 +387,7 @@ def test_the_built_in_data_sets(site, start, seen, monkeypatch):
     """Shots that count their classes as the model does, and that were enrolled without base pictures."""
     trainer = built(site, start, data="fewshot-demo-novel.yaml", base_replay=None, batch=5, steps=5, plots=True)
     file = trainer.save_dir / "support_check.png"
+    trainer.callbacks["on_train_start"][-1](trainer)  # the folder of a run in several processes is emptied before that
     assert file.stat().st_size > 20_000 and list(trainer.plots) == [file]
     assert trainer.model.names == dict(enumerate((*BASE, *NOVEL))) and len(seen.enrolments) == 1
     trainer.model.args = trainer.args
@@ -434,7 +433,7 @@ def test_only_few_shot_checkpoints_can_be_adapted(site, start, tmp_path, kind):
     if kind == "stock":
         YOLO("yolo11n.yaml").save(model)
     with pytest.raises(ValueError, match=r"cannot be adapted\. Stage 3 starts from a few-shot checkpoint"):
-        FewShotTrainer("stage3.yaml", settings(site, start, name=f"bad {kind}", model=model))
+        FewShotTrainer("stage3.yaml", settings(site, start, name=f"bad {kind}", model=model)).setup_model()
     assert not any((site / f"bad {kind}/weights").iterdir())
 
 
@@ -442,7 +441,7 @@ def test_a_class_without_shots_that_the_model_does_not_know_is_an_error(site, st
     data = YAML.load(site / "shots.yaml")
     YAML.save(tmp_path / "shots.yaml", {**data, "names": [*data["names"], "unicorn"]})
     with pytest.raises(ValueError, match=r"No box for unicorn in shots\.yaml"):
-        FewShotTrainer("stage3.yaml", settings(site, start, name="unicorn", data=str(tmp_path / "shots.yaml")))
+        built(site, start, data=str(tmp_path / "shots.yaml"))
 
 
 def test_base_pictures_of_a_class_that_nobody_knows_are_an_error_that_names_them(site, start, tmp_path):

@@ -10,12 +10,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 import ultralytics
 import ultralytics.data.utils as data_utils
 from ultralytics import RTDETR, YOLO, YOLOWorld, cfg
 from ultralytics.engine.model import Model
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer, DetectionValidator
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
@@ -23,6 +26,7 @@ from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, DEFAULT_CFG_PATH, R
 
 import yolo_fewshot
 from yolo_fewshot import args, plugin
+from yolo_fewshot.guarded import GuardedTrainer
 from yolo_fewshot.head import FewShotDetect
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.results import FewShotPredictor
@@ -116,6 +120,27 @@ def no_setup(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(DetectionTrainer, "__init__", init)
     monkeypatch.setattr(FewShotTrainer, "__init__", init)
+    monkeypatch.setattr(GuardedTrainer, "__init__", init)
+
+
+class Trained(Exception):
+    """Ends a training before it starts."""
+
+
+def trained_by(model: YOLO, trainer: type | None = None, **settings: Any) -> type:
+    """The trainer class that `train` of a model ends up with."""
+    with pytest.MonkeyPatch.context() as m:
+
+        def train(self: Any) -> None:
+            raise Trained(type(self))
+
+        m.setattr(BaseTrainer, "train", train)
+        m.setattr(FewShotTrainer, "train", train)
+        m.setattr(BaseTrainer, "get_model", lambda self, **_: None)
+        m.setattr(DetectionTrainer, "get_model", lambda self, **_: None)
+        with pytest.raises(Trained) as e:
+            model.train(trainer, data="absent.yaml", **settings)
+    return e.value.args[0]
 
 
 # Configuration keys
@@ -204,12 +229,12 @@ def test_values_at_the_ends_of_a_range_pass():
 @pytest.mark.parametrize(
     ("given", "stage"),
     [
-        ({}, 1), ({"stage": 1}, 1), ({"stage": 2}, 2), ({"n_way": 4}, 2), ({"wide": False}, 2), ({"supcon": 0.0}, 2),
-        ({"nonfinite": "raise", "doctor": 5, "nonfinite_limit": 3}, 1), ({"doctor": 5, "n_way": 4}, 2),
-        ({"steps": 50}, 3), ({"base_replay": "base.yaml", "n_way": 4}, 3), ({"stage": 3}, 3),
+        ({}, 1), ({"stage": 1}, 1), ({"stage": 2}, 2), ({"stage": 2, "n_way": 4}, 2), ({"stage": 2, "supcon": 0.0}, 2),
+        ({"nonfinite": "raise", "doctor": 5, "nonfinite_limit": 3}, 1), ({"grad_clip": 5.0}, 1),
+        ({"stage": 3, "steps": 50}, 3), ({"stage": 3}, 3),
     ],
 )  # fmt: skip
-def test_stage_follows_from_the_keys(given: dict, stage: int):
+def test_the_stage_is_what_is_given(given: dict, stage: int):
     values = args.resolve({**DEFAULT_CFG_DICT, **given})
     assert list(values) == list(args.KEYS)
     everywhere = {"nonfinite", "nonfinite_limit", "doctor"}
@@ -217,6 +242,18 @@ def test_stage_follows_from_the_keys(given: dict, stage: int):
     used = everywhere | {1: set(), 2: set(args.KEYS) - adapting, 3: adapting}[stage]
     defaults = {k: key.default if k in used else None for k, key in args.KEYS.items()}
     assert values == {**defaults, **given, "stage": stage}
+
+
+@pytest.mark.parametrize("key", sorted(set(args.KEYS) - {"stage", *args.GUARD, *args.EVERY_STAGE}))
+def test_a_key_of_a_stage_without_a_stage_is_an_error_that_names_the_recipe(key: str, stock: YOLO, fewshot: YOLO):
+    value = args.KEYS[key].default
+    value = {"base_replay": "base.yaml", "blend": 0.5, "steps": 5}.get(key, value)
+    stage = 3 if key in args.ADAPTING else 2
+    text = f"'{key}={value}' belongs to stage {stage}, and no stage is given. Add cfg=stage{stage}.yaml"
+    for model in (stock, fewshot):
+        with pytest.raises(ValueError) as e:
+            model.train(data="absent.yaml", **{key: value})
+        assert text in str(e.value)
 
 
 def test_stage_1_keeps_what_is_given():
@@ -325,19 +362,44 @@ def test_stock_yaml_gives_stock_classes(stock: YOLO, no_setup: None):
     assert stock._smart_load("model") is DetectionModel
     assert stock._smart_load("validator") is DetectionValidator
     assert stock._smart_load("predictor") is DetectionPredictor
-    overrides, callbacks = {"epochs": 1, **dict.fromkeys(args.KEYS)}, {"on_fit": []}
-    trainer = stock._smart_load("trainer")(overrides=overrides, _callbacks=callbacks)
-    assert type(trainer) is DetectionTrainer
-    assert trainer.seen == (overrides, callbacks)
-    assert type(stock._smart_load("trainer")()) is DetectionTrainer
+
+    class Own(stock._smart_load("trainer")):  # as Ultralytics documents
+        pass
+
+    assert Own.__bases__ == (DetectionTrainer,)
+    assert trained_by(stock, **dict.fromkeys(args.KEYS)) is DetectionTrainer
+    assert trained_by(stock, Own) is Own
 
 
-@pytest.mark.parametrize("given", [{"stage": 2}, {"stage": 1}, {"wide": False}, {"supcon": 0.0}])
-def test_our_keys_upgrade_a_stock_detector(stock: YOLO, given: dict, no_setup: None):
-    overrides, callbacks = {"epochs": 1, **given}, {"on_fit": []}
-    trainer = stock._smart_load("trainer")(overrides=overrides, _callbacks=callbacks)
-    assert type(trainer) is FewShotTrainer
-    assert trainer.seen == (overrides, callbacks)
+@pytest.mark.parametrize("given", [{"stage": 2}, {"stage": 1, "grad_clip": 5.0}, {"cfg": "stage2.yaml"}])
+def test_a_stage_upgrades_a_stock_detector(stock: YOLO, given: dict, no_setup: None):
+    assert trained_by(stock, **given) is FewShotTrainer
+
+
+def test_a_guard_key_alone_puts_the_guard_into_the_trainer_of_the_task(stock: YOLO, no_setup: None, log: list[str]):
+    class Own(DetectionTrainer):
+        pass
+
+    for key, value in {"grad_clip": 5.0, "nonfinite": "skip", "nonfinite_limit": 3}.items():
+        for trainer, base in ((None, DetectionTrainer), (Own, Own)):
+            cls = trained_by(stock, trainer, **{key: value})
+            assert cls.__bases__ == (GuardedTrainer, base) and not issubclass(cls, FewShotTrainer)
+    assert log == []
+    assert trained_by(stock, doctor=5) is DetectionTrainer
+    assert "doctor= has no effect on a model without a few-shot head" in log[0]
+    with pytest.raises(ValueError, match=r"'grad_clip=-1.0' is an invalid value"):
+        stock.train(data="absent.yaml", grad_clip=-1.0)
+
+
+def test_a_resumed_run_keeps_the_trainer_that_it_began_with(stock: YOLO, tmp_path: Path, no_setup: None):
+    ckpt = {"model": stock.model, "epoch": 1, "optimizer": {}}
+    for name, given, base in (("plain", {}, None), ("guarded", {"grad_clip": 5.0}, GuardedTrainer)):
+        file = tmp_path / f"{name}.pt"
+        torch.save({**ckpt, "train_args": {**DEFAULT_CFG_DICT, "model": "x.pt", "task": "detect", **given}}, file)
+        expected = (base, DetectionTrainer) if base else None
+        for model, resume in ((YOLO(file), True), (stock, str(file))):
+            cls = trained_by(model, resume=resume)
+            assert cls is DetectionTrainer if expected is None else cls.__bases__ == expected
 
 
 @pytest.mark.parametrize(
@@ -353,10 +415,9 @@ def test_our_keys_upgrade_a_stock_detector(stock: YOLO, given: dict, no_setup: N
 def test_other_models_are_refused_with_our_keys_only(kind: type, name: str, task: str, monkeypatch: pytest.MonkeyPatch):
     model = kind(name)
     trainer = model.task_map[task]["trainer"]
-    monkeypatch.setattr(trainer, "__init__", lambda self, overrides: None)
-    assert type(model._smart_load("trainer")(overrides={"epochs": 1})) is trainer
+    assert model._smart_load("trainer") is trainer
     with pytest.raises(TypeError) as e:
-        model._smart_load("trainer")(overrides={"epochs": 1, "stage": 1, "n_way": 5})
+        model.train(data="absent.yaml", stage=1, n_way=5)
     text = str(e.value)
     assert f"model='{name}' is a {kind.__name__} model for task '{task}'" in text
     assert "settings stage=, n_way= need a YOLO detection model" in text
@@ -557,6 +618,81 @@ for name in yolo_fewshot.__all__:
     done = run_python(code, cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == yolo_fewshot.__all__
+
+
+def test_changed_shapes_of_what_is_hooked_are_no_obstacle(cwd: Path):
+    """A method that moves to a base class, and a set of keys that becomes a list."""
+    code = """
+from ultralytics import cfg
+from ultralytics.engine.model import Model
+
+class Mixin:
+    tune = Model.tune
+
+del Model.tune
+Model.__bases__ = (Mixin, *Model.__bases__)
+cfg.CFG_INT_KEYS = list(cfg.CFG_INT_KEYS)
+import yolo_fewshot
+from yolo_fewshot import plugin
+
+assert "tune" in vars(Model) and "steps" in cfg.CFG_INT_KEYS and isinstance(cfg.CFG_INT_KEYS, list)
+plugin.unregister()
+assert "tune" not in vars(Model) and Model.tune is Mixin.tune and "steps" not in cfg.CFG_INT_KEYS
+"""
+    done = run_python(code, cwd)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("error", ["KeyError('x')", "TypeError('x')", "RuntimeError('x')"])
+def test_whatever_fails_in_a_hook_leaves_the_stock_command_working(error: str, cwd: Path):
+    code = f"""
+from yolo_fewshot import plugin
+
+def fail(module):
+    raise {error}
+
+plugin._CHANGES["ultralytics.cfg"] = fail
+from ultralytics.cfg import entrypoint
+from ultralytics.utils import DEFAULT_CFG_DICT
+
+entrypoint(debug="yolo version")
+print("stage" in DEFAULT_CFG_DICT)
+"""
+    done = run_python(code, cwd)
+    assert done.returncode == 0 and done.stdout.split()[-1] == "False", done.stderr
+    assert "yolo-fewshot is off" in done.stdout + done.stderr
+
+
+def test_a_key_that_ultralytics_has_itself_switches_the_plugin_off_and_is_named(cwd: Path):
+    """A stock user's `steps=` must not become few-shot training on the day when Ultralytics has such a key."""
+    code = """
+from ultralytics import utils
+
+utils.DEFAULT_CFG_DICT["steps"] = utils.DEFAULT_CFG.steps = 7
+import yolo_fewshot
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+
+assert utils.DEFAULT_CFG_DICT["steps"] == utils.DEFAULT_CFG.steps == 7 and "n_way" not in utils.DEFAULT_CFG_DICT
+assert not hasattr(utils.DEFAULT_CFG, "n_way") and not hasattr(YOLO.train, "__wrapped__")
+assert YOLO("yolo11n.yaml")._smart_load("trainer") is DetectionTrainer
+"""
+    done = run_python(code, cwd)
+    assert done.returncode == 0, done.stderr
+    assert "has steps= of its own" in done.stdout + done.stderr
+
+
+def test_a_few_shot_checkpoint_that_loads_the_plugin_takes_a_support_set(trained, demo: Path, cwd: Path):
+    """`from ultralytics import YOLO` alone: this package is imported while the checkpoint is loaded."""
+    code = f"""
+from ultralytics import YOLO
+
+model = YOLO({str(trained[1].best)!r})
+found = model.predict({str(demo / "images/novel_query")!r}, support="fewshot-demo-novel.yaml", imgsz=96, verbose=False)
+print(type(model).__name__, len(found[0].names), sum(len(r.boxes) for r in found) > 0)
+"""
+    done = run_python(code, cwd)
+    assert done.stdout.split()[-3:] == ["FewShotYOLO", "32", "True"], done.stderr
 
 
 def test_a_missing_symbol_leaves_the_stock_command_working(cwd: Path):

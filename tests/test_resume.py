@@ -310,10 +310,11 @@ def resumed(tmp_path, monkeypatch, text, start_epoch, resume=True):
     if text is not None:
         (tmp_path / "results.csv").write_text(text)
     trainer = FewShotTrainer.__new__(FewShotTrainer)
-    trainer.args = SimpleNamespace(stage=2)
+    trainer.args, trainer.adaptation = SimpleNamespace(stage=2), None
     trainer.resume, trainer.epochs, trainer.episodic, trainer.csv = resume, 20, True, tmp_path / "results.csv"
     started = []
-    trainer.train_loader = SimpleNamespace(sampler=SimpleNamespace(set_epoch=started.append))
+    sampler = SimpleNamespace(restart=started.append)
+    trainer.train_loader = SimpleNamespace(sampler=sampler, reset=lambda: None)
     monkeypatch.setattr(
         DetectionTrainer, "resume_training", lambda self, ckpt: setattr(self, "start_epoch", start_epoch)
     )

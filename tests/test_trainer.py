@@ -629,8 +629,8 @@ SAFETY = {"nonfinite": "raise", "nonfinite_limit": 3, "doctor": 10}
 
 @pytest.mark.parametrize("key", SAFETY)
 def test_a_key_that_both_stages_use_does_not_ask_for_stage_two(tiny, log, key):
-    """Alone it is a run of our trainer in stage 1."""
-    trainer = YOLO("yolo11n.yaml")._smart_load("trainer")(
+    """With a few-shot model and no stage it is a run of stage 1."""
+    trainer = FewShotTrainer(
         overrides={**QUICK, key: SAFETY[key], "model": "yolo11n.yaml", "data": str(tiny / "data.yaml"),
                    "project": str(tiny), "name": "safety"}
     )  # fmt: skip
@@ -648,10 +648,11 @@ def test_resolving_keys():
     assert resolve(SAFETY) == {**nothing, **SAFETY, "stage": 1}
     assert resolve({"doctor": 0}) == {**nothing, **defaults, "doctor": 0, "stage": 1}
     assert resolve({"stage": 1, "n_way": 3}) == {**nothing, **defaults, "n_way": 3, "stage": 1}
+    assert resolve({"grad_clip": 5.0}) == {**nothing, **defaults, "grad_clip": 5.0, "stage": 1}
     everything = {k: None if k in ADAPTING else key.default for k, key in KEYS.items()}
     assert resolve({"stage": 2}) == {**everything, "stage": 2}
-    assert resolve({**SAFETY, "n_way": 3}) == {**everything, **SAFETY, "n_way": 3, "stage": 2}
-    assert resolve({"steps": 9}) == {
+    assert resolve({**SAFETY, "n_way": 3, "stage": 2}) == {**everything, **SAFETY, "n_way": 3, "stage": 2}
+    assert resolve({"steps": 9, "stage": 3}) == {
         **nothing,
         **defaults,
         "teacher": 0.5,

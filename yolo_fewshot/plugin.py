@@ -432,7 +432,7 @@ def trainer_for(model: Any, trainer: type | None, kwargs: dict[str, Any]) -> typ
 
 
 def training_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return what a training run starts from beside its arguments: a resumed run, a recipe, or the model's overrides.
+    """Return what a training run starts from: the run that it resumes, its recipe, or the overrides of the model.
 
     Args:
         model (ultralytics.engine.model.Model): The model to train.
@@ -447,7 +447,7 @@ def training_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(resume, (str, Path)) and Path(resume).is_file():
         from ultralytics.nn.tasks import load_checkpoint
 
-        return vars(load_checkpoint(resume)[0].args)
+        return load_checkpoint(resume)[0].args
     if resume:
         return (model.ckpt or {}).get("train_args") or {}
     return YAML.load(checks.check_yaml(kwargs["cfg"])) if kwargs.get("cfg") else model.overrides

@@ -3,6 +3,7 @@ import shutil
 from copy import deepcopy
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -473,3 +474,89 @@ def test_keys_of_episodes_have_no_effect_in_stage_three(site, start, caplog):
         assert "has no effect" not in caplog.text
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
+
+
+# However a run ends, and from wherever it starts
+
+
+@pytest.mark.parametrize(
+    "early",
+    [{"time": 1e-9}, {"val": True, "patience": 1, "epochs": 6}, {"stop": True, "epochs": 6}, {"val": True}],
+    ids=["time", "patience", "stop", "val"],
+)
+def test_a_run_ends_alike_however_its_loop_ends(site, start, early, monkeypatch):
+    """Half-way between its start and its last weights, in both files; no result on the val split chooses an epoch."""
+    monkeypatch.setattr(module, "SPOILT", 1.0)
+    overrides = {k: v for k, v in early.items() if k != "stop"}
+    trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="early", blend=0.5, **overrides))
+    if "stop" in early:
+        trainer.add_callback("on_train_batch_end", lambda t: setattr(t, "stop", True))
+    trainer.train()
+    assert trainer.epoch + 1 < 6
+    begun = checkpoint(trainer.wdir / "enrolled.pt").float().state_dict()
+    ends = [checkpoint(f).float().state_dict() for f in (trainer.last, trainer.best)]
+    for k, v in trainer.ema.ema.state_dict().items():
+        if v.is_floating_point():
+            expected = (v.float() + begun[k]) / 2
+            for end in ends:
+                torch.testing.assert_close(end[k], expected, rtol=2e-3, atol=2e-3, msg=k)
+    metrics = torch.load(trainer.best, weights_only=False)["train_metrics"]
+    assert metrics["metrics/mAP50(B)"] == pytest.approx(trainer.metrics["metrics/mAP50(B)"])
+
+
+def test_a_run_without_a_checkpoint_ends_without_one(site, start):
+    """As Ultralytics does where time is over before an epoch is saved."""
+    trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="none", save=False, time=1e-9, epochs=4))
+    trainer.train()
+    assert [x.name for x in trainer.wdir.iterdir()] == ["enrolled.pt"]
+
+
+def crops(folder, demo, name, shot):
+    """A folder of crops that shows a part of a demo image as a class."""
+    (folder / name).mkdir(parents=True)
+    image = cv2.imread(str(demo / "images/novel_query/0000.jpg"))
+    cv2.imwrite(str(folder / name / "0.png"), image[8 : 40 + shot, 8 : 40 + shot])
+    return str(folder)
+
+
+def test_training_starts_from_what_the_model_holds_in_memory(site, start, demo, tmp_path):
+    """A class enrolled and one forgotten since the file was written: names, rows and records go together."""
+    model = FewShotYOLO(start.best)
+    model.enroll(crops(tmp_path / "a", demo, "gone", 0), imgsz=96)
+    model.enroll(crops(tmp_path / "b", demo, "kept", 4), imgsz=96)
+    model.forget("gone")
+    rows = {str(n): model.model.model[-1].get_class(i)[0][0] for i, n in model.model.names.items()}
+    run = settings(site, start, name="memory", base_replay=None, steps=1, epochs=1, blend=0.0)
+    model.train(cfg="stage3.yaml", **run)
+    begun, end = checkpoint(model.trainer.wdir / "enrolled.pt").float(), checkpoint(model.trainer.best)
+    names = [*BASE, "kept", *NEW]
+    assert [*begun.names.values()] == [*end.names.values()] == [*model.names.values()] == names
+    assert set(begun.enrolled) == set(end.enrolled) == {"kept", *NEW}
+    for i, name in enumerate(names[: len(BASE) + 1]):
+        torch.testing.assert_close(begun.model[-1].get_class(i)[0][0], rows[name], rtol=1e-5, atol=1e-6)
+    found = model.val(data=str(site / "shots.yaml"), imgsz=96, workers=0, plots=False, project=str(site))
+    assert found.box.map50 > 0.05
+
+
+def test_a_run_whose_folder_was_moved_goes_on_where_it_lies(site, start, tmp_path, monkeypatch):
+    trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="stays", base_replay=None))
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(FewShotTrainer, "final_eval", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        trainer.train()
+    shutil.move(trainer.save_dir, tmp_path / "moved")
+    begun, last = (str(tmp_path / "moved/weights" / x) for x in ("enrolled.pt", "last.pt"))
+    shutil.move(begun, tmp_path / "aside.pt")
+    with pytest.raises(FileNotFoundError, match=r"moved.weights.enrolled\.pt is missing.*Put it back beside last\.pt"):
+        YOLO(last).train(resume=True)
+    shutil.move(tmp_path / "aside.pt", begun)
+    model = YOLO(last)
+    model.train(resume=True)
+    assert model.trainer.save_dir == tmp_path / "moved" and not trainer.save_dir.exists()
+    assert torch.load(last, weights_only=False)["optimizer"] is None and (tmp_path / "moved/weights/best.pt").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("single_cls", True), ("distill_model", "yolo11n.pt")])
+def test_settings_that_stage_three_cannot_have_are_an_error_before_the_work(site, start, key, value):
+    with pytest.raises(ValueError, match=f"'{key}={value}' does not work in stage 3, which .* Leave it out"):
+        FewShotTrainer("stage3.yaml", settings(site, start, name="refused", **{key: value}))
+    assert not (site / "refused").exists()

@@ -18,7 +18,7 @@ from yolo_fewshot.adapt_data import AdaptSampler, ShotsAndBase, merged_names
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.enroll import Shots, enroll, log
 from yolo_fewshot.features import View, extract, support_views
-from yolo_fewshot.files import AtomicPath, save_checkpoint
+from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.leave_out import ap50, detect
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.retention import Teacher, retain, silent_classes
@@ -165,20 +165,21 @@ class Adaptation:
 
         Args:
             model (FewShotDetectionModel): Model with the new classes enrolled, unless the run is resumed.
-            folder (Path): Folder of the checkpoints, where `enrolled.pt` is written. A resumed run reads the one beside
-                its checkpoint, wherever the folder has been moved.
+            folder (Path): Folder of the checkpoints, where `enrolled.pt` is written; a resumed run reads the one beside
+                its checkpoint.
+
+        Raises:
+            FileNotFoundError: If a resumed run has no such file.
         """
         file = folder / ENROLLED
         if self.args.resume:
-            source = Path(self.args.resume).parent / ENROLLED
-            if not source.exists():
+            file = Path(self.args.resume).parent / ENROLLED
+            if not file.exists():
                 raise FileNotFoundError(
-                    f"{source} is missing, which stage 3 started from and ends between. Put it back beside "
-                    f"{Path(self.args.resume).name}, or start a new run."
+                    f"{file} is missing, which stage 3 started from. Put it back beside {Path(self.args.resume).name}, "
+                    "or start a new run."
                 )
-            model = load_checkpoint(source)[0]
-            if RANK in {-1, 0} and not file.exists():
-                AtomicPath(file).write_bytes(source.read_bytes())
+            model = load_checkpoint(file)[0]
         elif RANK in {-1, 0}:
             start = deepcopy(model, {id(getattr(model, "criterion", None)): None}).cpu()
             save_checkpoint({"model": start, "train_args": vars(self.args)}, file)

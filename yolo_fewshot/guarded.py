@@ -26,7 +26,7 @@ class GuardedTrainer(BaseTrainer):
     are read from its arguments; without `grad_clip` Ultralytics' own clip is in force.
 
     Attributes:
-        guard (Guard): Gradient clip and skipped steps.
+        guard (Guard | None): Gradient clip and skipped steps; None before training starts.
 
     Examples:
         >>> class GuardedPoseTrainer(GuardedTrainer, PoseTrainer): ...
@@ -42,6 +42,7 @@ class GuardedTrainer(BaseTrainer):
             _callbacks (dict, optional): Callbacks, as in Ultralytics.
         """
         super().__init__(cfg, overrides, _callbacks)
+        self.guard: Guard | None = None
         self._batch: dict[str, Any] | None = None
         self._loaded: list[dict[str, Any]] = []  # batches of a step of several
         self._finite_tloss: dict[str, torch.Tensor] | None = None
@@ -80,8 +81,9 @@ class GuardedTrainer(BaseTrainer):
             self._batch, self._loaded = None, []
 
     def end_training(self) -> None:
-        """Say what the guard did, if it did anything."""
-        LOGGER.info(f"{colorstr('Guard:')} {self.guard.summary()}")
+        """Say what the guard did, unless the run was only finished here."""
+        if self.guard:
+            LOGGER.info(f"{colorstr('Guard:')} {self.guard.summary()}")
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Preprocess a batch as Ultralytics does, and keep the batches of a step for its diagnosis.

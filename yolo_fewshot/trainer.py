@@ -107,6 +107,18 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         self.doctor = LossDoctor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
         self.last, self.best, self.wdir = AtomicPath(self.last), AtomicPath(self.best), AtomicPath(self.wdir)
 
+    def check_resume(self, overrides: dict[str, Any]) -> None:
+        """Read the arguments of a run to resume as Ultralytics does; a run whose folder was moved goes on where it is.
+
+        Args:
+            overrides (dict): Arguments that were given.
+        """
+        super().check_resume(overrides)
+        if self.resume:
+            weights, recorded = Path(self.args.resume).resolve().parent, self.args.save_dir
+            if weights.name == "weights" and not (recorded and Path(recorded).exists()):
+                self.args.save_dir = str(weights.parent)
+
     @staticmethod
     def _resolve(merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Return what the stage decides: our keys' values, and how batches are made in stages 2 and 3."""

@@ -67,9 +67,8 @@ class _Literals(TorchFunctionMode):
         if func is torch.Tensor.new_tensor:
             kwargs = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
             func, args = torch.tensor, args[1:]
-        if func in {torch.tensor, torch.as_tensor} and not isinstance(args[0], torch.Tensor):
-            if (device := kwargs.pop("device", None)) is not None:
-                return func(*args, **kwargs).to(device)
+        if func in {torch.tensor, torch.as_tensor} and kwargs.get("device") is not None:
+            return func(*args, **{**kwargs, "device": None}).to(kwargs["device"])
         return func(*args, **kwargs)
 
 
@@ -140,16 +139,16 @@ def _compute(func: Any, args: tuple, kwargs: dict, waits: Counter, refused: set)
     to = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     if len(away) == len(tensors) and to != DEVICE:
         return func(*args, **kwargs)
-    home = name in READ or to not in {None, DEVICE} or name == "copy_" and not isinstance(tensors[0], OnDevice)
+    home = name in READ or to not in {None, DEVICE} or (name == "copy_" and not isinstance(tensors[0], OnDevice))
     if name in {"_to_copy", "copy_"}:
-        if home or away and away[0].ndim:
+        if home or (away and away[0].ndim):
             waits["copy to the CPU" if home else "copy to the device"] += 1
     elif name in {"index", "index_put", "index_put_"}:
         indices = [x for x in args[1] if x is not None]
         waits[name] += sum(not isinstance(x, OnDevice) or x.dtype in {torch.bool, torch.uint8} for x in indices)
     elif any(x.ndim for x in away):
         raise RuntimeError(f"{func} of tensors on two devices")
-    elif name in SIZED | READ or func == torch.ops.aten.repeat_interleave.Tensor and not kwargs.get("output_size"):
+    elif name in SIZED | READ or (func == torch.ops.aten.repeat_interleave.Tensor and not kwargs.get("output_size")):
         waits[name] += 1
     held_args, held = tree_map(lambda x: x.held if isinstance(x, OnDevice) else x, (args, kwargs))
     out = func(*held_args, **({**held, "device": torch.device("cpu")} if "device" in held else held))

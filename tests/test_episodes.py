@@ -186,7 +186,7 @@ def test_batches_say_which_pictures_are_support_and_for_which_class(yolo_dataset
     batch = next(iter(loader))
     assert batch["img"].shape == (9, 3, 64, 64)
     assert batch["support"].tolist() == [True] * 6 + [False] * 3
-    assert batch["way"].dtype == torch.long
+    assert batch["way"].dtype == batch["query"].dtype == torch.long and batch["query"].tolist() == [6, 7, 8]
     drawn = sampler.episode(0, 0)
     assert batch["way"].tolist() == [d.way for d in drawn]
     assert [batch["im_file"][i][-6:-4] for i in range(9)] == [f"{d.index:02}" for d in drawn]

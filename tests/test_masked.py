@@ -19,7 +19,7 @@ from yolo_fewshot.adapt_data import ShotsAndBase
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.diagnosis import describe_batch
 from yolo_fewshot.episodes import EpisodicDataset
-from yolo_fewshot.masked import IGNORED, MaskedDataset, has_ignored, masked, outside, without_ignored
+from yolo_fewshot.masked import IGNORED, MaskedDataset, blank_ignored, has_ignored, masked, outside, without_ignored
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plugin import cfg_dir
 from yolo_fewshot.retention import Retained
@@ -253,6 +253,23 @@ def test_the_objects_of_a_batch_are_divided():
     assert all(torch.equal(batch[k], v) for k, v in before.items())  # the trainer still plots it
 
 
+def test_blanked_objects_are_padding_to_the_loss_and_boxes_to_ignore_to_the_mask():
+    batch = batch_of()
+    kept, ignored = without_ignored(batch)
+    blanked, every = blank_ignored(batch)
+    for name, (loss, preds) in zip(FAMILIES, branches(make(FAMILIES[1], 2), batch)):
+        found = []
+        for x in (kept, blanked):
+            loss.get_assigned_targets_and_loss(preds, x)
+            found.append(loss.assigner.assigned[:4])
+        fg = found[0][3]
+        assert fg.any() and torch.equal(found[1][3], fg), name
+        assert all(torch.equal(a[fg], b[fg]) for a, b in zip(*found)) and torch.equal(found[0][2], found[1][2])
+    anchors = torch.rand(50, 2) * torch.tensor([WIDTH, HEIGHT])
+    assert torch.equal(outside(every, anchors, (WIDTH, HEIGHT), B), outside(ignored, anchors, (WIDTH, HEIGHT), B))
+    assert IGNORED in batch["cls"] and IGNORED not in blanked["cls"] and blanked["img"] is batch["img"]
+
+
 @pytest.mark.parametrize("n", [0, 1, 40])
 def test_outside_equals_a_loop(n):
     g = torch.Generator().manual_seed(n)
@@ -282,7 +299,7 @@ def batch_of(ignored=True):
         rows.insert(1, (0, IGNORED, 0.8, 0.2, 0.3, 0.3))
         rows.insert(4, (2, IGNORED, 0.35, 0.45, 0.6, 0.7))
         rows += [(2, IGNORED, 0.8, 0.8, 0.3, 0.3), (3, IGNORED, 0.85, 0.5, 0.25, 0.9)]
-    rows = torch.tensor(rows, dtype=torch.float)
+    rows = torch.tensor(sorted(rows, key=lambda x: x[0]), dtype=torch.float)  # by picture, as they are collated
     return {
         "img": torch.rand(B, 3, HEIGHT, WIDTH, generator=g),
         "batch_idx": rows[:, 0],
@@ -468,10 +485,10 @@ def test_the_background_of_the_proposal_term_leaves_them_out(cfg, monkeypatch):
         background = [i for i in drawn if not fg[i // n, i % n]]
         chosen = [i for i in background if free[i // n, i % n]]
         assert len(background) > len(chosen) > 10
-        rows, labels, _ = seen[0]
-        assert (labels >= 0).sum() == fg.sum() and (labels < 0).sum() == len(chosen)
+        rows, labels, _, counted = seen[0]
+        assert (labels >= 0).sum() == (counted & (labels >= 0)).sum() == fg.sum()
         expected = torch.stack([preds["embeds"][i // n, :, i % n] for i in chosen])
-        assert torch.equal(rows[labels < 0], expected)
+        assert torch.equal(rows[counted & (labels < 0)], expected)
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0, 0.25]])

@@ -204,6 +204,10 @@ class EpisodicDataset(Dataset):
 
     @staticmethod
     def collate_fn(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate the pictures of an episode: Ultralytics' batch with `way` (B,) long and `support` (B,) bool."""
+        """Collate the pictures of an episode: Ultralytics' batch with `way` (B,) long and `support` (B,) bool.
+
+        The indices of the query pictures, `query` (Q,) long, are found here, where it needs no wait for the device.
+        """
         batch = YOLODataset.collate_fn(samples)
-        return {**batch, "way": torch.tensor(batch["way"]), "support": torch.tensor(batch["support"])}
+        support = torch.tensor(batch["support"])
+        return {**batch, "way": torch.tensor(batch["way"]), "support": support, "query": (~support).nonzero()[:, 0]}

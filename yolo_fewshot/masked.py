@@ -19,6 +19,7 @@ class MaskedDataset(YOLODataset):
 
     Attributes:
         ignored (dict[str, np.ndarray]): Boxes to ignore by picture file, (n, 4) float32; only pictures that have some.
+        outlined (bool): Whether its labels are polygons.
 
     Examples:
         >>> dataset = MaskedDataset.of(dataset, "ignore")
@@ -40,6 +41,7 @@ class MaskedDataset(YOLODataset):
         """
         dataset.__class__ = cls
         files = [x["im_file"] for x in dataset.labels]
+        dataset.outlined = any(len(x["segments"]) for x in dataset.labels)
         dataset.ignored = {f: b for f, b in zip(files, map(_read_boxes, _beside(files, folder))) if len(b)}
         return dataset
 
@@ -54,10 +56,18 @@ class MaskedDataset(YOLODataset):
         """
         boxes = self.ignored.get(label["im_file"])
         if boxes is not None:
+            # Mixed pictures need a polygon of every object or of none.
+            if len(label["segments"]) or (self.outlined and not len(label["cls"])):
+                label["segments"] = [*label["segments"], *_polygons(boxes)]
             label["cls"] = np.concatenate([label["cls"], np.full((len(boxes), 1), IGNORED, np.float32)])
             label["bboxes"] = np.concatenate([label["bboxes"], boxes])
-        label["segments"] = []  # boxes to ignore have none, and mixed pictures need all or none
         return super().update_labels_info(label)
+
+
+def _polygons(boxes: np.ndarray) -> np.ndarray:
+    """Return the corners of boxes x, y, w, h, in turn around each, (n, 4, 2)."""
+    turn = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], boxes.dtype) / 2
+    return boxes[:, None, :2] + turn * boxes[:, None, 2:]
 
 
 def ignore_folder(data: dict[str, Any]) -> str:

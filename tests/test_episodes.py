@@ -1,3 +1,4 @@
+import random
 from collections import Counter
 
 import cv2
@@ -6,9 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 from ultralytics.cfg import get_cfg
+from ultralytics.data.augment import Albumentations
 from ultralytics.data.dataset import YOLODataset
 
-from yolo_fewshot.episodes import EpisodeSampler, EpisodicDataset
+from yolo_fewshot.episodes import Draw, EpisodeSampler, EpisodicDataset
 
 
 def make_labels(per_picture):
@@ -186,7 +188,7 @@ def test_batches_say_which_pictures_are_support_and_for_which_class(yolo_dataset
     batch = next(iter(loader))
     assert batch["img"].shape == (9, 3, 64, 64)
     assert batch["support"].tolist() == [True] * 6 + [False] * 3
-    assert batch["way"].dtype == torch.long
+    assert batch["way"].dtype == batch["query"].dtype == torch.long and batch["query"].tolist() == [6, 7, 8]
     drawn = sampler.episode(0, 0)
     assert batch["way"].tolist() == [d.way for d in drawn]
     assert [batch["im_file"][i][-6:-4] for i in range(9)] == [f"{d.index:02}" for d in drawn]
@@ -205,3 +207,53 @@ def test_augmentation_does_not_depend_on_loader_processes(yolo_dataset):
     np.random.seed(1)
     assert torch.equal(here, batches(2))
     assert not torch.equal(here[0], here[1])
+
+
+class Noise:
+    """A transform of albumentations 1.4.21 or newer: it has a random state of its own."""
+
+    def __init__(self):
+        self.set_random_seed(0)
+
+    def set_random_seed(self, seed):
+        self.seed, self.rng = seed, np.random.default_rng(seed)
+
+    def __call__(self, image):
+        return {"image": self.rng.integers(0, 255, image.shape, dtype=np.uint8)}
+
+
+@pytest.fixture
+def noisy(yolo_dataset):
+    """Pictures of noise only, drawn by albumentations."""
+    (transform,) = (x for x in yolo_dataset.transforms.transforms if isinstance(x, Albumentations))
+    transform.transform, transform.contains_spatial, transform.p = Noise(), False, 1.0
+    return EpisodicDataset(yolo_dataset)
+
+
+def test_albumentations_draws_from_the_seed_of_the_picture_alone(noisy):
+    draws = [Draw(0, 0, True, 5), Draw(1, 1, True, 5), Draw(0, 0, True, 6)]
+    first = [noisy[d]["img"] for d in draws]
+    torch.manual_seed(7)  # another process
+    again = [noisy[d]["img"] for d in (draws[2], draws[0], draws[0], draws[1])]
+    for a, b in zip([first[2], first[0], first[0], first[1]], again, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first[0], first[2])
+
+
+def test_loading_a_picture_leaves_the_random_state_of_the_process_alone(noisy):
+    def numbers():
+        return random.random(), np.random.rand(), torch.rand(1).item(), torch.initial_seed()
+
+    def seed():
+        random.seed(3)
+        np.random.seed(3)
+        torch.manual_seed(3)
+
+    seed()
+    expected = [numbers() for _ in range(2)]
+    seed()
+    found = [numbers()]
+    noisy[Draw(2, 2, False, 11)]
+    with pytest.raises(IndexError):
+        noisy[Draw(99, 2, False, 11)]
+    assert [*found, numbers()] == expected

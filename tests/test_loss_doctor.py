@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_criterion import NC, make
+from ultralytics.utils.loss import v8DetectionLoss
 
 from yolo_fewshot import args as table
 from yolo_fewshot.criterion import FewShotLoss, branch_losses
@@ -334,3 +335,27 @@ def test_a_copy_of_a_model_in_training_is_not_measured(batch):
     assert doctor.norms == doctor.chance == []
     model(batch)
     assert len(doctor.norms) == len(doctor.chance) == 1 and len(model.names) == NC
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_a_batch_to_which_no_anchor_is_assigned_is_measured(batch, cfg, stage, old, monkeypatch):
+    original = v8DetectionLoss.get_assigned_targets_and_loss
+
+    def as_of_8_4_144(self, *args, **kwargs):  # which asks for no loss of no boxes
+        asked, self.bbox_loss = self.bbox_loss, lambda x, *more: (x[..., :0].sum(), 0.0)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.bbox_loss = asked
+
+    if old:
+        monkeypatch.setattr(v8DetectionLoss, "get_assigned_targets_and_loss", as_of_8_4_144)
+    model, doctor = make(cfg, stage=stage), LossDoctor(1)
+    batch = {**batch, "cls": torch.zeros(0, 1), "bboxes": torch.zeros(0, 4), "batch_idx": torch.zeros(0)}
+    loss = step(model, batch, doctor)[0]
+    loss.sum().backward()
+    columns = doctor.columns()
+    box = [columns[f"{k}/{t}"] for k in ("grad", "share") for t in doctor.terms if t in {"box", "dfl", "l1"}]
+    assert box == [0, 0, 0, 0] and columns["grad/cls"] > 0 and columns["share/cls"] == 1

@@ -444,6 +444,22 @@ def test_cpe_low_iou_rows_stay_positives():
     assert grad[1].any() and grad[2].any()
 
 
+@pytest.mark.parametrize("reweight", ["none", "linear", "exp"])
+def test_cpe_rows_that_do_not_count_are_as_if_left_out(reweight):
+    loss, (x, y, u), g = CPELoss(0.3, 0.4, reweight), batch(), torch.Generator().manual_seed(1)
+    counted = torch.rand(len(y), generator=g) < 0.6
+    value, grad = run(loss, x, y, u, counted)
+    expected, partial = run(loss, x[counted], y[counted], u[counted])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad[counted], partial)
+    assert 2 < counted.sum() < len(y) and expected > 0 and not grad[~counted].any()
+    assert torch.equal(run(loss, x, y, u, torch.ones_like(counted))[0], run(loss, x, y, u)[0])
+    nothing = run(loss, x, y, u, torch.zeros_like(counted))
+    assert nothing[0] == 0 and not nothing[1].any()
+    with pytest.raises(ValueError, match="counted must have shape"):
+        loss(x, y, u, counted[1:])
+
+
 def test_cpe_background_alone():
     value, grad = run(CPELoss(), UNIT, torch.full((4,), -1), torch.ones(4))
     assert value == 0 and not grad.any()

@@ -19,7 +19,7 @@ from yolo_fewshot.adapt_data import ShotsAndBase
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.diagnosis import describe_batch
 from yolo_fewshot.episodes import EpisodicDataset
-from yolo_fewshot.masked import IGNORED, MaskedDataset, has_ignored, masked, outside, without_ignored
+from yolo_fewshot.masked import IGNORED, MaskedDataset, blank_ignored, has_ignored, masked, outside, without_ignored
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plugin import cfg_dir
 from yolo_fewshot.retention import Retained
@@ -233,6 +233,63 @@ def test_labels_with_outlines_can_be_mixed_with_boxes_to_ignore(tmp_path):
         assert len(x["cls"]) == len(x["bboxes"])
 
 
+@pytest.fixture
+def outlined(tmp_path):
+    """Two data sets of the same pictures with outlines: `all` labels both objects, `part` says of one to ignore it.
+
+    The object that both label is a triangle; the last picture has no label in `part`.
+    """
+    for i in range(4):
+        for kind in ("all", "part"):
+            picture(tmp_path / kind / f"images/train/{i}.png", [(6 + i, 6, 20, 20), (8, 36 + i, 18, 20)])
+        x, first = (6 + i) / 64, i < 3
+        triangle = f"0 {x} {6 / 64} {x + 20 / 64} {6 / 64} {x} {26 / 64}"
+        box = [17 / 64, (46 + i) / 64, 18 / 64, 20 / 64]
+        x1, y1, x2, y2 = box[0] - box[2] / 2, box[1] - box[3] / 2, box[0] + box[2] / 2, box[1] + box[3] / 2
+        write(tmp_path / f"all/labels/train/{i}.txt", triangle, f"1 {x1} {y1} {x2} {y1} {x2} {y2} {x1} {y2}")
+        write(tmp_path / f"part/labels/train/{i}.txt", *[triangle] * first)
+        boxes = [box] if first else [box, [(16 + i) / 64, 16 / 64, 20 / 64, 20 / 64]]
+        write(tmp_path / f"part/ignore/train/{i}.txt", *(" ".join(map(str, b)) for b in boxes))
+    lines = ["train: images/train", "val: images/train", "names: [blue, red]", "fewshot: {ignore: ignore}"]
+    for kind in ("all", "part"):
+        write(tmp_path / kind / "data.yaml", f"path: {tmp_path / kind}", *lines[: 4 if kind == "part" else 3])
+    return tmp_path
+
+
+@pytest.mark.parametrize("values", [{"degrees": 30.0}, {"degrees": 30.0, "fliplr": 0.5, "scale": 0.2}, {"shear": 10.0}])
+def test_outlined_objects_keep_the_boxes_of_ultralytics_beside_boxes_to_ignore(outlined, values):
+    some, whole = items(load(outlined / "part", **values), 3), items(load(outlined / "all", **values), 3)
+    for a, b in zip(some[:3], whole[:3]):
+        assert torch.equal(a["img"], b["img"]) and a["cls"].flatten().tolist() == [0, IGNORED]
+        assert torch.equal(a["bboxes"][0], b["bboxes"][0])
+        torch.testing.assert_close(a["bboxes"][1], b["bboxes"][1])  # a box, whether it is to be ignored or not
+    assert some[3]["cls"].flatten().tolist() == [IGNORED] * 2
+
+
+def test_pasted_copies_of_boxes_to_ignore_are_to_be_ignored(outlined):
+    values = {"copy_paste": 1.0, "copy_paste_mode": "flip"}
+    some, whole = items(load(outlined / "part", **values)), items(load(outlined / "all", **values))
+    plain = items(load(outlined / "part"))
+    for a, b, p in zip(some[:3], whole, plain):
+        assert torch.equal(a["img"], b["img"]) and torch.equal(a["bboxes"], b["bboxes"])
+        assert torch.equal(a["cls"] == 0, b["cls"] == 0) and torch.equal(a["cls"] == IGNORED, b["cls"] == 1)
+        mirrored = p["bboxes"] * torch.tensor([-1.0, 1, 1, 1]) + torch.tensor([1.0, 0, 0, 0])
+        for c in (0, IGNORED):
+            found = a["bboxes"][a["cls"].flatten() == c]
+            expected = torch.cat([x[p["cls"].flatten() == c] for x in (p["bboxes"], mirrored)])
+            torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert set(some[3]["cls"].flatten().tolist()) == {IGNORED}
+
+
+@pytest.mark.parametrize("values", [{}, {"copy_paste": 1.0}, {"copy_paste": 1.0, "copy_paste_mode": "mixup"}])
+def test_pictures_without_a_label_can_be_mixed_with_outlined_ones(outlined, values):
+    some = items(load(outlined / "part", mosaic=1.0, mixup=1.0, **values), 1)
+    whole = items(load(outlined / "all", mosaic=1.0, mixup=1.0, **values), 1)
+    for a, b in zip(some, whole):
+        assert len(a["cls"]) == len(a["bboxes"]) > 0 and {0, IGNORED} == set(a["cls"].flatten().tolist())
+        assert a["img"].shape == b["img"].shape
+
+
 # Parts of a batch
 
 
@@ -251,6 +308,23 @@ def test_the_objects_of_a_batch_are_divided():
     assert ignored.tolist() == [[0, 4, 5, 6, 7], [2, 12, 13, 14, 15]]
     assert clean["img"] is batch["img"] and clean["im_file"] is batch["im_file"]
     assert all(torch.equal(batch[k], v) for k, v in before.items())  # the trainer still plots it
+
+
+def test_blanked_objects_are_padding_to_the_loss_and_boxes_to_ignore_to_the_mask():
+    batch = batch_of()
+    kept, ignored = without_ignored(batch)
+    blanked, every = blank_ignored(batch)
+    for name, (loss, preds) in zip(FAMILIES, branches(make(FAMILIES[1], 2), batch)):
+        found = []
+        for x in (kept, blanked):
+            loss.get_assigned_targets_and_loss(preds, x)
+            found.append(loss.assigner.assigned[:4])
+        fg = found[0][3]
+        assert fg.any() and torch.equal(found[1][3], fg), name
+        assert all(torch.equal(a[fg], b[fg]) for a, b in zip(*found)) and torch.equal(found[0][2], found[1][2])
+    anchors = torch.rand(50, 2) * torch.tensor([WIDTH, HEIGHT])
+    assert torch.equal(outside(every, anchors, (WIDTH, HEIGHT), B), outside(ignored, anchors, (WIDTH, HEIGHT), B))
+    assert IGNORED in batch["cls"] and IGNORED not in blanked["cls"] and blanked["img"] is batch["img"]
 
 
 @pytest.mark.parametrize("n", [0, 1, 40])
@@ -282,7 +356,7 @@ def batch_of(ignored=True):
         rows.insert(1, (0, IGNORED, 0.8, 0.2, 0.3, 0.3))
         rows.insert(4, (2, IGNORED, 0.35, 0.45, 0.6, 0.7))
         rows += [(2, IGNORED, 0.8, 0.8, 0.3, 0.3), (3, IGNORED, 0.85, 0.5, 0.25, 0.9)]
-    rows = torch.tensor(rows, dtype=torch.float)
+    rows = torch.tensor(sorted(rows, key=lambda x: x[0]), dtype=torch.float)  # by picture, as they are collated
     return {
         "img": torch.rand(B, 3, HEIGHT, WIDTH, generator=g),
         "batch_idx": rows[:, 0],
@@ -468,10 +542,10 @@ def test_the_background_of_the_proposal_term_leaves_them_out(cfg, monkeypatch):
         background = [i for i in drawn if not fg[i // n, i % n]]
         chosen = [i for i in background if free[i // n, i % n]]
         assert len(background) > len(chosen) > 10
-        rows, labels, _ = seen[0]
-        assert (labels >= 0).sum() == fg.sum() and (labels < 0).sum() == len(chosen)
+        rows, labels, _, counted = seen[0]
+        assert (labels >= 0).sum() == (counted & (labels >= 0)).sum() == fg.sum()
         expected = torch.stack([preds["embeds"][i // n, :, i % n] for i in chosen])
-        assert torch.equal(rows[labels < 0], expected)
+        assert torch.equal(rows[counted & (labels < 0)], expected)
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0, 0.25]])

@@ -16,7 +16,7 @@ from ultralytics.utils.tal import make_anchors
 from yolo_fewshot.assign import RecordingAssigner
 from yolo_fewshot.head import BOX_PRIOR, class_prior
 from yolo_fewshot.losses import ClampedDFLoss, CPELoss, DistillationLoss, SupConLoss, TripletLoss
-from yolo_fewshot.masked import outside, without_ignored
+from yolo_fewshot.masked import blank_ignored, outside
 from yolo_fewshot.prototypes import class_means, pool_objects
 from yolo_fewshot.retention import Retained
 
@@ -54,11 +54,20 @@ class _PerAnchorDFL(nn.Module):
         return self.dfl.per_anchor(pred_dist, target)
 
 
+class _Found(tuple):
+    """Indices of anchors in place of a mask of them, so that they are not looked for, with a wait, again."""
+
+    def nonzero(self, as_tuple: bool = True) -> _Found:
+        """Return what Ultralytics asks of a mask."""
+        return self
+
+
 class RecordingBboxLoss(BboxLoss):
     """Ultralytics' box loss, in stage 2 with the clamped DFL, keeping its last values.
 
     Attributes:
         last (tuple[torch.Tensor, torch.Tensor]): CIoU loss and DFL as last returned.
+        fg (tuple[torch.Tensor, torch.Tensor]): Picture and index of the M anchors assigned to objects, (M,) int64.
     """
 
     def __init__(self, reg_max: int, dfl: ClampedDFLoss | None = None):
@@ -73,9 +82,34 @@ class RecordingBboxLoss(BboxLoss):
         if dfl is not None:
             self.dfl_loss = _PerAnchorDFL(dfl)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def start(self, boxes: torch.Tensor) -> None:
+        """Expect no anchor, since older versions of Ultralytics do not ask for a loss of none.
+
+        Args:
+            boxes (torch.Tensor): Predictions, to which the zeros of `last` are connected.
+        """
+        zero = boxes[:0].float().sum()
+        self.last, self.fg = (zero, zero), boxes.new_zeros(2, 0, dtype=torch.long).unbind()
+
+    def forget(self) -> None:
+        """Drop the last values, to free their memory."""
+        self.last = self.fg = None
+
+    def forward(
+        self,
+        pred_dist: torch.Tensor,
+        pred_bboxes: torch.Tensor,
+        anchor_points: torch.Tensor,
+        target_bboxes: torch.Tensor,
+        target_scores: torch.Tensor,
+        target_scores_sum: torch.Tensor,
+        fg_mask: torch.Tensor,
+        *args: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return CIoU loss and DFL as Ultralytics does, with the mean of the clamped DFL clamped."""
-        box, dfl = super().forward(*args, **kwargs)
+        self.fg = _Found(fg_mask.nonzero(as_tuple=True))
+        targets = target_bboxes, target_scores, target_scores_sum
+        box, dfl = super().forward(pred_dist, pred_bboxes, anchor_points, *targets, self.fg, *args)
         self.last = box, dfl if self.clamped is None else self.clamped.clamp_mean(dfl)
         return self.last
 
@@ -114,7 +148,7 @@ class FewShotLoss(v8DetectionLoss):
             tal_topk (int): Anchors per object, see `TaskAlignedAssigner`.
             tal_topk2 (int, optional): Secondary top-k of one-to-one branches.
         """
-        self.masked, self._outside = False, None
+        self.masked, self._outside, self._centers = False, None, ([], None)
         self._anchored: bool | None = None
         self._taught: torch.Tensor | None = None
         super().__init__(model, tal_topk, tal_topk2)
@@ -145,7 +179,8 @@ class FewShotLoss(v8DetectionLoss):
         Args:
             preds (dict[str, torch.Tensor]): Raw predictions of one branch, see `FewShotDetect.forward_head`.
             batch (dict[str, torch.Tensor]): Labels as collated by Ultralytics; an episode also has `support` (B,) bool
-                and `way` (B,), the class each picture was drawn for; `teacher` is what `Teacher` says of the pictures.
+                and `way` (B,), the class each picture was drawn for, and may have `query` (Q,), the indices of the
+                others, which spares a wait for the device; `teacher` is what `Teacher` says of the pictures.
 
         Returns:
             loss (torch.Tensor): (3,) in stage 1, (5,) in stage 3, (7,) in stage 2 without further terms, as
@@ -153,10 +188,9 @@ class FewShotLoss(v8DetectionLoss):
             items (dict[str, torch.Tensor]): Weighted terms by name, not multiplied by the batch size.
         """
         if self.masked:
-            batch, ignored = without_ignored(batch)
-            anchors, stride = make_anchors(preds["feats"], self.stride, 0.5)
-            size = torch.tensor(batch["img"].shape[:1:-1], device=self.device)
-            self._outside = outside(ignored.to(self.device), anchors * stride, size, len(preds["boxes"]))
+            batch, ignored = blank_ignored(batch)
+            centers, size = self._anchor_centers(preds["feats"]), batch["img"].shape[:1:-1]
+            self._outside = outside(ignored.to(self.device), centers, size, len(preds["boxes"]))
         if self.retained and "teacher" in batch:
             self._taught = torch.zeros(self.nc, dtype=torch.bool, device=self.device)
             self._taught[self.retained.silent] = True
@@ -164,8 +198,22 @@ class FewShotLoss(v8DetectionLoss):
         if self.watch is not None:
             self.watch(self, preds, batch)
         self.assigner.forget()
-        self.bbox_loss.last = self._added = self._outside = self._taught = None
+        self.bbox_loss.forget()
+        self._added = self._outside = self._taught = None
         return terms * len(preds["boxes"]), dict(zip(self.loss_names, terms.detach()))
+
+    def get_assigned_targets_and_loss(self, preds: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> tuple:
+        """Return what Ultralytics does, and record the assignment and the terms of the boxes."""
+        self.bbox_loss.start(preds["boxes"])
+        return super().get_assigned_targets_and_loss(preds, *args, **kwargs)
+
+    def _anchor_centers(self, feats: list[torch.Tensor]) -> torch.Tensor:
+        """Return the centers of the anchors in pixels, (A, 2); those of the last batch if it had the same size."""
+        sizes = [(x.shape[2:], x.dtype) for x in feats]
+        if sizes != self._centers[0]:  # making them waits for the device
+            anchors, stride = make_anchors(feats, self.stride, 0.5)
+            self._centers = sizes, anchors * stride
+        return self._centers[1]
 
     @property
     def class_weights(self) -> torch.Tensor | None:
@@ -266,6 +314,9 @@ class FewShotLoss(v8DetectionLoss):
     def pool(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> Pooled:
         """Return the objects of an episode, and prototypes of its classes.
 
+        There are rows of real objects and classes alone, so how many there are is read from the device, once; no other
+        line of the episode terms waits for it.
+
         Args:
             preds (dict[str, torch.Tensor]): Raw predictions of one branch.
             batch (dict[str, torch.Tensor]): The episode.
@@ -273,9 +324,8 @@ class FewShotLoss(v8DetectionLoss):
         Returns:
             (Pooled): Objects with an anchor, in the order of the pictures, and the prototypes.
         """
-        labels, _, target_scores, fg_mask, gt_idx = self.assigner.assigned
-        embeds = preds["embeds"].transpose(1, 2)
-        fg = fg_mask.nonzero(as_tuple=True)
+        labels, _, target_scores, _, gt_idx = self.assigner.assigned
+        embeds, fg = preds["embeds"].transpose(1, 2), self.bbox_loss.fg
         # Objects: mean embedding of the anchors assigned to each, weighted by how well they fit.
         n_max = max(self.assigner.n_max_boxes, 1)
         objects, _ = pool_objects(embeds, fg, gt_idx[fg], target_scores[fg].sum(-1), n_max)
@@ -288,8 +338,8 @@ class FewShotLoss(v8DetectionLoss):
             drawn = (y_support[:, None] == batch["way"].to(y)[None]).any(1)
             y_support = torch.where(drawn, y_support, -1)
         prototypes, counts = class_means(objects, y_support, self.nc)
-        ways, real = counts.nonzero()[:, 0], y >= 0
-        return Pooled(objects[real], y[real], prototypes[ways], ways, fg)
+        real, ways = _indices(y >= 0, counts > 0)
+        return Pooled(objects[real], y[real], prototypes[ways], ways, tuple(fg))
 
     def episode_terms(
         self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], pooled: Pooled
@@ -307,7 +357,8 @@ class FewShotLoss(v8DetectionLoss):
         h, (objects, y, prototypes, ways, fg) = self.hyp, pooled
         labels, target_boxes, target_scores, fg_mask, _ = self.assigner.assigned
         embeds = preds["embeds"].transpose(1, 2)
-        query = ~batch["support"].to(embeds.device)
+        query = batch["query"] if "query" in batch else (~batch["support"]).nonzero()[:, 0]
+        query = query.to(embeds.device)
         counted = None if self._outside is None else (self._outside | fg_mask)[query].unsqueeze(-1).float()
         return [
             h.cls * self.episode_loss(preds, embeds[query], target_scores[query], prototypes, ways, counted),
@@ -355,10 +406,11 @@ class FewShotLoss(v8DetectionLoss):
             if self._outside is not None:
                 is_bg &= self._outside.view(-1)
             bg = torch.randint(b * a, (CPE_ANCHORS // 4,), device=embeds.device)
-            bg = bg[is_bg[bg]]
+            counted = torch.cat([torch.ones_like(chosen, dtype=torch.bool), is_bg[bg]])
         rows = embeds[torch.cat([fg[0][chosen], bg // a]), torch.cat([fg[1][chosen], bg % a])]
         labels = torch.cat([y[chosen], y.new_full((len(bg),), -1)])
-        return self.cpe(self.project(rows.float()), labels, torch.cat([iou[chosen], iou.new_zeros(len(bg))]))
+        ious = torch.cat([iou[chosen], iou.new_zeros(len(bg))])
+        return self.cpe(self.project(rows.float()), labels, ious, counted)
 
     def triplet_term(self, objects: torch.Tensor, y: torch.Tensor, frozen: torch.Tensor) -> torch.Tensor:
         """Triplet of every object with the frozen prototypes; without any, batch-hard among the objects."""
@@ -431,6 +483,12 @@ def branch_losses(model: nn.Module) -> list[FewShotLoss]:
         model.criterion = model.init_criterion()
     criterion = model.criterion
     return [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
+
+
+def _indices(*masks: torch.Tensor) -> list[torch.Tensor]:
+    """Return the indices of the true entries of masks (N,), ascending, with a single wait for the device."""
+    counts = torch.stack([m.sum() for m in masks]).tolist()
+    return [(~m).int().argsort(stable=True)[:n] for m, n in zip(masks, counts)]
 
 
 def balanced_sample(labels: torch.Tensor, n: int) -> torch.Tensor:

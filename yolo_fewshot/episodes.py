@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from ultralytics.data.augment import Albumentations
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import LOGGER
 
@@ -177,7 +179,8 @@ class EpisodeSampler(EpochSampler):
 class EpisodicDataset(Dataset):
     """A `YOLODataset` whose items are the `Draw`s of an episode.
 
-    Every picture's augmentation is seeded by its `Draw`, so that it does not depend on loader processes.
+    Every picture's augmentation is seeded by its `Draw`, so that it depends neither on loader processes nor on what was
+    loaded before; the random state of the process stays as it is.
 
     Attributes:
         dataset (YOLODataset): The data set that loads and augments.
@@ -198,12 +201,43 @@ class EpisodicDataset(Dataset):
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         """Return one augmented picture with its labels, its `way` (int) and `support` (bool)."""
-        random.seed(draw.seed)
-        np.random.seed(draw.seed)
-        return {**self.dataset[draw.index], "way": draw.way, "support": draw.support}
+        with _seeded(draw.seed, getattr(self.dataset, "transforms", None)):
+            return {**self.dataset[draw.index], "way": draw.way, "support": draw.support}
 
     @staticmethod
     def collate_fn(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate the pictures of an episode: Ultralytics' batch with `way` (B,) long and `support` (B,) bool."""
+        """Collate the pictures of an episode: Ultralytics' batch with `way` (B,) long and `support` (B,) bool.
+
+        The indices of the query pictures, `query` (Q,) long, are found here, where it needs no wait for the device.
+        """
         batch = YOLODataset.collate_fn(samples)
-        return {**batch, "way": torch.tensor(batch["way"]), "support": torch.tensor(batch["support"])}
+        support = torch.tensor(batch["support"])
+        return {**batch, "way": torch.tensor(batch["way"]), "support": support, "query": (~support).nonzero()[:, 0]}
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, transforms: Any) -> Iterator[None]:
+    """Seed what transforms draw from, and put the random state of the process back."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # the CPU's alone
+    for x in _own_random_state(transforms):
+        x.set_random_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+
+def _own_random_state(transforms: Any) -> Iterator[Any]:
+    """Yield the transforms that have a random state of their own, which are those of albumentations 1.4.21 and newer.
+
+    Ultralytics gives them the seed of the process when that is another one than theirs, so not for each picture.
+    """
+    if isinstance(transforms, Albumentations) and hasattr(transforms.transform, "set_random_seed"):
+        yield transforms.transform
+    for x in getattr(transforms, "transforms", None) or ():
+        yield from _own_random_state(x)

@@ -308,7 +308,7 @@ class FewShotDetect(Detect):
         """Return a stock head with the same outputs: per level, embedding and classifier become one 1x1 conv.
 
         With e = W f + v (BatchNorm merged) and logits R e + b, the conv has the weight R W and the bias R v + b, both
-        computed in float64.
+        computed in float64 on the CPU, since Apple GPUs have none.
 
         Returns:
             (Detect): The head, which shares its other parts with this one.
@@ -329,8 +329,8 @@ class FewShotDetect(Detect):
 def _fold_level(embedding: Embedding, rows: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
     """Return the 1x1 conv that equals an embedding followed by a classifier."""
     conv = fuse_conv_and_bn(embedding.conv, embedding.bn) if hasattr(embedding, "bn") else embedding.conv
-    weight, shift, rows = conv.weight[..., 0, 0].double(), conv.bias.double(), rows.double()
+    weight, shift, rows, bias = (x.cpu().double() for x in (conv.weight[..., 0, 0], conv.bias, rows, bias))
     folded = nn.Conv2d(conv.in_channels, len(rows), 1, device=conv.weight.device, dtype=conv.weight.dtype)
     folded.weight.copy_((rows @ weight)[..., None, None])
-    folded.bias.copy_(rows @ shift + bias.double())
+    folded.bias.copy_(rows @ shift + bias)
     return folded.train(embedding.training)

@@ -104,7 +104,7 @@ class LossDoctor:
         """
         if not self.every:
             return {}
-        norms, chance = (torch.stack(x).double().cpu() if x else torch.zeros(0, 0) for x in (self.norms, self.chance))
+        norms, chance = (torch.stack(x).cpu().double() if x else torch.zeros(0, 0) for x in (self.norms, self.chance))
         ok = torch.isfinite(norms).all(1) & torch.isfinite(chance).all(1)
         n = len(self.terms)
         norms, chance = (x[ok].mean(0) if ok.any() else torch.zeros(n) for x in (norms, chance))

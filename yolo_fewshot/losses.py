@@ -67,21 +67,24 @@ def _unit(x: Tensor) -> Tensor:
     return torch.where(keep, x / torch.where(keep, norm, 1.0), 0.0)
 
 
-def _contrast(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _contrast(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compare every row with its positives, against all other rows.
 
     Args:
         logits (Tensor): Similarity over temperature, shape (N, N), float32; the diagonal is ignored.
         labels (Tensor): Class of each row, shape (N,).
+        counted (Tensor | None): Which rows there are, bool (N,); all by default.
 
     Returns:
         (tuple[Tensor, Tensor]): Per row the mean over its positives of -log softmax, float32 (N,), zero where the row
             has no positive; and whether it has one, bool (N,).
     """
-    itself = torch.eye(len(labels), dtype=torch.bool, device=logits.device)
-    positive = (labels[:, None] == labels[None, :]) & ~itself
+    other = ~torch.eye(len(labels), dtype=torch.bool, device=logits.device)
+    if counted is not None:
+        other = other & counted & counted[:, None]
+    positive = (labels[:, None] == labels[None, :]) & other
     count = positive.sum(1)
-    log_total = logits.masked_fill(itself, -_FAR).logsumexp(1)
+    log_total = logits.masked_fill(~other, -_FAR).logsumexp(1)
     mean_positive = torch.where(positive, logits, 0.0).sum(1) / count.clamp_min(1)
     valid = count > 0
     return torch.where(valid, log_total - mean_positive, 0.0), valid
@@ -291,13 +294,15 @@ class CPELoss(nn.Module):
         self.reweight = reweight
         self.normalize = normalize
 
-    def forward(self, embeddings: Tensor, labels: Tensor, ious: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor, ious: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return the gated, weighted sum of the anchor losses over the number of foreground rows.
 
         Args:
             embeddings (Tensor): Proposal embeddings, shape (N, D), any float dtype.
             labels (Tensor): Class of each proposal, shape (N,), integer; -1 is background.
             ious (Tensor): IoU of each proposal with its object, shape (N,), any float dtype; clipped to [0, 1].
+            counted (Tensor | None): Which rows count, shape (N,), bool; the others are as if left out, but their number
+                need not be known on the CPU. All by default.
 
         Returns:
             (Tensor): 0-dim float32; zero if no row passes the gate and has a positive.
@@ -305,11 +310,11 @@ class CPELoss(nn.Module):
         Raises:
             ValueError: If the shapes do not fit.
         """
-        _check_batch(embeddings, labels=labels, ious=ious)
+        _check_batch(embeddings, labels=labels, ious=ious, **({} if counted is None else {"counted": counted}))
         with _full_precision(embeddings):
             rows = _unit(embeddings) if self.normalize else embeddings.float().clamp(-_MAX_FEATURE, _MAX_FEATURE)
-            loss, _ = _contrast(rows @ rows.T / self.temperature, labels)
-            foreground = labels != -1
+            loss, _ = _contrast(rows @ rows.T / self.temperature, labels, counted)
+            foreground = labels != -1 if counted is None else counted & (labels != -1)
             ious = ious.float().clamp(0, 1)
             weight = {"none": torch.ones_like, "linear": torch.clone, "exp": torch.expm1}[self.reweight](ious)
             weight = torch.where(foreground & (ious >= self.iou_threshold), weight, 0.0)

@@ -19,6 +19,7 @@ class MaskedDataset(YOLODataset):
 
     Attributes:
         ignored (dict[str, np.ndarray]): Boxes to ignore by picture file, (n, 4) float32; only pictures that have some.
+        outlined (bool): Whether its labels are polygons.
 
     Examples:
         >>> dataset = MaskedDataset.of(dataset, "ignore")
@@ -40,6 +41,7 @@ class MaskedDataset(YOLODataset):
         """
         dataset.__class__ = cls
         files = [x["im_file"] for x in dataset.labels]
+        dataset.outlined = any(len(x["segments"]) for x in dataset.labels)
         dataset.ignored = {f: b for f, b in zip(files, map(_read_boxes, _beside(files, folder))) if len(b)}
         return dataset
 
@@ -54,10 +56,18 @@ class MaskedDataset(YOLODataset):
         """
         boxes = self.ignored.get(label["im_file"])
         if boxes is not None:
+            # Mixed pictures need a polygon of every object or of none.
+            if len(label["segments"]) or (self.outlined and not len(label["cls"])):
+                label["segments"] = [*label["segments"], *_polygons(boxes)]
             label["cls"] = np.concatenate([label["cls"], np.full((len(boxes), 1), IGNORED, np.float32)])
             label["bboxes"] = np.concatenate([label["bboxes"], boxes])
-        label["segments"] = []  # boxes to ignore have none, and mixed pictures need all or none
         return super().update_labels_info(label)
+
+
+def _polygons(boxes: np.ndarray) -> np.ndarray:
+    """Return the corners of boxes x, y, w, h, in turn around each, (n, 4, 2)."""
+    turn = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], boxes.dtype) / 2
+    return boxes[:, None, :2] + turn * boxes[:, None, 2:]
 
 
 def ignore_folder(data: dict[str, Any]) -> str:
@@ -147,19 +157,37 @@ def without_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor
     return {**batch, **{k: batch[k][~drop] for k in ("cls", "bboxes", "batch_idx")}}, ignored
 
 
-def outside(ignored: torch.Tensor, anchors: torch.Tensor, size: torch.Tensor, n: int) -> torch.Tensor:
+def blank_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Divide the objects of a batch as `without_ignored` does, but without a wait for the device.
+
+    Args:
+        batch (dict): Collated batch.
+
+    Returns:
+        batch (dict): The batch in which the objects to ignore have boxes of zeros, which the loss takes for padding.
+        ignored (torch.Tensor): Picture index, x, y, w, h, normalized, of all objects, (N, 5); labelled ones have boxes
+            of zeros, in which there is no anchor.
+    """
+    drop = batch["cls"].view(-1, 1) == IGNORED
+    boxes, cls = batch["bboxes"], batch["cls"]
+    ignored = torch.cat([batch["batch_idx"].view(-1, 1), torch.where(drop, boxes, 0)], 1)
+    return {**batch, "bboxes": torch.where(drop, 0, boxes), "cls": cls.masked_fill(drop.view_as(cls), 0)}, ignored
+
+
+def outside(ignored: torch.Tensor, anchors: torch.Tensor, size: torch.Tensor | tuple[int, int], n: int) -> torch.Tensor:
     """Return which anchors have their centre outside all boxes to ignore.
 
     Args:
         ignored (torch.Tensor): Picture index, x, y, w, h, normalized, (n, 5).
         anchors (torch.Tensor): Centres in pixels, (A, 2).
-        size (torch.Tensor): Width and height of the pictures in pixels, (2,).
+        size (torch.Tensor | tuple[int, int]): Width and height of the pictures in pixels.
         n (int): Number of pictures B.
 
     Returns:
         (torch.Tensor): (B, A) bool.
     """
-    centre, half = ignored[:, 1:3] * size, ignored[:, 3:5] * size / 2
-    inside = ((anchors[None] - centre[:, None]).abs() < half[:, None]).all(2)
-    count = inside.new_zeros(n, len(anchors), dtype=torch.int).index_add(0, ignored[:, 0].long(), inside.int())
+    (b, *centre, w, h), (width, height) = ignored.unbind(1), size  # numbers that are on the CPU need no copy
+    inside = (anchors[:, 0] - centre[0][:, None] * width).abs() < w[:, None] * width / 2
+    inside &= (anchors[:, 1] - centre[1][:, None] * height).abs() < h[:, None] * height / 2
+    count = inside.new_zeros(n, len(anchors), dtype=torch.int).index_add(0, b.long(), inside.int())
     return count == 0

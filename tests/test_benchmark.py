@@ -353,6 +353,7 @@ def test_models_of_the_wrong_kind(data, model, tmp_path, asked):
     "names, file, text",
     [
         (BASE, "data.yaml", r"data\.yaml must have the classes of base\.yaml and novel ones"),
+        ([*NAMES[:-1], NAMES[-2]], "data.yaml", rf"Several novel classes of .*data\.yaml have the name {NAMES[-2]}"),
         (["other", *NAMES[1:]], "data.yaml", r"data\.yaml must have the classes of base\.yaml and novel ones"),
         (NAMES[::-1], "novel_5shot_seed0.yaml", r"novel_5shot_seed0\.yaml must have the classes of data\.yaml, in the"),
     ],

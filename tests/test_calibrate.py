@@ -13,6 +13,7 @@ from yolo_fewshot.calibrate import choose_pull
 from yolo_fewshot.features import Anchors, Features, View
 from yolo_fewshot.fit import PULL
 from yolo_fewshot.head import Prototypes
+from yolo_fewshot.support import Support
 
 INF = math.inf
 COLOURS = [(0, 0, 255), (255, 0, 0), (0, 255, 0), (0, 255, 255), (255, 255, 255), (0, 0, 0)]
@@ -71,7 +72,7 @@ class Model:
 
     def __init__(self):
         self.names = {i: f"class{i}" for i in range(8)}
-        self.memory = []
+        self.memory, self.yaml = [], {}
         self.model = [type("Head", (), {"banks": (Prototypes(8, 4, 3),)})()]
 
 
@@ -144,7 +145,7 @@ def test_every_trial_has_shots_of_its_own_that_show_every_class(extracted, trial
 
 
 def test_a_trial_has_the_anchors_of_its_own_pictures_and_of_the_memory():
-    every = features_of(module.Support({}, TRAIN[:5], False, Path()))
+    every = features_of(Support({}, TRAIN[:5], False, Path()))
     picture = torch.tensor([4, 0, 2, -1, 3, 1, -1, 2])
     parts = [
         torch.arange(8.0)[:, None],
@@ -240,7 +241,7 @@ def test_the_pull_is_divided_by_the_shots_of_each_class(monkeypatch):
     monkeypatch.setattr(module, "ap50", lambda found: 0.25)
     support, queries = (
         (object(), torch.tensor([0, 2, 0, -1, 0, 2])),
-        (features_of(module.Support({}, VAL, False, ".")),),
+        (features_of(Support({}, VAL, False, ".")),),
     )
     assert module._ap50(support, queries, 3, 3.0, None) == 0.25
     assert module._ap50(support, queries, 3, INF, None) == 0.25

@@ -16,6 +16,7 @@ from yolo_fewshot.data_check import (
     check_boxes,
     check_classes,
     check_duplicates,
+    check_names,
     check_shots,
     read_split,
 )
@@ -193,6 +194,12 @@ def test_classes_without_a_picture(tmp_path):
     )
     many = {i: f"c{i}" for i in range(9)}
     assert "no picture of c3, c4, c5, c6, c7 and 1 more, nothing" in check_classes(everything, many).text
+
+
+def test_names_that_several_classes_have_are_found():
+    assert check_names(NAMES) == []
+    (found,) = check_names({0: "red", 1: "blue", 2: "red", 3: 7, 4: "red", 5: "7"})
+    assert found.level == "warning" and "red (ids 0, 2, 4), 7 (ids 3, 5). They are trained" in found.text
 
 
 @pytest.mark.parametrize("size", [(64, 96), (640, 512)])

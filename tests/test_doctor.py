@@ -255,6 +255,16 @@ def test_errors_of_the_data_end_it(tiny, monkeypatch, caplog):
     assert all(f"{MARKS[f.level]} {f.text}" in caplog.text for f in found)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_names_that_several_classes_have_are_a_finding(tiny, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(module, "check_shots", lambda *_: [Finding("error", "enough")])
+    text = (tiny / "data.yaml").read_text().replace("[blue, green,", "[red, green,")
+    (tmp_path / "data.yaml").write_text(f"path: {tiny}\n{text}")
+    found = doctor(**settings(tiny, data=tmp_path / "data.yaml", cfg=f"stage{stage}.yaml"))
+    warnings = [f.text for f in found if f.level == "warning"]
+    assert len(warnings) == 1 and "red (ids 0, 2). They" in warnings[0]
+
+
 def stub(values, chance, norms):
     names = [f"{t}_loss" for t in TERMS]
     doctor = SimpleNamespace(chance=[torch.tensor(chance)], norms=[torch.tensor(norms)])

@@ -71,6 +71,17 @@ def test_detections_take_the_place_of_the_labels_of_query_pictures(episode, tmp_
     assert drawn(cells(tmp_path / "e.jpg", 0, 0), 3) == [0.1, 0.4]
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_of_other_channels_what_ultralytics_plots_is_shown(episode, tmp_path, channels):
+    shades = torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0])[:channels, None, None]
+    episode["img"] = shades.expand(6, -1, 40, 80)
+    plot_episode(episode, NAMES, tmp_path / "e.jpg")
+    red, green, blue = {1: (51, 51, 51), 2: (51, 102, 0)}.get(channels, (51, 102, 153))
+    for row, column in ((0, 0), (1, 2)):
+        shown = np.median(cells(tmp_path / "e.jpg", row, column).reshape(-1, 3), 0)
+        assert shown == pytest.approx([blue, green, red], abs=4)
+
+
 def test_boxes_to_ignore_are_named_so(episode, tmp_path):
     episode["cls"][5] = -1
     plot_episode(episode, NAMES, tmp_path / "e.jpg")

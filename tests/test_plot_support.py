@@ -166,3 +166,14 @@ def test_an_error_is_a_warning(painted, tmp_path, caplog):
     assert f"Plotting error for {tmp_path / 'a.png'}: {tmp_path / '10.png'} cannot be read" in first
     assert f"Plotting error for {tmp_path / 'file/a.png'}: " in second
     assert sorted(x.name for x in tmp_path.iterdir()) == ["10.png", "file"]
+
+
+@pytest.mark.parametrize("kind", ["gray.png", "alpha.png", "five.tiff"])
+def test_images_of_other_channels_are_drawn(tmp_path, kind):
+    file, shape = tmp_path / kind, {"gray.png": (100, 200), "alpha.png": (100, 200, 4)}.get(kind)
+    if shape:
+        assert cv2.imwrite(str(file), np.full(shape, 60, np.uint8))
+    else:  # a page for each channel
+        assert cv2.imwritemulti(str(file), [np.full((100, 200), 60 + i, np.uint8) for i in range(5)])
+    table = draw(tmp_path, dog=[Shot(str(file), [0.4, 0.3, 0.6, 0.7], 0.5, None, None, False)])
+    assert greys(table)[0][0] == pytest.approx(60, abs=2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import check_det_dataset
-from ultralytics.utils import ROOT, YAML
+from ultralytics.utils import LOGGER, ROOT, YAML
 
 from yolo_fewshot import __version__, splits
 from yolo_fewshot.plugin import cfg_dir
@@ -276,9 +276,26 @@ def test_pictures_are_links_with_names_of_their_own(tmp_path, monkeypatch):
         "00_2.png",
         "00_2_2.png",
     ]
-    monkeypatch.setattr(os, "symlink", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
-    copied = split(data, "dog", tmp_path / "copied", shots=1, seeds=1)
-    assert contents(copied) == contents(out) and not any(x.is_symlink() for x in copied.rglob("*"))
+
+
+@pytest.mark.parametrize("refused", [(), ("symlink",), ("symlink", "link")])
+def test_without_symbolic_links_there_are_hard_links_and_only_then_copies(data, tmp_path, monkeypatch, caplog, refused):
+    def refuse(*_):
+        raise OSError("a required privilege is not held by the client")
+
+    want = contents(split(data, NOVEL, tmp_path / "linked", shots=1, seeds=1))
+    for name in refused:
+        monkeypatch.setattr(os, name, refuse)
+    caplog.set_level("INFO", logger=LOGGER.name)
+    out = split(data, NOVEL, tmp_path / "out", shots=1, seeds=1)
+    assert contents(out) == want
+    images = [x for x in (out / "images").rglob("*") if x.is_file()]
+    originals = {x.stat().st_ino for x in (data.parent / "images").rglob("*") if x.is_file()}
+    assert {x.is_symlink() for x in images} == {not refused}
+    assert {x.lstat().st_ino in originals for x in images} == {refused == ("symlink",)}
+    said = [r.getMessage() for r in caplog.records if "Symbolic links" in r.getMessage()]
+    how = "copies" if "link" in refused else "hard links"
+    assert said == [f"Symbolic links were refused by the system, so {len(images)} images are {how}."] * bool(refused)
 
 
 def test_ultralytics_reads_the_files(out):
@@ -447,6 +464,7 @@ def test_errors_of_a_coco_json(boxes, data, tmp_path):
     content = json.loads((tmp_path / "val.json").read_text())
     for change, text in (
         ({"categories": [*content["categories"], {"id": 1, "name": "fox"}]}, "has categories that .* not have: fox"),
+        ({"categories": [*content["categories"], {"id": 1, "name": "dog"}]}, r"Several classes of .*val\.json .* dog"),
         ({"annotations": [*content["annotations"], {"image_id": 1, "category_id": 1}]}, "is no COCO json .*bbox"),
         ({"annotations": [{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3]}]}, "is no COCO json .*not enough"),
         ({"images": {}, "categories": 7}, "is no COCO json of boxes: TypeError"),

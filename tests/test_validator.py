@@ -86,6 +86,45 @@ def test_unknown_classes_are_an_error_that_says_what_to_do(model, data):
         model.val(data=str(data / "unknown.yaml"), imgsz=96, workers=0, plots=False)
 
 
+@pytest.fixture
+def twins(model):
+    """The model, whose two classes have the same name."""
+    names = dict(model.names)
+    model.model.names.update({80: "shape", 81: "shape"})
+    yield model
+    model.model.names = names
+
+
+def name_them(data, tmp_path, names):
+    text = (data / "ab.yaml").read_text()
+    (tmp_path / "data.yaml").write_text(text[: text.index("names:")] + f"names: {names}\n")
+    return tmp_path / "data.yaml"
+
+
+@pytest.mark.parametrize("enrolled", [0, 1])
+def test_classes_of_the_same_name_are_kept_apart_as_stock_does(twins, data, tmp_path, enrolled):
+    """The labels count from 0, so that they are squares and discs only if nothing moves them."""
+    twins.model.names = {0: "shape", 1: "shape", **{i: f"base{i}" for i in range(2, 82)}}
+    names = [*twins.model.names.values()][: 81 + enrolled]  # or all but the last, as before an enrolment
+    yaml = name_them(data, tmp_path, names)
+    assert true_labels(twins, yaml) == true_labels(twins, yaml, DetectionValidator) == [0, 1] * 2
+
+
+def test_names_that_leave_a_label_unclear_are_an_error_before_the_first_batch(twins, data, tmp_path):
+    seen = []
+
+    class Spy(FewShotValidator):
+        def preprocess(self, batch):
+            seen.append(batch)
+            return super().preprocess(batch)
+
+    for names in ("[shape, shape]", "[shape, disc]"):
+        yaml = name_them(data, tmp_path, names)
+        with pytest.raises(ValueError, match=r"data\.yaml' cannot be matched .* called shape, .* List all 'names:'"):
+            twins.val(validator=Spy, data=str(yaml), imgsz=96, workers=0, plots=False)
+    assert not seen
+
+
 SHAPES = ["square", "disc", "triangle", "bar"]  # in the data; triangle and bar are novel, and no picture shows a bar
 KNOWN = ["bar", "triangle", "star", "disc", "square"]  # in the model
 SHOWN = {"1": [0, 1, 2], "2": [0, 2, 2], "3": [1], "4": []}  # picture: shapes
@@ -239,10 +278,10 @@ def test_base_and_novel_are_printed_and_saved(write, val):
 def matched(write, network):
     """Return a function that returns a validator that has matched its classes, without a validation."""
 
-    def match(enrolled=(), **keys):
+    def match(enrolled=(), device=None, **keys):
         network.model.enrolled = {name: {} for name in enrolled}
         v = FewShotValidator(args={"data": str(write(**keys)), "plots": False})
-        v.training, v.data = False, check_det_dataset(v.args.data)
+        v.training, v.data, v.device = False, check_det_dataset(v.args.data), device
         v.dataloader = SimpleNamespace(dataset=SimpleNamespace(labels=[{"cls": np.array([[0.0], [2.0]])}]))
         v.init_metrics(network.model)
         return v
@@ -270,6 +309,19 @@ def test_novel_classes_of_the_data(matched, novel, expected):
     assert novel_names(matched(names=names, fewshot={"novel": novel})) == expected
     assert novel_names(matched(names=names, fewshot={"novel": novel}, enrolled=["disc"])) == expected
     assert novel_names(matched(names=names, enrolled=["disc", "gone"])) == {"disc"}
+
+
+def test_a_novel_name_of_several_classes_is_an_error_and_their_ids_are_not(matched):
+    names = [*SHAPES, "bar"]
+    with pytest.raises(ValueError, match=r"lists bar, a name that several classes have\. Use their ids, from 0 to 4"):
+        matched(names=names, fewshot={"novel": ["triangle", "bar"]})
+    assert novel_names(matched(names=names, fewshot={"novel": ["triangle"]})) == {"triangle"}
+    assert novel_names(matched(names=names, fewshot={"novel": [2, 4]})) == {"triangle"}  # the model has one bar
+
+
+def test_the_class_indices_lie_on_the_device_before_the_first_batch(matched):
+    v = matched(device=torch.device("meta"))
+    assert v.class_index.device == v.device
 
 
 def test_lvis_categories_follow_the_order_of_the_data(matched, tmp_path):

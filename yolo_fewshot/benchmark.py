@@ -29,6 +29,7 @@ from ultralytics.utils.torch_utils import get_cpu_info
 import yolo_fewshot
 from yolo_fewshot import args as table
 from yolo_fewshot.benchmark_report import FIGURES, FILES, LEAKAGE, Row, add_row, read_rows, report
+from yolo_fewshot.class_names import repeated
 from yolo_fewshot.files import AtomicPath
 from yolo_fewshot.metrics import harmonic_mean
 from yolo_fewshot.model import FewShotDetectionModel
@@ -214,6 +215,9 @@ def _novel(folder: Path) -> tuple[str, ...]:
     novel = tuple(str(n) for n in every if n not in base)
     if not novel or not set(base) <= set(every):
         raise ValueError(f"{folder / 'data.yaml'} must have the classes of base.yaml and novel ones.")
+    twice = repeated(novel)
+    if twice:  # shots are matched by name
+        raise ValueError(f"Several novel classes of {folder / 'data.yaml'} have the name {few(twice)}. Rename them.")
     return novel
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ from torch import nn
 from yolo_fewshot.features import Features, View, extract, select
 from yolo_fewshot.fit import MARGIN, PULL, classifiers
 from yolo_fewshot.leave_out import ap50, detect
-from yolo_fewshot.memory import recall
-from yolo_fewshot.support import Support
+from yolo_fewshot.memory import base_support, recall
 
 TRIALS = 3  # draws of shots
 CLASSES = 20  # that play novel ones, at most, and at most half of all
@@ -71,9 +69,7 @@ def _pictures(labels: list[dict[str, Any]], classes: np.ndarray, rng: np.random.
     for i in rng.permutation(len(labels)):
         keep = np.isin(labels[i]["cls"].reshape(-1), classes)
         if keep.any():
-            found.append(
-                {**labels[i], "cls": labels[i]["cls"][keep], "bboxes": labels[i]["bboxes"][keep], "segments": []}
-            )
+            found.append({**labels[i], "cls": labels[i]["cls"][keep], "bboxes": labels[i]["bboxes"][keep]})
     return found
 
 
@@ -92,8 +88,7 @@ def _features(
     model: nn.Module, pictures: list[dict[str, Any]], classes: np.ndarray, imgsz: int, views: list[View] | None = None
 ) -> tuple[Features, torch.Tensor]:
     """Return the features of pictures, and the class of every object as its place among the classes."""
-    support = Support(dict(enumerate(model.names.values())), pictures, False, Path("calibration"))
-    features = extract(model, support, imgsz, views=views, desc="Calibrating")
+    features = extract(model, base_support(model, pictures), imgsz, views=views, desc="Calibrating")
     place = {c: i for i, c in enumerate(classes.tolist())}
     valid = features.embeds[0].any(1) if views is None else torch.ones(len(features.cls), dtype=torch.bool)
     features = recall(model.memory, features, classes.tolist()) if views is None else features

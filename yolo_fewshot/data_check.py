@@ -13,6 +13,7 @@ from ultralytics.data import utils
 from ultralytics.utils import NUM_THREADS, TQDM
 from ultralytics.utils.patches import imread
 
+from yolo_fewshot.class_names import repeated
 from yolo_fewshot.episodes import EpisodeSampler
 from yolo_fewshot.support import MIN_SIDE, list_pictures
 from yolo_fewshot.wording import few
@@ -159,6 +160,26 @@ def check_classes(split: Split, names: dict[int, str]) -> Finding:
         return Finding("ok", f"{split.name}: all {len(names)} classes have pictures.")
     what = "nothing is learned of them" if split.name == "train" else "their AP is not measured"
     return Finding("warning", f"{split.name}: no picture of {few(missing)}, {what}. Label some, or drop the classes.")
+
+
+def check_names(names: dict[int, str]) -> list[Finding]:
+    """Look for names that several classes have.
+
+    Args:
+        names (dict[int, str]): Class names.
+
+    Returns:
+        (list[Finding]): What was found.
+    """
+    twice = [
+        f"{n} (ids {', '.join(str(i) for i, x in names.items() if str(x) == n)})" for n in repeated(names.values())
+    ]
+    if not twice:
+        return []
+    text = f"Several classes have the same name: {few(twice)}. They are trained as classes of their own, but shots and"
+    return [
+        Finding("warning", f"{text} other data are matched by name. Give each class a name of its own in 'names:'.")
+    ]
 
 
 def check_duplicates(a: Split, b: Split) -> Finding:

@@ -23,6 +23,7 @@ from yolo_fewshot.data_check import (
     check_boxes,
     check_classes,
     check_duplicates,
+    check_names,
     check_shots,
     read_split,
 )
@@ -122,8 +123,11 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
     described = check_det_dataset(args.data)
     splits = [read_split(described, name) for name in ("train", "val")]
     say("Boxes", [f for s in splits for f in check_boxes(s)])
+    classes = check_names(described["names"])
     if args.stage != 3:  # which keeps what it has no shots of
-        say("Classes", [check_classes(s, described["names"]) for s in splits])
+        classes += [check_classes(s, described["names"]) for s in splits]
+    if classes:
+        say("Classes", classes)
     say("Train and val", [check_duplicates(*splits)])
     say("Shots", check_shots(splits[0], described["names"], args))
     if any(f.level == "error" for f in found):

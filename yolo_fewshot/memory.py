@@ -20,6 +20,20 @@ WEIGHT = 0.3  # of one of them in a fit, beside 1 of an anchor of the support pi
 Memory = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
+def base_support(model: nn.Module, labels: list[dict[str, Any]]) -> Support:
+    """Return images that a model was trained on, or others like them, as a support set.
+
+    Args:
+        model (nn.Module): Few-shot model, whose classes the labels count.
+        labels (list[dict[str, Any]]): Labels of the images, as in `YOLODataset.labels`.
+
+    Returns:
+        (Support): The support set, with as many channels as the model takes.
+    """
+    labels = [{**x, "segments": []} for x in labels]
+    return Support(dict(model.names), labels, False, Path("base"), model.yaml.get("channels", 3))
+
+
 def remember(model: nn.Module, train: list[dict[str, Any]], imgsz: int, seed: int = 0) -> Memory:
     """Keep anchors of training pictures: of objects, and background that looks most like an object. Deterministic.
 
@@ -33,8 +47,7 @@ def remember(model: nn.Module, train: list[dict[str, Any]], imgsz: int, seed: in
         (Memory): The anchors, on the CPU.
     """
     rng = np.random.default_rng(seed)
-    pictures = [{**train[i], "segments": []} for i in np.sort(rng.permutation(len(train))[:PICTURES])]
-    support = Support(dict(model.names), pictures, False, Path("base"))
+    support = base_support(model, [train[i] for i in np.sort(rng.permutation(len(train))[:PICTURES])])
     features = extract(model, support, imgsz, views=[View()], rows=0, desc="Remembering base pictures")
     memory = []
     for anchors in features.anchors:

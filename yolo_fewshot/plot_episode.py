@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.plotting import Annotator, colors
 
@@ -29,7 +30,7 @@ def plot_episode(
     objects, or what was found in it.
 
     Args:
-        batch (dict): Preprocessed episode with `img` (B, 3, H, W) float in 0..1, `cls`, `bboxes` (x, y, w, h in 0..1),
+        batch (dict): Preprocessed episode with `img` (B, C, H, W) float in 0..1, `cls`, `bboxes` (x, y, w, h in 0..1),
             `batch_idx`, `support` (B,) bool and `way` (B,), the class that each picture was drawn for.
         names (dict[int, str]): Class names.
         file (Path): Picture to write.
@@ -66,7 +67,10 @@ def _detections(found: torch.Tensor, names: dict[int, str]) -> Boxes:
 
 def _cell(batch: dict[str, Any], picture: int, boxes: Boxes) -> np.ndarray:
     """Return a picture with its boxes, (h, w, 3) uint8, BGR."""
-    img = (batch["img"][picture].cpu().float() * 255).byte().permute(1, 2, 0).numpy()
+    img = batch["img"][picture].cpu().float()
+    c = len(img)
+    img = img.expand(3, -1, -1) if c == 1 else F.pad(img, (0, 0, 0, 0, 0, max(3 - c, 0)))[:3]  # as in plot_images
+    img = (img * 255).byte().permute(1, 2, 0).numpy()
     scale = CELL / max(img.shape[:2])
     img = cv2.resize(img[..., ::-1], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     annotator = Annotator(np.ascontiguousarray(img), line_width=2)

@@ -18,6 +18,7 @@ from ultralytics.data import utils
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, ops
 
 import yolo_fewshot
+from yolo_fewshot.class_names import repeated
 from yolo_fewshot.plugin import cfg_dir
 from yolo_fewshot.support import MIN_SIDE, list_pictures
 from yolo_fewshot.wording import few
@@ -57,7 +58,8 @@ def split(
 ) -> Path:
     """Split a detection data set into base classes and K shots of novel classes.
 
-    Everything is checked first, and the folder appears when it is complete. Pictures are linked, not copied.
+    Everything is checked first, and the folder appears when it is complete. Pictures are linked, and copied only where
+    the system allows neither symbolic nor hard links.
 
     Args:
         data (str | Path): A YOLO data.yaml, or the COCO json of the train pictures.
@@ -205,6 +207,7 @@ def _read_coco(data: Any, val: Any, images: Any, val_images: Any) -> tuple[list[
                 f"{file} is no COCO json of boxes: {e!r}. It needs 'images' with id, file_name, width and height, "
                 "'annotations' with image_id, category_id and bbox, and 'categories' with id and name."
             ) from e
+        _check_unique(shown, file)
         names = names or shown
         unknown = sorted(set(shown) - set(names))
         if unknown:
@@ -235,11 +238,16 @@ def _load_coco(file: Path, folder: str, names: list[str]) -> tuple[list[str], li
     return list(categories.values()), tasks
 
 
-def _order(names: list[str], novel: list[str], data: Any) -> list[str]:
-    """Return the class names, base ones first."""
-    twice = sorted(n for n, k in Counter(names).items() if k > 1)
+def _check_unique(names: list[str], data: Any) -> None:
+    """Raise an error if several classes have the same name."""
+    twice = repeated(names)
     if twice:
         raise ValueError(f"Several classes of {data} have the name {few(twice)}. Names must be unique.")
+
+
+def _order(names: list[str], novel: list[str], data: Any) -> list[str]:
+    """Return the class names, base ones first."""
+    _check_unique(names, data)
     unknown = {n: difflib.get_close_matches(n, names) for n in novel if n not in names}
     if unknown:
         listed = few([f"{n} (similar: {', '.join(x)})" if x else n for n, x in unknown.items()])
@@ -415,6 +423,7 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
     """Write everything into a folder beside the target, and rename it when it is complete."""
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     files: dict[str, str] = {}
+    placed: Counter = Counter()
     try:
         for folder in views:
             for kind in ("images", "labels", "ignore"):
@@ -422,8 +431,9 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
         tasks = [(part, folder, *x) for folder, view in views.items() for x in view]
         with ThreadPool(NUM_THREADS) as pool:
             try:
-                for x in TQDM(pool.imap(_save_picture, tasks), desc="Writing...", total=len(tasks)):
+                for x, how in TQDM(pool.imap(_save_picture, tasks), desc="Writing...", total=len(tasks)):
                     files |= x
+                    placed[how] += 1
             finally:
                 pool.terminate()
                 pool.join()  # after a failure others may still be writing
@@ -437,20 +447,40 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    others = [f"{n} images are {how}" for how, n in placed.items() if how != "symbolic links"]
+    if others:
+        LOGGER.info(f"Symbolic links were refused by the system, so {', '.join(others)}.")
 
 
-def _save_picture(task: tuple[Path, str, Picture, np.ndarray]) -> dict[str, str]:
-    """Write a picture with its labels and what is to be ignored in it; return the SHA-256 of each file."""
+def _place(file: str, target: Path) -> str:
+    """Put an image at another place without a copy if the system allows it; return how."""
+    for link, how in ((os.symlink, "symbolic links"), (os.link, "hard links")):  # Windows may refuse the first
+        try:
+            link(file, target)
+        except (NotImplementedError, OSError):
+            continue
+        return how
+    shutil.copyfile(file, target)
+    return "copies"
+
+
+def _save_picture(task: tuple[Path, str, Picture, np.ndarray]) -> tuple[dict[str, str], str]:
+    """Write a picture with its labels and what is to be ignored in it.
+
+    Args:
+        task (tuple[Path, str, Picture, np.ndarray]): Root, folder, picture, and which of its objects are labelled.
+
+    Returns:
+        files (dict[str, str]): SHA-256 of each file.
+        how (str): What the picture is there, see `_place`.
+    """
     part, folder, p, labelled = task
     image, stem = f"images/{folder}/{p.name}", os.path.splitext(p.name)[0]
-    try:
-        os.symlink(os.path.realpath(p.file), part / image)
-    except (NotImplementedError, OSError):  # Windows allows links to administrators only
-        shutil.copyfile(p.file, part / image)
+    how = _place(os.path.realpath(p.file), part / image)
     boxes = [" ".join(f"{v:.6f}" for v in row[1:5]) for row in p.rows]
     files = {f"labels/{folder}/{stem}.txt": [f"{row[0]:.0f} {b}" for row, b, x in zip(p.rows, boxes, labelled) if x]}
     if not labelled.all():
         files[f"ignore/{folder}/{stem}.txt"] = [b for b, x in zip(boxes, labelled) if not x]
     for name, lines in files.items():
         (part / name).write_bytes("".join(f"{x}\n" for x in lines).encode())
-    return {image: p.digest} | {name: _sha256(part / name) for name in files}
+    return {image: p.digest} | {name: _sha256(part / name) for name in files}, how

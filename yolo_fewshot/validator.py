@@ -13,13 +13,16 @@ from torch.utils.data import DataLoader
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import LOGGER
 
+from yolo_fewshot.class_names import UNKNOWN, check_unambiguous, match_classes, repeated
 from yolo_fewshot.metrics import COCO, RESULTS, FewShotMetrics
+from yolo_fewshot.wording import few
 
 
 class FewShotValidator(DetectionValidator):
     """Ultralytics' validator with the labels matched to the model's classes by name.
 
     Enrolled classes are appended to the base classes, so that a data set of shots alone counts its classes differently.
+    A name that several classes have is matched by index, see `match_classes`.
 
     Outside of training it also reports the AP of base and novel classes and their harmonic mean, and saves them as
     `base_novel.csv`. Novel are the classes in the data.yaml's `fewshot: {novel: [...]}`, or else those enrolled.
@@ -71,30 +74,31 @@ class FewShotValidator(DetectionValidator):
             model (nn.Module): Model to validate.
 
         Raises:
-            ValueError: If the pictures show a class that the model does not know, or if the data's section `fewshot`
-                is malformed.
+            ValueError: If the pictures show a class that the model does not know, or whose name is ambiguous, or if
+                the data's section `fewshot` is malformed.
         """
         super().init_metrics(model)
-        index = {str(n): i for i, n in self.names.items()}
         names = self.data["names"]
-        self.class_index = torch.tensor([index.get(str(names[i]), -1) for i in range(len(names))])
+        index = match_classes(names, self.names)
         if self.is_coco or self.is_lvis:  # their annotations count the classes as the data does
             ids = self.class_map if self.is_coco else range(1, len(names) + 1)
-            order = {i: j for j, i in enumerate(self.class_index.tolist())}
+            order = {i: j for j, i in index.items()}
             self.class_map = [ids[order[i]] if i in order else 0 for i in self.names]
         if self.args.single_cls:  # every label is 0, and so is every prediction
-            self.class_index.zero_()
+            index = dict.fromkeys(names, 0)
         shown = np.unique(np.concatenate([x["cls"].reshape(-1) for x in self.dataloader.dataset.labels])).astype(int)
-        unknown = [names[i] for i in shown if self.class_index[i] < 0]
+        check_unambiguous(names, index, shown, self.args.data)
+        unknown = [names[i] for i in shown if index[i] == UNKNOWN]
         if unknown:
             raise ValueError(
                 f"The pictures of '{self.args.data}' show {', '.join(unknown)}, which the model does not know. Enroll "
                 "these classes first, i.e. FewShotYOLO(...).enroll('shots.yaml'), or validate on other data."
             )
-        self.metrics.novel = set() if self.training or self.args.single_cls else self._novel_classes(model)
+        self.metrics.novel = set() if self.training or self.args.single_cls else self._novel_classes(model, index)
+        self.class_index = torch.tensor([index[i] for i in range(len(names))], device=self.device)
 
-    def _novel_classes(self, model: nn.Module) -> set[int]:
-        """Return the model's class indices of the novel classes."""
+    def _novel_classes(self, model: nn.Module, index: dict[int, int]) -> set[int]:
+        """Return the model's class indices of the novel classes, given those of all classes of the data."""
         if "fewshot" not in self.data:
             native = model.model if getattr(model, "format", None) == "pt" else model
             enrolled = getattr(native, "enrolled", None) or {}
@@ -113,7 +117,13 @@ class FewShotValidator(DetectionValidator):
                 f"'fewshot: novel' in '{self.args.data}' lists {', '.join(unknown)}, which is no class there. Use "
                 f"names from 'names:' (a name that is a number in quotes) or ids from 0 to {len(names) - 1}."
             )
-        return {int(self.class_index[ids[x]]) for x in novel} - {-1}
+        unclear = [x for x in repeated(names.values()) if x in novel]
+        if unclear:
+            raise ValueError(
+                f"'fewshot: novel' in '{self.args.data}' lists {few(unclear)}, a name that several classes have. Use "
+                f"their ids, from 0 to {len(names) - 1}."
+            )
+        return {i for i in (index[ids[x]] for x in novel) if i >= 0}
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Preprocess as Ultralytics does, with the model's class indices in `cls`.
@@ -125,7 +135,7 @@ class FewShotValidator(DetectionValidator):
             (dict): Batch.
         """
         batch = super().preprocess(batch)
-        batch["cls"] = self.class_index.to(self.device)[batch["cls"].long()].to(batch["cls"])
+        batch["cls"] = self.class_index[batch["cls"].long()].to(batch["cls"])
         return batch
 
     def finalize_metrics(self) -> None:

@@ -298,6 +298,24 @@ def test_what_the_model_remembers_serves_as_background_but_for_the_classes_that_
 # Methods --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("nms, branch", [(None, 0), (True, 0), (False, 1)])
+def test_thresholds_are_those_of_the_branch_that_predicts(shots, monkeypatch, nms, branch):
+    asked, model = [], model_of("yolo26n-fewshot.yaml")
+    monkeypatch.setattr(module, "thresholds", lambda found: asked.append(found) or [None, None])
+    features = extract(model, shots, SIZE)
+    labels = compact(features, shots.names)[1]
+    enroll(model, shots, SIZE, method="mean", nms=nms)
+    own = features._replace(anchors=features.anchors[branch:], embeds=features.embeds[branch:])
+    mean, bank = torch.full((2,), math.inf), model.model[-1].banks[branch]
+    expected, other = (detect_left_out(own, labels, mean, bank, free) for free in (nms is not False, nms is False))
+    assert all(map(torch.equal, asked[0], expected)) and len(expected.conf) != len(other.conf)
+
+
+def test_a_head_without_a_branch_that_is_free_of_nms_predicts_as_always(model, shots):
+    other = deepcopy(model)
+    assert enroll(model, shots, SIZE, nms=False) == enroll(other, shots, SIZE) and same(model, other)
+
+
 @pytest.mark.parametrize("single, method", [(None, "fit"), (PULL, "fit"), (math.inf, "mean")])
 def test_auto_enrolls_few_shots_as_training_found_best(model, shots, single, method):
     other = deepcopy(model)
@@ -317,7 +335,7 @@ def left_out(monkeypatch):
     """Let detections with `fit` and `mean` pulls find these objects of three classes; yields the pulls looked at."""
     pulls, hits = [], {}
 
-    def detect(features, labels, pull, bank):
+    def detect(features, labels, pull, bank, nms):
         pulls.append(pull)
         found = hits["mean" if pull[0].isinf() else "fit"]
         cls = torch.arange(3).repeat_interleave(COUNTS)

@@ -1,4 +1,6 @@
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -6,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.ops import xywh2xyxy
 
 from yolo_fewshot import features as module
-from yolo_fewshot.assign import BoxAssignment
 from yolo_fewshot.features import View, branch_predictions, extract, show, support_views
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.support import read_support
@@ -195,10 +197,33 @@ def picture_batch(file, size=96):
     }
 
 
+def assigned_by_loss(model):
+    """Of every branch, a function that assigns as the branch's own loss does where every class is certain."""
+    loss = E2ELoss(model) if len(model.model[-1].branches) > 1 else v8DetectionLoss(model)
+    losses = [loss.one2many, loss.one2one] if len(model.model[-1].branches) > 1 else [loss]
+
+    def assign(loss, pred, shown):
+        found, recorded = loss.assigner.forward, {}
+        sure = {**pred, "scores": torch.full_like(pred["scores"], 20.0)}
+        loss.hyp = SimpleNamespace(box=0, cls=0, dfl=0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                loss.assigner,
+                "forward",
+                lambda s, b, *x: recorded.update(boxes=b, out=found(s, b, *x)) or recorded["out"],
+            )
+            loss.get_assigned_targets_and_loss(sure, {**shown, "cls": torch.zeros_like(shown["cls"])})
+        _, _, scores, mask, index = recorded["out"]
+        fg = mask.nonzero(as_tuple=True)
+        return fg, index[fg], scores[fg].amax(1), None, recorded["boxes"]
+
+    return [partial(assign, x) for x in losses]
+
+
 @torch.no_grad()
 def one_by_one(model, support, views):
     """Objects' embeddings and all anchors, from one forward pass for every picture and view, with loops."""
-    head, assign = model.model[-1], BoxAssignment(model)
+    head, assign = model.model[-1], assigned_by_loss(model)
     embeds, anchors, n = [[] for _ in head.branches], [{} for _ in head.branches], 0
     for p, label in enumerate(support.labels):
         batch = picture_batch(label["im_file"])
@@ -211,7 +236,7 @@ def one_by_one(model, support, views):
             for b, pred in enumerate([preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]):
                 e, side = pred["embeds"][0].T, shown["img"].shape[2]
                 level = [i for i, s in enumerate((8, 16, 32)) for _ in range((side // s) ** 2)]
-                fg, gt_idx, weight, _, boxes = assign(pred, shown)
+                fg, gt_idx, weight, _, boxes = assign[b](pred, shown)
                 owner, weights = torch.full((len(e),), -1), torch.zeros(len(e))
                 for a, g, w in zip(fg[1].tolist(), gt_idx.long().tolist(), weight):
                     owner[a], weights[a] = n + g, w
@@ -255,6 +280,17 @@ def test_a_dual_head_has_two_branches(extracted):
     assert len(features.embeds) == len(features.anchors) == len(model.model[-1].branches)
     if len(features.embeds) == 2:
         assert not torch.allclose(features.embeds[0], features.embeds[1], atol=0.1)
+
+
+def test_an_object_has_as_many_anchors_as_training_gives_it_in_the_branch(extracted):
+    _, features, _ = extracted
+    most = []
+    for anchors in features.anchors:
+        own = anchors.objects >= 0
+        most.append(
+            torch.stack([anchors.objects[own], anchors.view[own]]).unique(dim=1, return_counts=True)[1].max().item()
+        )
+    assert most == [10, 1][: len(most)]
 
 
 def test_every_anchor_of_an_object_is_kept_as_it_is(extracted):

@@ -71,6 +71,7 @@ def enroll(
     method: str = "auto",
     views: list[View] | None = None,
     keep: Collection[str] = (),
+    nms: bool | None = None,
 ) -> Shots:
     """Set or append the classifiers of the classes that a support set shows; nothing else changes.
 
@@ -84,6 +85,8 @@ def enroll(
         views (list[View], optional): Views of the pictures, those of `support_views` if not given.
         keep (Collection[str]): Classes of the model that stay as they are. Their objects in the support pictures are
             negatives of the others, and help to choose the method.
+        nms (bool, optional): As in prediction: where it is False, the one-to-one branch of a dual head will predict, so
+            thresholds and the choice of the method are for it.
 
     Returns:
         (Shots): What was enrolled.
@@ -103,8 +106,10 @@ def enroll(
         )
     head, known = model.model[-1], {str(n): i for i, n in model.names.items()}
     shown = {n: i for n, i in known.items() if n in names}
+    branch = int(nms is False and len(head.banks) > 1)
     judged = recall(model.memory, features, list(shown.values()))  # none of the classes takes itself for a negative
-    pull, left_out = choose(judged, labels, counts, method, head.banks[0], model.pull or PULL)
+    judged = judged._replace(embeds=judged.embeds[branch:], anchors=judged.anchors[branch:])
+    pull, left_out = choose(judged, labels, counts, method, head.banks[branch], model.pull or PULL, not branch)
     features = recall(model.memory, features, [i for n, i in shown.items() if n not in keep])
     rows = [classifiers(features, labels, pull, i, bank) for i, bank in enumerate(head.banks)]
     conf = thresholds(left_out)
@@ -126,7 +131,7 @@ def enroll(
         }
     model.enrolled.update(classes)
     model.nc = model.yaml["nc"] = head.nc
-    objects = _objects(support, features, labels, names)
+    objects = _objects(support, judged, labels, names)
     return Shots(classes, {name: objects[name] for name in classes})
 
 
@@ -190,7 +195,13 @@ def _objects(support: Support, features: Features, labels: torch.Tensor, names: 
 
 
 def choose(
-    features: Features, labels: torch.Tensor, counts: torch.Tensor, method: str, bank: Prototypes, single: float
+    features: Features,
+    labels: torch.Tensor,
+    counts: torch.Tensor,
+    method: str,
+    bank: Prototypes,
+    single: float,
+    nms: bool = True,
 ) -> tuple[torch.Tensor, Detections]:
     """Choose the pull of every class, and detect in the support pictures with classifiers that did not see them.
 
@@ -199,12 +210,13 @@ def choose(
     tell too little, so there it takes what was better on base classes enrolled from one shot when training ended.
 
     Args:
-        features (Features): Features of a support set.
+        features (Features): Features of a support set, with those of the branch that predicts in front.
         labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
         counts (torch.Tensor): Shots of every class, (n,).
         method (str): 'auto', 'mean' or 'fit'.
-        bank (Prototypes): Prototypes of the branch that predicts, the first.
+        bank (Prototypes): Prototypes of the branch that predicts.
         single (float): Pull of one shot for classes of few shots under 'auto'.
+        nms (bool): Whether NMS follows; not for the one-to-one branch.
 
     Returns:
         pull (torch.Tensor): (n,) float32.
@@ -213,13 +225,13 @@ def choose(
     mean, fit = torch.full((len(counts),), math.inf), PULL / counts
     if method != "auto":
         pull = mean if method == "mean" else fit
-        return pull, detect_left_out(features, labels, pull, bank)
+        return pull, detect_left_out(features, labels, pull, bank, nms)
     few = counts < ENOUGH
     if few.all():
         pull = single / counts
-        return pull, detect_left_out(features, labels, pull, bank)
+        return pull, detect_left_out(features, labels, pull, bank, nms)
     options = [torch.where(few, single / counts, p) for p in (fit, mean)]
-    found = [detect_left_out(features, labels, p, bank) for p in options]
+    found = [detect_left_out(features, labels, p, bank, nms) for p in options]
     scores = [ap50(x._replace(truths=x.truths * ~few)) for x in found]
     best = scores[1] > scores[0] + MARGIN
     return options[best], found[best]

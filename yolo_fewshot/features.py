@@ -169,8 +169,8 @@ def extract(
 ) -> Features:
     """Extract the features of a support set: one forward pass of each view of each picture.
 
-    An object's anchors are the ones that training would assign to it by the IoU of their boxes alone, since a class
-    that is not enrolled yet has no score.
+    An object's anchors are the ones that training would assign to it in the branch by the IoU of their boxes alone,
+    since a class that is not enrolled yet has no score.
 
     Args:
         model (nn.Module): Few-shot model in eval mode.
@@ -189,7 +189,7 @@ def extract(
     imgsz = check_imgsz(imgsz, stride=stride)
     trained = [i for i, n in model.names.items() if str(n) not in model.enrolled]
     keep = min(max(rows // (len(support.labels) * len(views)), 32), 512)
-    assign = BoxAssignment(model)
+    assign = BoxAssignment.of_branches(model)
     cls, boxes, pictures = [], [], []
     branches = [([], []) for _ in model.model[-1].branches]  # of each one, embeddings of objects, and anchors
     n_pictures = n_objects = 0
@@ -208,7 +208,7 @@ def extract(
             for b, preds in enumerate(branch_predictions(model, shown["img"])):
                 centres, strides = make_anchors(preds["feats"], model.stride, 0.5)
                 free = outside(ignored, centres * strides, size, len(shown["img"]))
-                assigned, picture = assign(preds, shown), shown["batch_idx"].long()
+                assigned, picture = assign[b](preds, shown), shown["batch_idx"].long()
                 embeds, anchors = _features(preds, assigned, picture, free, keep, trained)
                 sums[b] = sums[b] + embeds
                 anchors = anchors._replace(

@@ -52,6 +52,7 @@ class FewShotYOLO(YOLO):
         method: str = "auto",
         device: str | None = None,
         plot: str | Path | None = None,
+        nms: bool | None = None,
     ) -> dict[str, int]:
         """Teach the model the classes that a support set shows, without training; all other classes stay as they are.
 
@@ -68,6 +69,8 @@ class FewShotYOLO(YOLO):
                 clearly better, see `yolo_fewshot.enroll.choose`.
             device (str, optional): Device, as in Ultralytics; that of the model if not given.
             plot (str | Path, optional): Picture of the shots to write, i.e. 'support_check.png'; none if not given.
+            nms (bool, optional): As in `predict`: where it is False, suggested thresholds and `auto` are for the
+                NMS-free branch of dual heads. Both branches are enrolled anyway.
 
         Returns:
             (dict[str, int]): Number of shots per enrolled class.
@@ -99,7 +102,7 @@ class FewShotYOLO(YOLO):
         model.eval().to(home if device in (None, "") else select_device(device, verbose=False))
         try:
             size = imgsz or self.overrides.get("imgsz", 640)
-            result = enrolment.enroll(model, shots, size, batch, method, views, kept)
+            result = enrolment.enroll(model, shots, size, batch, method, views, kept, nms)
         finally:
             model.train(training).to(home)
         self._changed()
@@ -222,9 +225,11 @@ class FewShotYOLO(YOLO):
         imgsz = kwargs.get("imgsz")
         imgsz = max(imgsz) if isinstance(imgsz, (list, tuple)) else imgsz
         changed = Path(support).stat().st_mtime if Path(support).exists() else None
-        given = (id(self.model), support, changed, method, imgsz)
+        asked = {**self.overrides, **kwargs}
+        nms = False if asked.get("end2end") else asked.get("nms")  # Ultralytics' old name of nms=False
+        given = (id(self.model), support, changed, method, imgsz, nms is False)
         if self.__dict__.get("_given") != given:
-            self.enroll(support, imgsz=imgsz, method=method, device=kwargs.get("device"))
+            self.enroll(support, imgsz=imgsz, method=method, device=kwargs.get("device"), nms=nms)
             self._given, self._undrawn = given, True
         return kwargs
 

@@ -305,7 +305,7 @@ def test_every_anchor_of_an_object_is_kept_as_it_is(extracted):
             torch.testing.assert_close(anchors.boxes[mask], boxes[own], rtol=1e-4, atol=1e-2)
             torch.testing.assert_close(anchors.weight[mask], weights[own], rtol=1e-3, atol=1e-4)
             seen += int(mask.sum())
-        assert seen == (anchors.objects >= 0).sum() > 100
+        assert seen == (anchors.objects >= 0).sum() > 20
         assert (anchors.weight[anchors.objects < 0] == 1).all()
 
 

@@ -18,7 +18,7 @@ from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plot_support import FILE, plot_support
 from yolo_fewshot.plugin import no_head
-from yolo_fewshot.support import read_support, shown_beside
+from yolo_fewshot.support import Support, read_support, shown_beside
 from yolo_fewshot.wording import few
 
 
@@ -56,8 +56,9 @@ class FewShotYOLO(YOLO):
     ) -> dict[str, int]:
         """Teach the model the classes that a support set shows, without training; all other classes stay as they are.
 
-        Classes with a known name are enrolled anew, others are appended. Classes of its training that the support set
-        shows beside others only, and in no picture of their own, are not shots: they stay as they are.
+        Classes with a known name are enrolled anew, others are appended. Known classes that the support set shows
+        beside new ones only, and in no image without them, are not shots: they stay as they are, and their objects
+        there are negatives. The same holds for classes of its training beside any that it was not trained on.
 
         Args:
             support (str | Path): YOLO data.yaml, whose train split counts; .txt list of pictures with YOLO label files;
@@ -83,20 +84,7 @@ class FewShotYOLO(YOLO):
         model = self._few_shot_model("enroll")
         table.check({"enroll": method})  # before the support set is read
         shots = read_support(str(support), model.names)  # the command line turns digits into an int
-        trained = [n for n in map(str, model.names.values()) if n not in model.enrolled]
-        kept = shown_beside(shots, trained)
-        if kept:
-            LOGGER.info(
-                f"{few(kept)}: trained classes, which stay as they are, for only pictures of other classes show them. "
-                "To enroll one anew, add a picture of it by itself."
-            )
-        shown = shots.shown
-        again = [n for n in trained if n in shown and n not in kept]
-        if again:
-            LOGGER.warning(
-                f"{few(again)}: trained classes, which are enrolled anew from these shots. If the shots mean something "
-                "else, give the class another name."
-            )
+        kept = self._kept(model, shots)
         views = support_views((self.ckpt or {}).get("train_args") or {}, shots.crops)
         home, training = next(model.parameters()).device, model.training
         model.eval().to(home if device in (None, "") else select_device(device, verbose=False))
@@ -212,6 +200,31 @@ class FewShotYOLO(YOLO):
             return super().export(**kwargs)
         finally:
             self.model = model
+
+    @staticmethod
+    def _kept(model: FewShotDetectionModel, shots: Support) -> list[str]:
+        """Return the known classes that a support set merely shows beside others, and log what becomes of the known."""
+        known = [str(n) for n in model.names.values()]
+        trained, enrolled = ([n for n in known if (n in model.enrolled) is x] for x in (False, True))
+        beside = shown_beside(shots, known)
+        by_kind = {
+            "trained": (trained, shown_beside(shots, trained)),
+            "already enrolled": (enrolled, [n for n in enrolled if n in beside]),
+        }
+        for kind, (names, kept) in by_kind.items():
+            if kept:
+                LOGGER.info(
+                    f"{few(kept)}: {kind} classes, which stay as they are, for only pictures of other classes show "
+                    "them. To enroll one anew, add a picture of it by itself."
+                )
+            again = [n for n in names if n in shots.shown and n not in kept]
+            if again:
+                say = LOGGER.warning if names is trained else LOGGER.info
+                say(
+                    f"{few(again)}: {kind} classes, which are enrolled anew from these shots. If the shots mean "
+                    "something else, give the class another name."
+                )
+        return [n for _, kept in by_kind.values() for n in kept]
 
     def _enroll_from(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Enroll what `support` and `enroll` among some arguments ask for, and return the others.

@@ -12,7 +12,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import YAML
 
 from yolo_fewshot import support as module
-from yolo_fewshot.support import Support, SupportDataset, read_support, shown_beside
+from yolo_fewshot.support import Support, SupportDataset, fingerprint, read_support, shown_beside
 
 NAMES = {0: "cat", 1: "dog"}  # of the model
 
@@ -235,6 +235,84 @@ def test_folder_of_crops(tmp_path, monkeypatch):
     assert boxes(support) == [[[c, 0.5, 0.5, 1, 1]] for c in (0, 1, 1)]
     assert all(x["cls"].dtype == x["bboxes"].dtype == np.float32 for x in support.labels)
     assert all(x["cls"].shape == (1, 1) and x["bboxes"].shape == (1, 4) for x in support.labels)
+
+
+# Whether it is still the same -----------------------------------------------------------------------------------------
+
+
+def rewrite(file):
+    """Write a file of the same size with other content, a second later."""
+    found, text = file.stat(), file.read_text()
+    file.write_text(text.replace("cat", "cow").replace("0.25", "0.35"))
+    assert file.stat().st_size == found.st_size and file.read_text() != text
+    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + 10**9))
+
+
+CHANGES = {
+    "a corrected label file": lambda root: rewrite(root / "labels/a.txt"),
+    "a label file of another length with the same time": lambda root: (
+        label(root / "labels/a.txt", "2 0.5 0.5 0.25 0.5", "0 0.5 0.5 0.1 0.1"),
+        os.utime(root / "labels/a.txt", ns=(1, 1)),
+    ),
+    "a new label file": lambda root: label(root / "labels/c.txt", "2 0.5 0.5 0.25 0.5"),
+    "a removed label file": lambda root: (root / "labels/a.txt").unlink(),
+    "another image of this name": lambda root: picture(root / "images/a.png", seed=9),
+    "other class names": lambda root: [rewrite(root / x) for x in ("shots.yaml", "classes.txt")],
+    "other boxes to ignore": lambda root: label(root / "ignore/a.txt", "0.5 0.5 0.1 0.1"),
+}
+
+
+@pytest.mark.parametrize("form", ["shots.yaml", "list.txt", "."])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_any_file_is_noticed(root, monkeypatch, form, change):
+    data_yaml(root / "shots.yaml", train="list.txt", names=["cat", "dog", "bird"], fewshot={"ignore": "ignore"})
+    if change == "other class names":
+        label(root / "classes.txt", "cat", "dog", "bird")
+    os.utime(root / "labels/a.txt", ns=(1, 1))
+    monkeypatch.chdir(root)
+    before = fingerprint(form)
+    assert fingerprint(form) == before == fingerprint(root / form) and hash(before)
+    CHANGES[change](root)
+    assert fingerprint(form) != before
+
+
+def test_added_and_removed_images_are_noticed(root, shots):
+    seen = {fingerprint(shots)}
+    picture(root / "images/deep/d.png")
+    seen.add(fingerprint(shots))
+    (root / "images/c.png").unlink()
+    seen.add(fingerprint(shots))
+    assert len(seen) == 3
+
+
+def test_added_changed_and_removed_crops_are_noticed(tmp_path):
+    for name in ("fish/1.png", "fish/2.png", "bird/1.png"):
+        picture(tmp_path / name)
+    seen = [fingerprint(tmp_path)]
+    for change in (
+        lambda: picture(tmp_path / "bird/2.png"),
+        lambda: picture(tmp_path / "bird/2.png", h=50),
+        lambda: (tmp_path / "fish/2.png").unlink(),
+        lambda: (tmp_path / "fish").rename(tmp_path / "carp"),
+    ):
+        assert fingerprint(tmp_path) == seen[-1]
+        change()
+        seen.append(fingerprint(tmp_path))
+    assert len(set(seen)) == 5
+
+
+def test_no_image_and_no_label_is_read_to_notice_a_change(root, shots, monkeypatch):
+    for x in ("images/a.png", "labels/a.txt"):
+        (root / x).write_bytes(b"not what it should be")
+    monkeypatch.setattr(module, "_verify", None)
+    assert fingerprint(shots) == fingerprint(shots)
+
+
+def test_a_support_set_that_is_gone_is_an_error(root, shots):
+    fingerprint(shots)
+    shots.unlink()
+    with fails(FileNotFoundError, f"support='{shots}' does not exist"):
+        fingerprint(shots)
 
 
 # Classes that are not meant -------------------------------------------------------------------------------------------

@@ -654,6 +654,31 @@ def test_the_same_support_set_is_enrolled_once_in_a_row(model, few, queries, cal
     ]
 
 
+def test_a_support_set_is_enrolled_again_after_its_labels_were_corrected(model, few, queries, calls, tmp_path):
+    shots = shutil.copytree(few.parent, tmp_path / "shots") / few.name
+    YAML.save(shots, {"train": "images", "names": ["hourglass", "star"]})
+    predict(model, queries[:1], support=shots, enroll="mean")
+    first = classifiers(model)["hourglass"]
+    wrong = shots.parent / "labels/03.txt"  # a star
+    wrong.write_text("0" + wrong.read_text()[1:])
+    predict(model, queries[:1], support=shots, enroll="mean")
+    assert len(calls) == 2 and model.model.enrolled["hourglass"]["shots"] == 3
+    assert not equal(classifiers(model)["hourglass"], first)
+
+
+def test_a_support_set_is_enrolled_again_after_crops_were_added(model, demo, queries, calls, tmp_path):
+    root = crops(demo, tmp_path / "crops")
+    removed = {f: f.read_bytes() for f in sorted((root / "umbrella").iterdir())[2:]}
+    for f in removed:
+        f.unlink()
+    predict(model, queries[:1], support=root, enroll="mean")
+    for f, data in removed.items():
+        f.write_bytes(data)
+    for _ in range(2):
+        predict(model, queries[:1], support=root, enroll="mean")
+    assert len(calls) == 2 and model.model.enrolled["umbrella"]["shots"] == 5
+
+
 def test_a_support_set_is_enrolled_again_after_its_class_was_forgotten(model, few, queries):
     predict(model, queries[:1], support=few)
     model.forget("hourglass")

@@ -17,7 +17,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, checks
 
-from yolo_fewshot.masked import ignore_folder
+from yolo_fewshot.masked import _beside, ignore_folder
 from yolo_fewshot.wording import few
 
 MIN_SIDE = 0.99  # least side of a box in pixels: 1, less the rounding of label files
@@ -102,12 +102,7 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
     source = _find(support)
     if source.is_dir():
         return _read_crops(source)
-    if source.suffix.lower() == ".txt":
-        data, files = _data_beside(source), list_pictures(source)
-    else:
-        data = _load_data(source)
-        files = [x for p in _train_paths(source, data) for x in list_pictures(p)]
-    files = list(dict.fromkeys(files))
+    data, files = _listed(source)
     if not files:
         raise ValueError(f"{source} names no pictures. Give at least one, labelled, per class.")
     label_files = utils.img2label_paths(files)
@@ -137,6 +132,41 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
             "class out of 'names'."
         )
     return Support(names, labels, False, source, data.get("channels") or 3, ignore_folder(data))
+
+
+def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what tells whether a support set is still the one that was read, without reading its images or labels.
+
+    Args:
+        support (str | Path): As for `read_support`.
+
+    Returns:
+        (tuple[tuple[str, int, int], ...]): Path, size and time of last change, in ns, of every file that counts: images
+            and label files, files of boxes to ignore, class names; size -1 for one that does not exist.
+
+    Raises:
+        FileNotFoundError: If the support set does not exist.
+        ValueError: If it names no images.
+    """
+    source = _find(support)
+    if source.is_dir():
+        files = [f for x in _crop_files(source).values() for f in x]
+    else:
+        data, images = _listed(source)
+        ignore, is_list = ignore_folder(data), source.suffix.lower() == ".txt"
+        names = [source.with_name("classes.txt"), *sorted(source.parent.glob("*.yaml"))] if is_list else []
+        ignored = filter(None, _beside(images, ignore)) if ignore else []
+        files = [source, *names, *images, *utils.img2label_paths(images), *ignored]
+    return tuple(_stat(str(f)) for f in files)
+
+
+def _stat(file: str) -> tuple[str, int, int]:
+    """Return path, size and time of last change of a file, -1 for one that does not exist."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return file, -1, -1
+    return file, found.st_size, found.st_mtime_ns
 
 
 def shown_beside(support: Support, names: Collection[str]) -> list[str]:
@@ -233,6 +263,16 @@ def _train_paths(file: Path, data: dict[str, Any]) -> list[Path]:
     return paths
 
 
+def _listed(source: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what a data.yaml, or a list and the files beside it, say: their content, and the images, each once."""
+    if source.suffix.lower() == ".txt":
+        data, files = _data_beside(source), list_pictures(source)
+    else:
+        data = _load_data(source)
+        files = [x for p in _train_paths(source, data) for x in list_pictures(p)]
+    return data, list(dict.fromkeys(files))
+
+
 def _lines(file: Path) -> list[str]:
     """Return the lines of a text file, without surrounding white space and empty last ones."""
     return [x.strip() for x in file.read_text(encoding="utf-8-sig", errors="replace").rstrip().splitlines()]
@@ -323,13 +363,18 @@ def _check_boxes(labels: list[dict[str, Any]], label_files: list[str], names: di
         )
 
 
-def _read_crops(folder: Path) -> Support:
-    """Read a folder with one sub-folder of cropped pictures per class, named after it."""
-    classes = {
+def _crop_files(folder: Path) -> dict[str, list[str]]:
+    """Return the images of every sub-folder of a folder of crops, by its name."""
+    return {
         x.name: sorted(str(f) for f in x.iterdir() if _is_picture(f.name) and not f.name.startswith("."))
         for x in sorted(folder.iterdir())
         if x.is_dir() and not x.name.startswith(".")
     }
+
+
+def _read_crops(folder: Path) -> Support:
+    """Read a folder with one sub-folder of cropped pictures per class, named after it."""
+    classes = _crop_files(folder)
     if not classes:
         raise ValueError(f"{folder} has neither a data.yaml nor sub-folders. {LAYOUTS}")
     if "images" in classes:  # not a class but the pictures of a data set

@@ -18,7 +18,7 @@ from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plot_support import FILE, plot_support
 from yolo_fewshot.plugin import no_head
-from yolo_fewshot.support import Support, read_support, shown_beside
+from yolo_fewshot.support import Support, fingerprint, read_support, shown_beside
 from yolo_fewshot.wording import few
 
 
@@ -229,7 +229,8 @@ class FewShotYOLO(YOLO):
     def _enroll_from(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Enroll what `support` and `enroll` among some arguments ask for, and return the others.
 
-        The same support set is not enrolled twice in a row, so that it may be given frame by frame.
+        The same support set is not enrolled twice in a row, so that it may be given frame by frame; it is the same as
+        long as none of its files has changed.
         """
         if kwargs.get("support") is None or not isinstance(self.model, FewShotDetectionModel):
             return {k: v for k, v in kwargs.items() if k != "enroll"}  # Ultralytics refuses `support` here
@@ -237,10 +238,9 @@ class FewShotYOLO(YOLO):
         support, method = str(kwargs.pop("support")), kwargs.pop("enroll", None) or "auto"
         imgsz = kwargs.get("imgsz")
         imgsz = max(imgsz) if isinstance(imgsz, (list, tuple)) else imgsz
-        changed = Path(support).stat().st_mtime if Path(support).exists() else None
         asked = {**self.overrides, **kwargs}
         nms = False if asked.get("end2end") else asked.get("nms")  # Ultralytics' old name of nms=False
-        given = (id(self.model), support, changed, method, imgsz, nms is False)
+        given = (id(self.model), fingerprint(support), method, imgsz, nms is False)
         if self.__dict__.get("_given") != given:
             self.enroll(support, imgsz=imgsz, method=method, device=kwargs.get("device"), nms=nms)
             self._given, self._undrawn = given, True

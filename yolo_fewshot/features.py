@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -148,12 +149,10 @@ def branch_predictions(model: nn.Module, img: torch.Tensor) -> list[dict[str, to
     Returns:
         (list[dict[str, torch.Tensor]]): As `FewShotDetect.forward_head` returns them in training.
     """
-    head = model.model[-1]
-    head.training = True  # the flag of the head alone, while BatchNorm stays in eval
-    try:
-        preds = model.predict(img)
-    finally:
-        head.training = False
+    head, shallow = copy(model.model[-1]), copy(model)
+    head.training = True  # the flag of this copy alone, while BatchNorm stays in eval and other threads see no change
+    shallow._modules = {**model._modules, "model": nn.Sequential(*model.model[:-1], head)}
+    preds = shallow.predict(img)
     return [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ class FewShotYOLO(YOLO):
 
     `predict`, `track`, `val` and `export` take Ultralytics' arguments and two more: `support`, the support set to
     enroll first, and `enroll`, the method. Where Ultralytics writes a run folder, all but `export` draw the shots, too.
+
+    Threads may share a model: what changes it, or copies it to predict, waits for the others to do so.
 
     Attributes:
         shots (Shots | None): What was enrolled last.
@@ -81,6 +84,20 @@ class FewShotYOLO(YOLO):
             FileNotFoundError: If the support set, or a picture that it lists, does not exist.
             ValueError: If the support set is unusable, or an argument is invalid; the text says what to change.
         """
+        with self._lock:
+            return self._enroll(support, imgsz, batch, method, device, plot, nms)
+
+    def _enroll(
+        self,
+        support: str | Path,
+        imgsz: int | None,
+        batch: int,
+        method: str,
+        device: str | None,
+        plot: str | Path | None,
+        nms: bool | None,
+    ) -> dict[str, int]:
+        """Enroll the classes of a support set, see `enroll`."""
         model = self._few_shot_model("enroll")
         table.check({"enroll": method})  # before the support set is read
         shots = read_support(str(support), model.names)  # the command line turns digits into an int
@@ -113,8 +130,9 @@ class FewShotYOLO(YOLO):
             TypeError: If the model has no few-shot head.
             ValueError: If the class was not enrolled.
         """
-        enrolment.forget(self._few_shot_model("forget"), name)
-        self._changed()
+        with self._lock:
+            enrolment.forget(self._few_shot_model("forget"), name)
+            self._changed()
         return self
 
     def fold(self) -> FewShotYOLO:
@@ -129,8 +147,9 @@ class FewShotYOLO(YOLO):
         Raises:
             TypeError: If the model has no few-shot head.
         """
-        self.model = self._few_shot_model("fold").fold()
-        self._changed()
+        with self._lock:
+            self.model = self._few_shot_model("fold").fold()
+            self._changed()
         return self
 
     def save(self, filename: str | Path = "saved_model.pt") -> None:
@@ -140,10 +159,11 @@ class FewShotYOLO(YOLO):
             filename (str | Path): File to write.
         """
         buffer = BytesIO()
-        super().save(buffer)
-        buffer.seek(0)
-        ckpt = torch.load(buffer, map_location="cpu", weights_only=False)
-        ckpt["model"].model[-1].float().load_state_dict(self.model.model[-1].state_dict())
+        with self._lock:
+            super().save(buffer)
+            buffer.seek(0)
+            ckpt = torch.load(buffer, map_location="cpu", weights_only=False)
+            ckpt["model"].model[-1].float().load_state_dict(self.model.model[-1].state_dict())
         save_checkpoint(ckpt, filename)
 
     def predict(self, source: Any = None, stream: bool = False, predictor: Any = None, **kwargs: Any) -> Any:
@@ -158,14 +178,16 @@ class FewShotYOLO(YOLO):
         Returns:
             (list[Results] | Iterator[Results]): Results.
         """
-        new, kwargs = kwargs.get("support"), self._enroll_from(kwargs)
-        enrolled = getattr(self.model, "enrolled", None)
-        if enrolled and not (self.predictor or new) and kwargs.get("verbose", True):
-            LOGGER.info(enrolment.table_of(enrolled))
-        results = super().predict(source, stream, predictor, **kwargs)
-        if self._undrawn and self.predictor.args.save:
-            self._draw(self.predictor.save_dir)
-        return results
+        with self._lock:
+            new, kwargs = kwargs.get("support"), self._enroll_from(kwargs)
+            enrolled = getattr(self.model, "enrolled", None)
+            if enrolled and not (self.predictor or new) and kwargs.get("verbose", True):
+                LOGGER.info(enrolment.table_of(enrolled))
+            results = super().predict(source, True, predictor, **kwargs)  # a generator: the predictor has a lock itself
+            self.predictor.stream = stream
+            if self._undrawn and self.predictor.args.save:
+                self._draw(self.predictor.save_dir)
+        return results if stream or results is None else list(results)
 
     def val(self, validator: Any = None, **kwargs: Any) -> Any:
         """Validate as Ultralytics does, after enrolling the classes of `support`, with base and novel AP.
@@ -177,10 +199,11 @@ class FewShotYOLO(YOLO):
         Returns:
             (FewShotMetrics): Results.
         """
-        kwargs = self._enroll_from(kwargs)
-        metrics = super().val(validator, **kwargs)
-        if self._undrawn and {**self.overrides, **kwargs}.get("plots", True):
-            self._draw(metrics.save_dir)
+        with self._lock:
+            kwargs = self._enroll_from(kwargs)
+            metrics = super().val(validator, **kwargs)
+            if self._undrawn and {**self.overrides, **kwargs}.get("plots", True):
+                self._draw(metrics.save_dir)
         return metrics
 
     def export(self, **kwargs: Any) -> str:
@@ -192,14 +215,15 @@ class FewShotYOLO(YOLO):
         Returns:
             (str): Path of the exported model.
         """
-        kwargs = self._enroll_from(kwargs)
-        model = self.model
-        if isinstance(model, FewShotDetectionModel):
-            self.model = model.fold()
-        try:
-            return super().export(**kwargs)
-        finally:
-            self.model = model
+        with self._lock:
+            kwargs = self._enroll_from(kwargs)
+            model = self.model
+            if isinstance(model, FewShotDetectionModel):
+                self.model = model.fold()
+            try:
+                return super().export(**kwargs)
+            finally:
+                self.model = model
 
     @staticmethod
     def _kept(model: FewShotDetectionModel, shots: Support) -> list[str]:
@@ -255,6 +279,15 @@ class FewShotYOLO(YOLO):
         """Drop what belongs to the model as it was: the predictor, which holds a copy, and the last support set."""
         self.predictor = self._given = self.shots = None
         self._undrawn = False
+
+    @property
+    def _lock(self) -> threading.RLock:
+        """Lock of this model, which its copies and pickles do not share."""
+        return self.__dict__.setdefault("_own_lock", threading.RLock())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled."""
+        return {k: v for k, v in self.__dict__.items() if k != "_own_lock"}
 
     def _few_shot_model(self, what: str) -> FewShotDetectionModel:
         """Return the network, or raise a TypeError that says how to get one with a few-shot head."""

@@ -39,6 +39,7 @@ def root(tmp_path):
         picture(tmp_path / f"images/{name}.png", seed=i)
     label(tmp_path / "labels/a.txt", "2 0.5 0.5 0.25 0.5")
     label(tmp_path / "labels/b.txt", "2 0.1 0.2 0.2 0.3", "0 0.75 0.5 0.5 1")
+    label(tmp_path / "labels/c.txt")
     (tmp_path / "list.txt").write_text("./images/b.png\n./images/a.png\n\n./images/c.png\n")
     return tmp_path
 
@@ -254,7 +255,6 @@ CHANGES = {
         label(root / "labels/a.txt", "2 0.5 0.5 0.25 0.5", "0 0.5 0.5 0.1 0.1"),
         os.utime(root / "labels/a.txt", ns=(1, 1)),
     ),
-    "a new label file": lambda root: label(root / "labels/c.txt", "2 0.5 0.5 0.25 0.5"),
     "a removed label file": lambda root: (root / "labels/a.txt").unlink(),
     "another image of this name": lambda root: picture(root / "images/a.png", seed=9),
     "other class names": lambda root: [rewrite(root / x) for x in ("shots.yaml", "classes.txt")],
@@ -437,6 +437,41 @@ def test_class_index_beyond_classes_txt(root):
     (root / "classes.txt").write_text("cat\ndog\n")
     with fails(ValueError, f"{root}/labels/b.txt: Label class 2 exceeds dataset class count 2", "; ", "labels/a.txt"):
         read_support(root / "list.txt", {**NAMES, 2: "bird"})
+
+
+@pytest.mark.parametrize("form", ["shots.yaml", "list.txt"])
+def test_images_without_a_label_file_are_counted_and_named(root, shots, warnings, form):
+    (root / "labels/a.txt").unlink()
+    support = read_support(root / form, {**NAMES, 2: "bird"})
+    assert sorted(map(len, boxes(support))) == [0, 0, 2]
+    (text,) = warnings
+    assert text.startswith(f"1 of 3 support images have no label file and count as background: {root}/images/a.png.")
+    assert f"{root}/labels/a.txt" in text and "c.png" not in text  # c has an empty one
+
+
+@pytest.mark.parametrize("likely", ["labels/a.TXT", "images/a.txt", "images/a.TXT"])
+def test_label_files_where_none_is_looked_for_are_named(root, shots, warnings, likely):
+    (root / "labels/a.txt").rename(root / likely)
+    (root / "labels/c.txt").unlink()
+    read_support(shots, NAMES)
+    (text,) = warnings
+    assert text.startswith("2 of 3 support images have no label file") and "a.png" in text and "c.png" in text
+    assert f"{root / likely} should be {root}/labels/a.txt." in text
+
+
+def test_misplaced_label_files_are_named_where_no_image_has_a_box(root, shots, warnings):
+    for name in "ab":
+        (root / f"labels/{name}.txt").rename(root / f"images/{name}.txt")
+    with fails(ValueError, "None of the 3 pictures"):
+        read_support(shots, NAMES)
+    assert f"{root}/images/a.txt should be {root}/labels/a.txt; {root}/images/b.txt should be" in warnings[0]
+
+
+def test_empty_label_files_and_crops_are_no_reason_to_warn(root, shots, warnings, tmp_path):
+    read_support(shots, NAMES)
+    picture(tmp_path / "crops/fish/1.png")
+    read_support(tmp_path / "crops")
+    assert not warnings
 
 
 def test_duplicate_boxes_are_dropped_with_a_warning(root, shots, warnings):

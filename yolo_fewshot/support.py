@@ -310,7 +310,7 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
 
     Args:
         files (list[str]): Picture files.
-        label_files (list[str]): Their label files; pictures without one are background.
+        label_files (list[str]): Their label files, empty for none; pictures without one are background.
         nc (int): Number of classes.
         kpt_shape (tuple[int, int]): Keypoints per object and their dimensions, which are dropped; zeros if none.
     """
@@ -321,7 +321,7 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
             "its folder, or else to the working directory."
         )
     args = zip(files, label_files, repeat(""), repeat(False), repeat(nc), *map(repeat, kpt_shape), repeat(False))
-    labels, corrupt, notes = [], [], []
+    labels, corrupt, notes, unlabeled = [], [], [], []
     with ThreadPool(NUM_THREADS) as pool:
         results = pool.imap(utils.verify_image_label, args)
         results = TQDM(results, desc="support: Scanning pictures...", total=len(files))
@@ -332,13 +332,38 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
                 continue
             if msg:
                 notes.append(f"{file}: {msg}")
+            if label_file and not found:
+                unlabeled.append((file, label_file))
             labels.append(_label(file, shape, boxes[:, :1], boxes[:, 1:]))
     if corrupt:
         text = f"{len(corrupt)} of {len(files)} pictures or their label files are corrupt"
         raise ValueError(f"{text}: {few(corrupt, '; ')}. Correct or remove them.")
     if notes:
         LOGGER.warning("\n".join(notes))
+    if unlabeled:
+        LOGGER.warning(_no_label_files(unlabeled, len(files)))
     return labels
+
+
+def _no_label_files(unlabeled: list[tuple[str, str]], n: int) -> str:
+    """Return what to say of images without a label file, and of files that look like one but are not found.
+
+    Args:
+        unlabeled (list[tuple[str, str]]): These images, and the label file that each should have.
+        n (int): Number of all images.
+    """
+    misplaced = []
+    for image, label in unlabeled:
+        beside = os.path.splitext(image)[0]
+        likely = (f"{stem}{suffix}" for stem in (label[:-4], beside) for suffix in (".txt", ".TXT"))
+        misplaced += [f"{x} should be {label}" for x in likely if os.path.isfile(x)][:1]
+    text = (
+        f"{len(unlabeled)} of {n} support images have no label file and count as background: "
+        f"{few([image for image, _ in unlabeled])}."
+    )
+    if misplaced:
+        return f"{text} Label files are not where they are looked for: {few(misplaced, '; ')}."
+    return f"{text} Label files are looked for as in training, i.e. {unlabeled[0][1]}; background has an empty one."
 
 
 def _label(file: str, shape: tuple[int, int], cls: np.ndarray, bboxes: np.ndarray) -> dict[str, Any]:

@@ -389,9 +389,53 @@ def test_a_class_without_an_anchor_is_an_error_and_the_model_stays(model, shots)
     before = state(model)
     twice = {**shots.labels[2], "cls": np.array([[1.0], [3.0]], dtype=np.float32)}
     twice["bboxes"] = shots.labels[2]["bboxes"].repeat(2, 0)  # all anchors of the second box belong to the first
-    with pytest.raises(ValueError, match="No anchor of the model belongs to a box of disc at imgsz=64"):
+    text = "No anchor of the model belongs to a box of disc at imgsz=64: .*/2.png: disc shares its box with square"
+    with pytest.raises(ValueError, match=f"{text}.*keep one") as error:
         enroll(model, shots._replace(labels=[twice]), SIZE)
+    assert "imgsz, or" not in str(error.value)  # which would not help
     assert same(model, before) and model.names == BASE and model.enrolled == {} and model.model[-1].nc == 2
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    texts = []
+    monkeypatch.setattr(module.LOGGER, "warning", texts.append)
+    return texts
+
+
+def with_boxes(label, cls, bboxes):
+    return {**label, "cls": np.array(cls, np.float32)[:, None], "bboxes": np.array(bboxes, np.float32)}
+
+
+def test_shots_that_share_a_box_are_counted_and_named(model, shots, warnings):
+    box = shots.labels[2]["bboxes"][0]
+    near = box + np.float32([0, 0, 0.005, 0])  # not to the last digit
+    labels = [*shots.labels[:2], with_boxes(shots.labels[2], [1, 3], [box, near]), *shots.labels[3:]]
+    found = enroll(model, shots._replace(labels=labels), SIZE, method="mean")
+    assert found.classes["square"]["shots"] + found.classes["disc"]["shots"] == 6
+    (text,) = warnings
+    assert text.startswith("1 of 7 shots do not count, for no anchor of the model belongs to them at imgsz=64: ")
+    assert f"{shots.labels[2]['im_file']}: " in text and " shares its box with " in text and "keep one" in text
+    assert "imgsz, or" not in text
+
+
+def test_shots_too_small_for_an_anchor_are_counted_and_named_with_their_size(model, shots, warnings):
+    with torch.no_grad():  # boxes of 10 x 10 strides, with which one of 1 x 1 pixel off their centers has no CIoU
+        for box in model.model[-1].cv2:
+            box[-1].weight.zero_()
+            box[-1].bias.copy_(-(torch.arange(16) - 5).square().repeat(4).float())
+    lost = [with_boxes(x, [1], [[6 / 64, 6 / 64, 1 / 64, 1 / 64]]) for x in shots.labels[2:4]]
+    enroll(
+        model, shots._replace(labels=[*shots.labels[:2], *lost, shots.labels[4]]), SIZE, method="mean", views=[View()]
+    )
+    (text,) = warnings
+    assert text.startswith("2 of 7 shots do not count") and "Use a greater imgsz, or greater objects." in text
+    assert all(f"{x['im_file']}: square (1 x 1 pixels)" in text for x in lost) and "shares" not in text
+
+
+def test_nothing_is_said_where_every_shot_counts(model, shots, warnings):
+    enroll(model, shots, SIZE, method="mean")
+    assert not any("count" in x for x in warnings)
 
 
 def test_a_class_to_keep_may_be_without_an_anchor(model, shots):

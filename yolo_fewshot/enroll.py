@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from ultralytics.utils import LOGGER
+from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.ops import xywh2xyxy
 
 from yolo_fewshot import args as table
@@ -19,8 +20,10 @@ from yolo_fewshot.head import Prototypes
 from yolo_fewshot.leave_out import Detections, agreement, ap50, detect_left_out, thresholds
 from yolo_fewshot.memory import recall
 from yolo_fewshot.support import Support
+from yolo_fewshot.wording import few
 
 ENOUGH = 3  # shots of a class that tell which method suits it
+SAME = 0.9  # IoU from which two labels share a box
 
 
 class Shot(NamedTuple):
@@ -98,12 +101,7 @@ def enroll(
     features = extract(model, support, imgsz, batch, views)
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
-    lost = [n for n, k in zip(names, counts) if not k and n not in keep]
-    if lost:
-        raise ValueError(
-            f"No anchor of the model belongs to a box of {', '.join(lost)} at imgsz={imgsz}. Use a greater imgsz, or "
-            "greater objects."
-        )
+    _check_anchors(support, features, names, counts, keep, imgsz)
     head, known = model.model[-1], {str(n): i for i, n in model.names.items()}
     shown = {n: i for n, i in known.items() if n in names}
     branch = int(nms is False and len(head.banks) > 1)
@@ -174,6 +172,54 @@ def compact(features: Features, names: dict[int, str]) -> tuple[list[str], torch
     return [str(names[i]) for i in shown.tolist()], torch.where(valid, labels, -1)
 
 
+def _check_anchors(
+    support: Support,
+    features: Features,
+    names: list[str],
+    counts: torch.Tensor,
+    keep: Collection[str],
+    imgsz: int,
+) -> None:
+    """Raise an error if a class has no shot with an anchor, and warn of single shots without one.
+
+    Args:
+        support (Support): Support set.
+        features (Features): Its features.
+        names (list[str]): Names of the n classes, as from `compact`.
+        counts (torch.Tensor): Their shots with an anchor, (n,).
+        keep (Collection[str]): Classes that are not enrolled.
+        imgsz (int): Image size in pixels.
+    """
+    owner = [str(support.names[c]) for c in features.cls.tolist()]
+    valid, texts, shared, small = torch.stack([e.any(1) for e in features.embeds]).all(0), [], False, False
+    for i in (~valid).nonzero()[:, 0].tolist():
+        if owner[i] in keep:
+            continue
+        same = bbox_iou(features.boxes[i], features.boxes, xywh=False)[:, 0] > SAME
+        same &= features.picture == features.picture[i]
+        same[i] = False
+        if same.any():
+            shared, what = True, f"{owner[i]} shares its box with {owner[int(same.nonzero()[0])]}"
+        else:
+            w, h = (features.boxes[i, 2:] - features.boxes[i, :2]).tolist()
+            small, what = True, f"{owner[i]} ({w:.3g} x {h:.3g} pixels)"
+        texts.append(f"{features.files[int(features.picture[i])]}: {what}")
+    if not texts:
+        return
+    advice = " An anchor belongs to one object only: of labels that share a box, keep one." if shared else ""
+    advice += " Use a greater imgsz, or greater objects." if small else ""
+    lost = [n for n, k in zip(names, counts) if not k and n not in keep]
+    if lost:
+        raise ValueError(
+            f"No anchor of the model belongs to a box of {few(lost)} at imgsz={imgsz}: {few(texts, '; ')}.{advice}"
+        )
+    shots = sum(n not in keep for n in owner)
+    LOGGER.warning(
+        f"{len(texts)} of {shots} shots do not count, for no anchor of the model belongs to them at imgsz={imgsz}: "
+        f"{few(texts, '; ')}.{advice}"
+    )
+
+
 def _objects(support: Support, features: Features, labels: torch.Tensor, names: list[str]) -> dict[str, list[Shot]]:
     """Return the shots of every class, as in `Shots.objects`.
 
@@ -226,13 +272,13 @@ def choose(
     if method != "auto":
         pull = mean if method == "mean" else fit
         return pull, detect_left_out(features, labels, pull, bank, nms)
-    few = counts < ENOUGH
-    if few.all():
+    scarce = counts < ENOUGH
+    if scarce.all():
         pull = single / counts
         return pull, detect_left_out(features, labels, pull, bank, nms)
-    options = [torch.where(few, single / counts, p) for p in (fit, mean)]
+    options = [torch.where(scarce, single / counts, p) for p in (fit, mean)]
     found = [detect_left_out(features, labels, p, bank, nms) for p in options]
-    scores = [ap50(x._replace(truths=x.truths * ~few)) for x in found]
+    scores = [ap50(x._replace(truths=x.truths * ~scarce)) for x in found]
     best = scores[1] > scores[0] + MARGIN
     return options[best], found[best]
 

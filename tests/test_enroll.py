@@ -14,6 +14,7 @@ from yolo_fewshot.enroll import Shot, Shots, choose, compact, enroll, forget
 from yolo_fewshot.features import Features, View, extract
 from yolo_fewshot.fit import PULL
 from yolo_fewshot.leave_out import Agreement, Detections, agreement, detect, detect_left_out
+from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.support import read_support
 
 FAMILIES = ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"]
@@ -394,6 +395,37 @@ def test_a_class_without_an_anchor_is_an_error_and_the_model_stays(model, shots)
         enroll(model, shots._replace(labels=[twice]), SIZE)
     assert "imgsz, or" not in str(error.value)  # which would not help
     assert same(model, before) and model.names == BASE and model.enrolled == {} and model.model[-1].nc == 2
+
+
+def test_images_of_other_channels_are_an_error_before_the_work(model, shots, monkeypatch):
+    monkeypatch.setattr(module, "extract", lambda *_: pytest.fail("began"))
+    grey = FewShotDetectionModel("yolo11n-fewshot.yaml", ch=1, nc=2, verbose=False).eval()
+    for network, support, text in (
+        (model, shots._replace(channels=1), "channels=1, and the model takes 3. Set 'channels: 3'"),
+        (grey, shots, "channels=3, and the model takes 1. Set 'channels: 1'"),
+    ):
+        with pytest.raises(ValueError, match=f"The images of {support.source} have {text}"):
+            enroll(network, support, SIZE)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_read_with_the_channels_of_the_model(file, tmp_path, channels):
+    torch.manual_seed(0)
+    network = FewShotDetectionModel("yolo11n-fewshot.yaml", ch=channels, nc=2, verbose=False)
+    network.names, network.args = BASE, {}
+    torch.save({"model": network, "train_args": {"imgsz": SIZE}}, tmp_path / "best.pt")
+    model = FewShotYOLO(tmp_path / "best.pt")
+    assert model.enroll(file, method="mean") == {"square": 4, "disc": 2}
+    grey = file.with_name("grey.yaml")
+    grey.write_text(file.read_text() + "channels: 1\n")
+    try:
+        if channels == 1:
+            assert model.enroll(grey, method="mean") == {"square": 4, "disc": 2}
+        else:
+            with pytest.raises(ValueError, match="channels=1, and the model takes 3"):
+                model.enroll(grey)
+    finally:
+        grey.unlink()
 
 
 @pytest.fixture

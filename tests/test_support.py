@@ -238,6 +238,14 @@ def test_folder_of_crops(tmp_path, monkeypatch):
     assert all(x["cls"].shape == (1, 1) and x["bboxes"].shape == (1, 4) for x in support.labels)
 
 
+@pytest.mark.parametrize("form", ["shots.yaml", "list.txt", "crops"])
+def test_channels_are_those_of_the_model_unless_it_says(root, shots, form):
+    picture(root / "crops/fish/1.png")
+    assert read_support(root / form, NAMES).channels == 3 and read_support(root / form, NAMES, 1).channels == 1
+    data_yaml(shots, train=["list.txt", "images"], names=["cat", "dog", "bird"], channels=4)
+    assert read_support(root / form, NAMES, 1).channels == (1 if form == "crops" else 4)
+
+
 # Whether it is still the same -----------------------------------------------------------------------------------------
 
 

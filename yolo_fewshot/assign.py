@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,8 +34,10 @@ class RecordingAssigner(TaskAlignedAssigner):
         Returns:
             (RecordingAssigner): The new assigner.
         """
-        a = assigner
-        return cls(a.topk, num_classes or a.num_classes, a.alpha, a.beta, a.stride, a.eps, a.topk2)
+        recording = copy(assigner)
+        recording.__class__ = cls
+        recording.num_classes = num_classes or assigner.num_classes
+        return recording
 
     def forward(self, pd_scores: torch.Tensor, pd_bboxes: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
         """Assign as Ultralytics does."""

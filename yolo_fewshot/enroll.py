@@ -95,9 +95,16 @@ def enroll(
         (Shots): What was enrolled.
 
     Raises:
-        ValueError: If the method is unknown, or no anchor belongs to any box of a class.
+        ValueError: If the method is unknown, the images have other channels than those of the model, or no anchor
+            belongs to any box of a class.
     """
     table.check({"enroll": method})
+    channels = model.yaml.get("channels") or 3
+    if support.channels != channels:
+        raise ValueError(
+            f"The images of {support.source} have channels={support.channels}, and the model takes {channels}. Set "
+            f"'channels: {channels}' there, which loads any image so, or enroll into a model of such images."
+        )
     features = extract(model, support, imgsz, batch, views)
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))

@@ -79,7 +79,7 @@ class SupportDataset(YOLODataset):
         return list(self.support.labels)
 
 
-def read_support(support: str | Path, names: dict[int, str] | None = None) -> Support:
+def read_support(support: str | Path, names: dict[int, str] | None = None, channels: int = 3) -> Support:
     """Read a support set and check all of it.
 
     A list takes its class names from `classes.txt` beside it, one name a line, or else from a data.yaml beside it whose
@@ -89,6 +89,7 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
         support (str | Path): A data.yaml, whose train split counts, or a folder with one; a .txt list of pictures with
             YOLO label files; or a folder with one sub-folder of cropped pictures per class.
         names (dict[int, str], optional): Class names of the model.
+        channels (int): Channels of the images of a support set that does not say.
 
     Returns:
         (Support): Pictures in the order of the list, or sorted in folders; each is read once.
@@ -101,7 +102,7 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
     known = {int(i): str(n) for i, n in (names or {}).items()}
     source = _find(support)
     if source.is_dir():
-        return _read_crops(source)
+        return _read_crops(source, channels)
     data, files = _listed(source)
     if not files:
         raise ValueError(f"{source} names no pictures. Give at least one, labelled, per class.")
@@ -131,7 +132,7 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
             f"No box for {few(missing)} in {source.name}. Label at least one object of every new class, or leave the "
             "class out of 'names'."
         )
-    return Support(names, labels, False, source, data.get("channels") or 3, ignore_folder(data))
+    return Support(names, labels, False, source, data.get("channels") or channels, ignore_folder(data))
 
 
 def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
@@ -397,7 +398,7 @@ def _crop_files(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def _read_crops(folder: Path) -> Support:
+def _read_crops(folder: Path, channels: int) -> Support:
     """Read a folder with one sub-folder of cropped pictures per class, named after it."""
     classes = _crop_files(folder)
     if not classes:
@@ -412,4 +413,4 @@ def _read_crops(folder: Path) -> Support:
     labels = _verify(files, [""] * len(files), len(classes), (0, 0))
     whole = np.array([[0.5, 0.5, 1, 1]], dtype=np.float32)
     labels = [x | {"cls": i.reshape(1, 1), "bboxes": whole.copy()} for x, i in zip(labels, ids)]
-    return Support(dict(enumerate(classes)), labels, True, folder)
+    return Support(dict(enumerate(classes)), labels, True, folder, channels)

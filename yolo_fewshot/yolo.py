@@ -100,7 +100,8 @@ class FewShotYOLO(YOLO):
         """Enroll the classes of a support set, see `enroll`."""
         model = self._few_shot_model("enroll")
         table.check({"enroll": method})  # before the support set is read
-        shots = read_support(str(support), model.names)  # the command line turns digits into an int
+        channels = model.yaml.get("channels") or 3
+        shots = read_support(str(support), model.names, channels)  # the command line turns digits into an int
         kept = self._kept(model, shots)
         views = support_views((self.ckpt or {}).get("train_args") or {}, shots.crops)
         home, training = next(model.parameters()).device, model.training

@@ -261,6 +261,7 @@ class FewShotYOLO(YOLO):
             return {k: v for k, v in kwargs.items() if k != "enroll"}  # Ultralytics refuses `support` here
         kwargs = dict(kwargs)
         support, method = str(kwargs.pop("support")), kwargs.pop("enroll", None) or "auto"
+        table.check({"enroll": method})  # before the support set is looked at
         imgsz = kwargs.get("imgsz")
         imgsz = max(imgsz) if isinstance(imgsz, (list, tuple)) else imgsz
         asked = {**self.overrides, **kwargs}

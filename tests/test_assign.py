@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from ultralytics.utils.loss import v8DetectionLoss
+from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.tal import TaskAlignedAssigner
 
@@ -134,9 +134,28 @@ def test_a_recording_assigner_has_the_settings_of_the_other_and_keeps_its_last_a
     assert ours.assigned is None and ours.boxes is None
 
 
-def test_the_assignment_has_the_settings_of_ultralytics_loss():
-    model = model_of()
-    ours, stock = BoxAssignment(model).assigner, v8DetectionLoss(model).assigner
-    for name in ("topk", "topk2", "alpha", "beta", "stride", "eps"):
-        assert getattr(ours, name) == getattr(stock, name)
-    assert ours.num_classes == 1
+def test_a_recording_assigner_has_settings_of_other_versions_too():
+    class Newer(TaskAlignedAssigner):
+        """With other arguments, in another order."""
+
+        def __init__(self, *, stride, scale_by_area, **kwargs):
+            super().__init__(stride=stride, **kwargs)
+            self.scale_by_area = scale_by_area
+
+    stock = Newer(stride=[4, 8], scale_by_area=0.7, topk=7, topk2=2, num_classes=5)
+    ours = RecordingAssigner.like(stock, num_classes=1)
+    assert type(ours) is RecordingAssigner and type(stock) is Newer and (ours.num_classes, stock.num_classes) == (1, 5)
+    names = ("topk", "topk2", "alpha", "beta", "stride", "stride_val", "eps", "scale_by_area")
+    assert all(getattr(ours, n) == getattr(stock, n) for n in names)
+
+
+def test_the_assignments_have_the_settings_of_ultralytics_losses():
+    single, dual = model_of(), model_of("yolo26n-fewshot.yaml")
+    stock = E2ELoss(dual)
+    for model, losses in ((single, [v8DetectionLoss(single)]), (dual, [stock.one2many, stock.one2one])):
+        assignments = BoxAssignment.of_branches(model)
+        assert len(assignments) == len(losses)
+        for ours, theirs in zip(assignments, losses):
+            for name in ("topk", "topk2", "alpha", "beta", "stride", "eps"):
+                assert getattr(ours.assigner, name) == getattr(theirs.assigner, name)
+            assert ours.assigner.num_classes == 1

@@ -14,6 +14,7 @@ from yolo_fewshot.enroll import Shot, Shots, choose, compact, enroll, forget
 from yolo_fewshot.features import Features, View, extract
 from yolo_fewshot.fit import PULL
 from yolo_fewshot.leave_out import Agreement, Detections, agreement, detect, detect_left_out
+from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.support import read_support
 
 FAMILIES = ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"]
@@ -298,6 +299,24 @@ def test_what_the_model_remembers_serves_as_background_but_for_the_classes_that_
 # Methods --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("nms, branch", [(None, 0), (True, 0), (False, 1)])
+def test_thresholds_are_those_of_the_branch_that_predicts(shots, monkeypatch, nms, branch):
+    asked, model = [], model_of("yolo26n-fewshot.yaml")
+    monkeypatch.setattr(module, "thresholds", lambda found: asked.append(found) or [None, None])
+    features = extract(model, shots, SIZE)
+    labels = compact(features, shots.names)[1]
+    enroll(model, shots, SIZE, method="mean", nms=nms)
+    own = features._replace(anchors=features.anchors[branch:], embeds=features.embeds[branch:])
+    mean, bank = torch.full((2,), math.inf), model.model[-1].banks[branch]
+    expected, other = (detect_left_out(own, labels, mean, bank, free) for free in (nms is not False, nms is False))
+    assert all(map(torch.equal, asked[0], expected)) and len(expected.conf) != len(other.conf)
+
+
+def test_a_head_without_a_branch_that_is_free_of_nms_predicts_as_always(model, shots):
+    other = deepcopy(model)
+    assert enroll(model, shots, SIZE, nms=False) == enroll(other, shots, SIZE) and same(model, other)
+
+
 @pytest.mark.parametrize("single, method", [(None, "fit"), (PULL, "fit"), (math.inf, "mean")])
 def test_auto_enrolls_few_shots_as_training_found_best(model, shots, single, method):
     other = deepcopy(model)
@@ -317,7 +336,7 @@ def left_out(monkeypatch):
     """Let detections with `fit` and `mean` pulls find these objects of three classes; yields the pulls looked at."""
     pulls, hits = [], {}
 
-    def detect(features, labels, pull, bank):
+    def detect(features, labels, pull, bank, nms):
         pulls.append(pull)
         found = hits["mean" if pull[0].isinf() else "fit"]
         cls = torch.arange(3).repeat_interleave(COUNTS)
@@ -371,9 +390,84 @@ def test_a_class_without_an_anchor_is_an_error_and_the_model_stays(model, shots)
     before = state(model)
     twice = {**shots.labels[2], "cls": np.array([[1.0], [3.0]], dtype=np.float32)}
     twice["bboxes"] = shots.labels[2]["bboxes"].repeat(2, 0)  # all anchors of the second box belong to the first
-    with pytest.raises(ValueError, match="No anchor of the model belongs to a box of disc at imgsz=64"):
+    text = "No anchor of the model belongs to a box of disc at imgsz=64: .*/2.png: disc shares its box with square"
+    with pytest.raises(ValueError, match=f"{text}.*keep one") as error:
         enroll(model, shots._replace(labels=[twice]), SIZE)
+    assert "imgsz, or" not in str(error.value)  # which would not help
     assert same(model, before) and model.names == BASE and model.enrolled == {} and model.model[-1].nc == 2
+
+
+def test_images_of_other_channels_are_an_error_before_the_work(model, shots, monkeypatch):
+    monkeypatch.setattr(module, "extract", lambda *_: pytest.fail("began"))
+    grey = FewShotDetectionModel("yolo11n-fewshot.yaml", ch=1, nc=2, verbose=False).eval()
+    for network, support, text in (
+        (model, shots._replace(channels=1), "channels=1, and the model takes 3. Set 'channels: 3'"),
+        (grey, shots, "channels=3, and the model takes 1. Set 'channels: 1'"),
+    ):
+        with pytest.raises(ValueError, match=f"The images of {support.source} have {text}"):
+            enroll(network, support, SIZE)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_read_with_the_channels_of_the_model(file, tmp_path, channels):
+    torch.manual_seed(0)
+    network = FewShotDetectionModel("yolo11n-fewshot.yaml", ch=channels, nc=2, verbose=False)
+    network.names, network.args = BASE, {}
+    torch.save({"model": network, "train_args": {"imgsz": SIZE}}, tmp_path / "best.pt")
+    model = FewShotYOLO(tmp_path / "best.pt")
+    assert model.enroll(file, method="mean") == {"square": 4, "disc": 2}
+    grey = file.with_name("grey.yaml")
+    grey.write_text(file.read_text() + "channels: 1\n")
+    try:
+        if channels == 1:
+            assert model.enroll(grey, method="mean") == {"square": 4, "disc": 2}
+        else:
+            with pytest.raises(ValueError, match="channels=1, and the model takes 3"):
+                model.enroll(grey)
+    finally:
+        grey.unlink()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    texts = []
+    monkeypatch.setattr(module.LOGGER, "warning", texts.append)
+    return texts
+
+
+def with_boxes(label, cls, bboxes):
+    return {**label, "cls": np.array(cls, np.float32)[:, None], "bboxes": np.array(bboxes, np.float32)}
+
+
+def test_shots_that_share_a_box_are_counted_and_named(model, shots, warnings):
+    box = shots.labels[2]["bboxes"][0]
+    near = box + np.float32([0, 0, 0.005, 0])  # not to the last digit
+    labels = [*shots.labels[:2], with_boxes(shots.labels[2], [1, 3], [box, near]), *shots.labels[3:]]
+    found = enroll(model, shots._replace(labels=labels), SIZE, method="mean")
+    assert found.classes["square"]["shots"] + found.classes["disc"]["shots"] == 6
+    (text,) = warnings
+    assert text.startswith("1 of 7 shots do not count, for no anchor of the model belongs to them at imgsz=64: ")
+    assert f"{shots.labels[2]['im_file']}: " in text and " shares its box with " in text and "keep one" in text
+    assert "imgsz, or" not in text
+
+
+def test_shots_too_small_for_an_anchor_are_counted_and_named_with_their_size(model, shots, warnings):
+    with torch.no_grad():  # boxes of 10 x 10 strides, with which one of 1 x 1 pixel off their centers has no CIoU
+        for box in model.model[-1].cv2:
+            box[-1].weight.zero_()
+            box[-1].bias.copy_(-(torch.arange(16) - 5).square().repeat(4).float())
+    lost = [with_boxes(x, [1], [[6 / 64, 6 / 64, 1 / 64, 1 / 64]]) for x in shots.labels[2:4]]
+    enroll(
+        model, shots._replace(labels=[*shots.labels[:2], *lost, shots.labels[4]]), SIZE, method="mean", views=[View()]
+    )
+    (text,) = warnings
+    assert text.startswith("2 of 7 shots do not count") and "Use a greater imgsz, or greater objects." in text
+    assert all(f"{x['im_file']}: square (1 x 1 pixels)" in text for x in lost) and "shares" not in text
+
+
+def test_nothing_is_said_where_every_shot_counts(model, shots, warnings):
+    enroll(model, shots, SIZE, method="mean")
+    assert not any("count" in x for x in warnings)
 
 
 def test_a_class_to_keep_may_be_without_an_anchor(model, shots):

@@ -319,9 +319,9 @@ def test_a_picture_is_judged_by_classifiers_that_never_saw_it(bank, monkeypatch)
         fitted.append((part, seen, args))
         return classifiers(part, seen, *args)
 
-    def look(part, truth, pictures, *args):
+    def look(part, truth, pictures, *args, **kwargs):
         judged.append((truth, pictures))
-        return find(part, truth, pictures, *args)
+        return find(part, truth, pictures, *args, **kwargs)
 
     classifiers, find = module.classifiers, module.detect
     monkeypatch.setattr(module, "classifiers", fit)

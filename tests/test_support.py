@@ -12,7 +12,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import YAML
 
 from yolo_fewshot import support as module
-from yolo_fewshot.support import Support, SupportDataset, read_support, shown_beside
+from yolo_fewshot.support import Support, SupportDataset, fingerprint, read_support, shown_beside
 
 NAMES = {0: "cat", 1: "dog"}  # of the model
 
@@ -39,6 +39,7 @@ def root(tmp_path):
         picture(tmp_path / f"images/{name}.png", seed=i)
     label(tmp_path / "labels/a.txt", "2 0.5 0.5 0.25 0.5")
     label(tmp_path / "labels/b.txt", "2 0.1 0.2 0.2 0.3", "0 0.75 0.5 0.5 1")
+    label(tmp_path / "labels/c.txt")
     (tmp_path / "list.txt").write_text("./images/b.png\n./images/a.png\n\n./images/c.png\n")
     return tmp_path
 
@@ -237,6 +238,91 @@ def test_folder_of_crops(tmp_path, monkeypatch):
     assert all(x["cls"].shape == (1, 1) and x["bboxes"].shape == (1, 4) for x in support.labels)
 
 
+@pytest.mark.parametrize("form", ["shots.yaml", "list.txt", "crops"])
+def test_channels_are_those_of_the_model_unless_it_says(root, shots, form):
+    picture(root / "crops/fish/1.png")
+    assert read_support(root / form, NAMES).channels == 3 and read_support(root / form, NAMES, 1).channels == 1
+    data_yaml(shots, train=["list.txt", "images"], names=["cat", "dog", "bird"], channels=4)
+    assert read_support(root / form, NAMES, 1).channels == (1 if form == "crops" else 4)
+
+
+# Whether it is still the same -----------------------------------------------------------------------------------------
+
+
+def rewrite(file):
+    """Write a file of the same size with other content, a second later."""
+    found, text = file.stat(), file.read_text()
+    file.write_text(text.replace("cat", "cow").replace("0.25", "0.35"))
+    assert file.stat().st_size == found.st_size and file.read_text() != text
+    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + 10**9))
+
+
+CHANGES = {
+    "a corrected label file": lambda root: rewrite(root / "labels/a.txt"),
+    "a label file of another length with the same time": lambda root: (
+        label(root / "labels/a.txt", "2 0.5 0.5 0.25 0.5", "0 0.5 0.5 0.1 0.1"),
+        os.utime(root / "labels/a.txt", ns=(1, 1)),
+    ),
+    "a removed label file": lambda root: (root / "labels/a.txt").unlink(),
+    "another image of this name": lambda root: picture(root / "images/a.png", seed=9),
+    "other class names": lambda root: [rewrite(root / x) for x in ("shots.yaml", "classes.txt")],
+    "other boxes to ignore": lambda root: label(root / "ignore/a.txt", "0.5 0.5 0.1 0.1"),
+}
+
+
+@pytest.mark.parametrize("form", ["shots.yaml", "list.txt", "."])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_any_file_is_noticed(root, monkeypatch, form, change):
+    data_yaml(root / "shots.yaml", train="list.txt", names=["cat", "dog", "bird"], fewshot={"ignore": "ignore"})
+    if change == "other class names":
+        label(root / "classes.txt", "cat", "dog", "bird")
+    os.utime(root / "labels/a.txt", ns=(1, 1))
+    monkeypatch.chdir(root)
+    before = fingerprint(form)
+    assert fingerprint(form) == before == fingerprint(root / form) and hash(before)
+    CHANGES[change](root)
+    assert fingerprint(form) != before
+
+
+def test_added_and_removed_images_are_noticed(root, shots):
+    seen = {fingerprint(shots)}
+    picture(root / "images/deep/d.png")
+    seen.add(fingerprint(shots))
+    (root / "images/c.png").unlink()
+    seen.add(fingerprint(shots))
+    assert len(seen) == 3
+
+
+def test_added_changed_and_removed_crops_are_noticed(tmp_path):
+    for name in ("fish/1.png", "fish/2.png", "bird/1.png"):
+        picture(tmp_path / name)
+    seen = [fingerprint(tmp_path)]
+    for change in (
+        lambda: picture(tmp_path / "bird/2.png"),
+        lambda: picture(tmp_path / "bird/2.png", h=50),
+        lambda: (tmp_path / "fish/2.png").unlink(),
+        lambda: (tmp_path / "fish").rename(tmp_path / "carp"),
+    ):
+        assert fingerprint(tmp_path) == seen[-1]
+        change()
+        seen.append(fingerprint(tmp_path))
+    assert len(set(seen)) == 5
+
+
+def test_no_image_and_no_label_is_read_to_notice_a_change(root, shots, monkeypatch):
+    for x in ("images/a.png", "labels/a.txt"):
+        (root / x).write_bytes(b"not what it should be")
+    monkeypatch.setattr(module, "_verify", None)
+    assert fingerprint(shots) == fingerprint(shots)
+
+
+def test_a_support_set_that_is_gone_is_an_error(root, shots):
+    fingerprint(shots)
+    shots.unlink()
+    with fails(FileNotFoundError, f"support='{shots}' does not exist"):
+        fingerprint(shots)
+
+
 # Classes that are not meant -------------------------------------------------------------------------------------------
 
 
@@ -359,6 +445,41 @@ def test_class_index_beyond_classes_txt(root):
     (root / "classes.txt").write_text("cat\ndog\n")
     with fails(ValueError, f"{root}/labels/b.txt: Label class 2 exceeds dataset class count 2", "; ", "labels/a.txt"):
         read_support(root / "list.txt", {**NAMES, 2: "bird"})
+
+
+@pytest.mark.parametrize("form", ["shots.yaml", "list.txt"])
+def test_images_without_a_label_file_are_counted_and_named(root, shots, warnings, form):
+    (root / "labels/a.txt").unlink()
+    support = read_support(root / form, {**NAMES, 2: "bird"})
+    assert sorted(map(len, boxes(support))) == [0, 0, 2]
+    (text,) = warnings
+    assert text.startswith(f"1 of 3 support images have no label file and count as background: {root}/images/a.png.")
+    assert f"{root}/labels/a.txt" in text and "c.png" not in text  # c has an empty one
+
+
+@pytest.mark.parametrize("likely", ["labels/a.TXT", "images/a.txt", "images/a.TXT"])
+def test_label_files_where_none_is_looked_for_are_named(root, shots, warnings, likely):
+    (root / "labels/a.txt").rename(root / likely)
+    (root / "labels/c.txt").unlink()
+    read_support(shots, NAMES)
+    (text,) = warnings
+    assert text.startswith("2 of 3 support images have no label file") and "a.png" in text and "c.png" in text
+    assert f"{root / likely} should be {root}/labels/a.txt." in text
+
+
+def test_misplaced_label_files_are_named_where_no_image_has_a_box(root, shots, warnings):
+    for name in "ab":
+        (root / f"labels/{name}.txt").rename(root / f"images/{name}.txt")
+    with fails(ValueError, "None of the 3 pictures"):
+        read_support(shots, NAMES)
+    assert f"{root}/images/a.txt should be {root}/labels/a.txt; {root}/images/b.txt should be" in warnings[0]
+
+
+def test_empty_label_files_and_crops_are_no_reason_to_warn(root, shots, warnings, tmp_path):
+    read_support(shots, NAMES)
+    picture(tmp_path / "crops/fish/1.png")
+    read_support(tmp_path / "crops")
+    assert not warnings
 
 
 def test_duplicate_boxes_are_dropped_with_a_warning(root, shots, warnings):

@@ -316,6 +316,95 @@ def test_a_trained_class_that_is_labelled_beside_a_new_one_stays_as_it_is(model,
         assert list(model.model.enrolled) == ["hourglass"]
 
 
+def label_beside(root, images, c):
+    """Label another class in some images, which do not show it."""
+    for i in images:
+        with open(root / f"labels/{i:02}.txt", "a") as f:
+            f.write(f"{c} 0.1 0.1 0.2 0.2\n")
+
+
+@pytest.fixture
+def later(tmp_path):
+    """Three images of clovers, a new class, which label an hourglass, too; and one image of an hourglass alone."""
+    names = ["clover", "hourglass", "star"]
+    shots = scenes(tmp_path / "later", [("clover", 0)] * 3 + [("hourglass", 1)], names)
+    label_beside(shots.parent, range(3), 1)
+    return shots
+
+
+def without(shots, image):
+    """Take an image out of a support set."""
+    (shots.parent / f"images/{image:02}.png").unlink()
+    return shots
+
+
+def test_an_enrolled_class_that_is_labelled_beside_a_new_one_stays_as_it_is(model, few, later, tensor, caplog):
+    model.enroll(few)
+    before, record = logits(model, tensor), dict(model.model.enrolled["hourglass"])
+    assert model.enroll(without(later, 3)) == {"clover": 3}
+    assert "hourglass: already enrolled classes, which stay as they are" in caplog.text
+    torch.testing.assert_close(logits(model, tensor)[:, :25], before, rtol=0, atol=1e-4)
+    assert model.model.enrolled["hourglass"] == record and list(model.model.enrolled) == ["hourglass", "star", "clover"]
+
+
+def test_its_objects_there_are_negatives(model, few, later):
+    model.enroll(few)
+    other = copy.deepcopy(model)
+    model.enroll(without(later, 3), method="fit")
+    for file in (later.parent / "labels").glob("*.txt"):
+        file.write_text(file.read_text().splitlines()[0])
+    other.enroll(later, method="fit")  # the same images, where that place is background
+    a, b = (classifiers(m)["clover"] for m in (model, other))
+    assert not equal(a, b)
+    names, cls = [], []
+    for m in (model, other):
+        names.append(list(m.names.values()))
+        cls.append(m.model.enrolled["clover"]["shots"])
+    assert names[0] == names[1] and cls == [3, 3]
+
+
+@pytest.mark.parametrize("form", ["yaml", "list", "predict", "export"])
+def test_an_enrolled_class_with_an_image_of_its_own_is_enrolled_anew(
+    model, few, later, queries, caplog, monkeypatch, form
+):
+    model.enroll(few)
+    before = classifiers(model)
+    support = later
+    if form == "list":
+        support = later.parent / "list.txt"
+        (later.parent / "classes.txt").write_text("clover\nhourglass\nstar")
+        support.write_text("\n".join(f"./images/{i:02}.png" for i in range(4)))
+    if form == "predict":
+        predict(model, queries[:1], support=support)
+    elif form == "export":
+        monkeypatch.setattr("ultralytics.engine.model.Model.export", lambda self, **kwargs: "a.onnx")
+        model.export(support=support, imgsz=96)
+    else:
+        assert model.enroll(support) == {"clover": 3, "hourglass": 4}
+    assert "hourglass: already enrolled classes, which are enrolled anew" in caplog.text
+    after = classifiers(model)
+    assert [n for n in before if not equal(before[n], after[n])] == ["hourglass"]
+    assert model.model.enrolled["hourglass"]["shots"] == 4
+
+
+def test_crops_of_an_enrolled_class_enroll_it_anew(model, demo, tmp_path):
+    root = crops(demo, tmp_path / "crops")
+    model.enroll(root, method="mean")
+    shutil.rmtree(root / "umbrella")
+    model.forget("umbrella")
+    expected = {n: 5 for n in sorted(NOVEL) if n != "umbrella"}
+    assert model.enroll(root, method="mean") == expected
+
+
+def test_a_trained_class_beside_an_enrolled_one_stays_as_it_is(model, few, later, tensor):
+    model.enroll(few, method="mean")
+    model.forget("star")
+    before = logits(model, tensor)
+    label_beside(later.parent, [3], 2)
+    assert model.enroll(later) == {"clover": 3, "hourglass": 4}  # not star, which only images of hourglasses label
+    torch.testing.assert_close(logits(model, tensor)[:, :24], before[:, :24], rtol=0, atol=1e-4)
+
+
 def test_new_classes_are_not_said_to_be_enrolled_anew(model, caplog):
     model.enroll(SHOTS, method="mean")
     assert not any("anew" in text for text in warnings(caplog))
@@ -563,6 +652,31 @@ def test_the_same_support_set_is_enrolled_once_in_a_row(model, few, queries, cal
         ("shots.yaml", 64, "auto"),
         ("shots.yaml", 64, "mean"),
     ]
+
+
+def test_a_support_set_is_enrolled_again_after_its_labels_were_corrected(model, few, queries, calls, tmp_path):
+    shots = shutil.copytree(few.parent, tmp_path / "shots") / few.name
+    YAML.save(shots, {"train": "images", "names": ["hourglass", "star"]})
+    predict(model, queries[:1], support=shots, enroll="mean")
+    first = classifiers(model)["hourglass"]
+    wrong = shots.parent / "labels/03.txt"  # a star
+    wrong.write_text("0" + wrong.read_text()[1:])
+    predict(model, queries[:1], support=shots, enroll="mean")
+    assert len(calls) == 2 and model.model.enrolled["hourglass"]["shots"] == 3
+    assert not equal(classifiers(model)["hourglass"], first)
+
+
+def test_a_support_set_is_enrolled_again_after_crops_were_added(model, demo, queries, calls, tmp_path):
+    root = crops(demo, tmp_path / "crops")
+    removed = {f: f.read_bytes() for f in sorted((root / "umbrella").iterdir())[2:]}
+    for f in removed:
+        f.unlink()
+    predict(model, queries[:1], support=root, enroll="mean")
+    for f, data in removed.items():
+        f.write_bytes(data)
+    for _ in range(2):
+        predict(model, queries[:1], support=root, enroll="mean")
+    assert len(calls) == 2 and model.model.enrolled["umbrella"]["shots"] == 5
 
 
 def test_a_support_set_is_enrolled_again_after_its_class_was_forgotten(model, few, queries):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
-from ultralytics.utils.loss import v8DetectionLoss
+from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.tal import TaskAlignedAssigner
 
 
@@ -33,8 +34,10 @@ class RecordingAssigner(TaskAlignedAssigner):
         Returns:
             (RecordingAssigner): The new assigner.
         """
-        a = assigner
-        return cls(a.topk, num_classes or a.num_classes, a.alpha, a.beta, a.stride, a.eps, a.topk2)
+        recording = copy(assigner)
+        recording.__class__ = cls
+        recording.num_classes = num_classes or assigner.num_classes
+        return recording
 
     def forward(self, pd_scores: torch.Tensor, pd_bboxes: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
         """Assign as Ultralytics does."""
@@ -53,16 +56,33 @@ class BoxAssignment(v8DetectionLoss):
     """Assignment by the IoU of the boxes alone, for classes that have no score yet.
 
     Examples:
-        >>> fg, gt_idx, weight, n_max, boxes = BoxAssignment(model)(preds, batch)
+        >>> fg, gt_idx, weight, n_max, boxes = BoxAssignment.of_branches(model)[0](preds, batch)
     """
 
-    def __init__(self, model: nn.Module):
+    @classmethod
+    def of_branches(cls, model: nn.Module) -> list[BoxAssignment]:
+        """Return the assignment of every branch of a model, each with as many anchors per object as in training.
+
+        Args:
+            model (nn.Module): Few-shot model.
+
+        Returns:
+            (list[BoxAssignment]): In the order of `FewShotDetect.branches`.
+        """
+        if len(model.model[-1].branches) == 1:
+            return [cls(model)]
+        dual = E2ELoss(model, cls)
+        return [dual.one2many, dual.one2one]
+
+    def __init__(self, model: nn.Module, tal_topk: int = 10, tal_topk2: int | None = None):
         """Initialize the assignment.
 
         Args:
             model (nn.Module): Detection model.
+            tal_topk (int): Anchors per object, see `TaskAlignedAssigner`.
+            tal_topk2 (int, optional): Those of them to keep, in one-to-one branches.
         """
-        super().__init__(model)
+        super().__init__(model, tal_topk, tal_topk2)
         self.hyp = SimpleNamespace(box=0.0, cls=0.0, dfl=0.0)  # of its loss only the assignment is wanted
         self.class_weights = None
         self.assigner = RecordingAssigner.like(self.assigner, num_classes=1)

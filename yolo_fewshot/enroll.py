@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from ultralytics.utils import LOGGER
+from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.ops import xywh2xyxy
 
 from yolo_fewshot import args as table
@@ -19,8 +20,10 @@ from yolo_fewshot.head import Prototypes
 from yolo_fewshot.leave_out import Detections, agreement, ap50, detect_left_out, thresholds
 from yolo_fewshot.memory import recall
 from yolo_fewshot.support import Support
+from yolo_fewshot.wording import few
 
 ENOUGH = 3  # shots of a class that tell which method suits it
+SAME = 0.9  # IoU from which two labels share a box
 
 
 class Shot(NamedTuple):
@@ -71,6 +74,7 @@ def enroll(
     method: str = "auto",
     views: list[View] | None = None,
     keep: Collection[str] = (),
+    nms: bool | None = None,
 ) -> Shots:
     """Set or append the classifiers of the classes that a support set shows; nothing else changes.
 
@@ -84,27 +88,33 @@ def enroll(
         views (list[View], optional): Views of the pictures, those of `support_views` if not given.
         keep (Collection[str]): Classes of the model that stay as they are. Their objects in the support pictures are
             negatives of the others, and help to choose the method.
+        nms (bool, optional): As in prediction: where it is False, the one-to-one branch of a dual head will predict, so
+            thresholds and the choice of the method are for it.
 
     Returns:
         (Shots): What was enrolled.
 
     Raises:
-        ValueError: If the method is unknown, or no anchor belongs to any box of a class.
+        ValueError: If the method is unknown, the images have other channels than those of the model, or no anchor
+            belongs to any box of a class.
     """
     table.check({"enroll": method})
+    channels = model.yaml.get("channels") or 3
+    if support.channels != channels:
+        raise ValueError(
+            f"The images of {support.source} have channels={support.channels}, and the model takes {channels}. Set "
+            f"'channels: {channels}' there, which loads any image so, or enroll into a model of such images."
+        )
     features = extract(model, support, imgsz, batch, views)
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
-    lost = [n for n, k in zip(names, counts) if not k and n not in keep]
-    if lost:
-        raise ValueError(
-            f"No anchor of the model belongs to a box of {', '.join(lost)} at imgsz={imgsz}. Use a greater imgsz, or "
-            "greater objects."
-        )
+    _check_anchors(support, features, names, counts, keep, imgsz)
     head, known = model.model[-1], {str(n): i for i, n in model.names.items()}
     shown = {n: i for n, i in known.items() if n in names}
+    branch = int(nms is False and len(head.banks) > 1)
     judged = recall(model.memory, features, list(shown.values()))  # none of the classes takes itself for a negative
-    pull, left_out = choose(judged, labels, counts, method, head.banks[0], model.pull or PULL)
+    judged = judged._replace(embeds=judged.embeds[branch:], anchors=judged.anchors[branch:])
+    pull, left_out = choose(judged, labels, counts, method, head.banks[branch], model.pull or PULL, not branch)
     features = recall(model.memory, features, [i for n, i in shown.items() if n not in keep])
     rows = [classifiers(features, labels, pull, i, bank) for i, bank in enumerate(head.banks)]
     conf = thresholds(left_out)
@@ -126,7 +136,7 @@ def enroll(
         }
     model.enrolled.update(classes)
     model.nc = model.yaml["nc"] = head.nc
-    objects = _objects(support, features, labels, names)
+    objects = _objects(support, judged, labels, names)
     return Shots(classes, {name: objects[name] for name in classes})
 
 
@@ -169,6 +179,54 @@ def compact(features: Features, names: dict[int, str]) -> tuple[list[str], torch
     return [str(names[i]) for i in shown.tolist()], torch.where(valid, labels, -1)
 
 
+def _check_anchors(
+    support: Support,
+    features: Features,
+    names: list[str],
+    counts: torch.Tensor,
+    keep: Collection[str],
+    imgsz: int,
+) -> None:
+    """Raise an error if a class has no shot with an anchor, and warn of single shots without one.
+
+    Args:
+        support (Support): Support set.
+        features (Features): Its features.
+        names (list[str]): Names of the n classes, as from `compact`.
+        counts (torch.Tensor): Their shots with an anchor, (n,).
+        keep (Collection[str]): Classes that are not enrolled.
+        imgsz (int): Image size in pixels.
+    """
+    owner = [str(support.names[c]) for c in features.cls.tolist()]
+    valid, texts, shared, small = torch.stack([e.any(1) for e in features.embeds]).all(0), [], False, False
+    for i in (~valid).nonzero()[:, 0].tolist():
+        if owner[i] in keep:
+            continue
+        same = bbox_iou(features.boxes[i], features.boxes, xywh=False)[:, 0] > SAME
+        same &= features.picture == features.picture[i]
+        same[i] = False
+        if same.any():
+            shared, what = True, f"{owner[i]} shares its box with {owner[int(same.nonzero()[0])]}"
+        else:
+            w, h = (features.boxes[i, 2:] - features.boxes[i, :2]).tolist()
+            small, what = True, f"{owner[i]} ({w:.3g} x {h:.3g} pixels)"
+        texts.append(f"{features.files[int(features.picture[i])]}: {what}")
+    if not texts:
+        return
+    advice = " An anchor belongs to one object only: of labels that share a box, keep one." if shared else ""
+    advice += " Use a greater imgsz, or greater objects." if small else ""
+    lost = [n for n, k in zip(names, counts) if not k and n not in keep]
+    if lost:
+        raise ValueError(
+            f"No anchor of the model belongs to a box of {few(lost)} at imgsz={imgsz}: {few(texts, '; ')}.{advice}"
+        )
+    shots = sum(n not in keep for n in owner)
+    LOGGER.warning(
+        f"{len(texts)} of {shots} shots do not count, for no anchor of the model belongs to them at imgsz={imgsz}: "
+        f"{few(texts, '; ')}.{advice}"
+    )
+
+
 def _objects(support: Support, features: Features, labels: torch.Tensor, names: list[str]) -> dict[str, list[Shot]]:
     """Return the shots of every class, as in `Shots.objects`.
 
@@ -190,7 +248,13 @@ def _objects(support: Support, features: Features, labels: torch.Tensor, names: 
 
 
 def choose(
-    features: Features, labels: torch.Tensor, counts: torch.Tensor, method: str, bank: Prototypes, single: float
+    features: Features,
+    labels: torch.Tensor,
+    counts: torch.Tensor,
+    method: str,
+    bank: Prototypes,
+    single: float,
+    nms: bool = True,
 ) -> tuple[torch.Tensor, Detections]:
     """Choose the pull of every class, and detect in the support pictures with classifiers that did not see them.
 
@@ -199,12 +263,13 @@ def choose(
     tell too little, so there it takes what was better on base classes enrolled from one shot when training ended.
 
     Args:
-        features (Features): Features of a support set.
+        features (Features): Features of a support set, with those of the branch that predicts in front.
         labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
         counts (torch.Tensor): Shots of every class, (n,).
         method (str): 'auto', 'mean' or 'fit'.
-        bank (Prototypes): Prototypes of the branch that predicts, the first.
+        bank (Prototypes): Prototypes of the branch that predicts.
         single (float): Pull of one shot for classes of few shots under 'auto'.
+        nms (bool): Whether NMS follows; not for the one-to-one branch.
 
     Returns:
         pull (torch.Tensor): (n,) float32.
@@ -213,14 +278,14 @@ def choose(
     mean, fit = torch.full((len(counts),), math.inf), PULL / counts
     if method != "auto":
         pull = mean if method == "mean" else fit
-        return pull, detect_left_out(features, labels, pull, bank)
-    few = counts < ENOUGH
-    if few.all():
+        return pull, detect_left_out(features, labels, pull, bank, nms)
+    scarce = counts < ENOUGH
+    if scarce.all():
         pull = single / counts
-        return pull, detect_left_out(features, labels, pull, bank)
-    options = [torch.where(few, single / counts, p) for p in (fit, mean)]
-    found = [detect_left_out(features, labels, p, bank) for p in options]
-    scores = [ap50(x._replace(truths=x.truths * ~few)) for x in found]
+        return pull, detect_left_out(features, labels, pull, bank, nms)
+    options = [torch.where(scarce, single / counts, p) for p in (fit, mean)]
+    found = [detect_left_out(features, labels, p, bank, nms) for p in options]
+    scores = [ap50(x._replace(truths=x.truths * ~scarce)) for x in found]
     best = scores[1] > scores[0] + MARGIN
     return options[best], found[best]
 

@@ -28,7 +28,7 @@ def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, 
         (list[torch.Tensor]): Detections of each query picture, (n, 6): corners in pixels, confidence, class.
     """
     preds, bank = branch_predictions(model, batch["img"])[0], model.model[-1].banks[0]
-    fg, gt_idx, weight, n_max, boxes = BoxAssignment(model)(preds, batch)
+    fg, gt_idx, weight, n_max, boxes = BoxAssignment.of_branches(model)[0](preds, batch)
     embeds, support = preds["embeds"].transpose(1, 2).float(), batch["support"]
     objects, valid = pool_objects(embeds, fg, gt_idx, weight, n_max)
     # Objects of a picture are numbered in the order of the labels.

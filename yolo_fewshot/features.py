@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -148,12 +149,10 @@ def branch_predictions(model: nn.Module, img: torch.Tensor) -> list[dict[str, to
     Returns:
         (list[dict[str, torch.Tensor]]): As `FewShotDetect.forward_head` returns them in training.
     """
-    head = model.model[-1]
-    head.training = True  # the flag of the head alone, while BatchNorm stays in eval
-    try:
-        preds = model.predict(img)
-    finally:
-        head.training = False
+    head, shallow = copy(model.model[-1]), copy(model)
+    head.training = True  # the flag of this copy alone, while BatchNorm stays in eval and other threads see no change
+    shallow._modules = {**model._modules, "model": nn.Sequential(*model.model[:-1], head)}
+    preds = shallow.predict(img)
     return [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]
 
 
@@ -169,8 +168,8 @@ def extract(
 ) -> Features:
     """Extract the features of a support set: one forward pass of each view of each picture.
 
-    An object's anchors are the ones that training would assign to it by the IoU of their boxes alone, since a class
-    that is not enrolled yet has no score.
+    An object's anchors are the ones that training would assign to it in the branch by the IoU of their boxes alone,
+    since a class that is not enrolled yet has no score.
 
     Args:
         model (nn.Module): Few-shot model in eval mode.
@@ -189,7 +188,7 @@ def extract(
     imgsz = check_imgsz(imgsz, stride=stride)
     trained = [i for i, n in model.names.items() if str(n) not in model.enrolled]
     keep = min(max(rows // (len(support.labels) * len(views)), 32), 512)
-    assign = BoxAssignment(model)
+    assign = BoxAssignment.of_branches(model)
     cls, boxes, pictures = [], [], []
     branches = [([], []) for _ in model.model[-1].branches]  # of each one, embeddings of objects, and anchors
     n_pictures = n_objects = 0
@@ -208,7 +207,7 @@ def extract(
             for b, preds in enumerate(branch_predictions(model, shown["img"])):
                 centres, strides = make_anchors(preds["feats"], model.stride, 0.5)
                 free = outside(ignored, centres * strides, size, len(shown["img"]))
-                assigned, picture = assign(preds, shown), shown["batch_idx"].long()
+                assigned, picture = assign[b](preds, shown), shown["batch_idx"].long()
                 embeds, anchors = _features(preds, assigned, picture, free, keep, trained)
                 sums[b] = sums[b] + embeds
                 anchors = anchors._replace(

@@ -60,6 +60,7 @@ def detect(
     rows: tuple[torch.Tensor, torch.Tensor],
     bank: Prototypes,
     conf: float = CONF,
+    nms: bool = True,
 ) -> Detections:
     """Detect with classifiers in the plain view of pictures, from their kept anchors.
 
@@ -70,6 +71,7 @@ def detect(
         rows (tuple[torch.Tensor, torch.Tensor]): Vectors (n, D) and offsets (n,) of the classifiers.
         bank (Prototypes): Level scales and biases of the branch.
         conf (float): Least confidence.
+        nms (bool): Whether NMS follows; not for the one-to-one branch.
 
     Returns:
         (Detections): The detections, the most confident first.
@@ -86,7 +88,8 @@ def detect(
     boxes, picture, kept = anchors.boxes[a], anchors.picture[a], [a[:0]]
     counts = torch.bincount(picture, minlength=len(pictures)).tolist()
     for part in picture.argsort(stable=True).split(counts):  # each alone, for the cost of NMS grows with the square
-        kept.append(part[batched_nms(boxes[part], s[part], c[part], IOU_NMS)[:DETECTIONS]])
+        best = batched_nms(boxes[part], s[part], c[part], IOU_NMS) if nms else s[part].argsort(descending=True)
+        kept.append(part[best[:DETECTIONS]])
     kept = torch.cat(kept)
     kept = kept[s[kept].argsort(descending=True, stable=True)]
     group = picture * n + c
@@ -146,14 +149,17 @@ def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
     return fold
 
 
-def detect_left_out(features: Features, labels: torch.Tensor, pull: torch.Tensor, bank: Prototypes) -> Detections:
+def detect_left_out(
+    features: Features, labels: torch.Tensor, pull: torch.Tensor, bank: Prototypes, nms: bool = True
+) -> Detections:
     """Detect in every picture with classifiers that were made without it and the others of its fold.
 
     Args:
-        features (Features): Features of a support set.
+        features (Features): Features of a support set, with the anchors of the branch that predicts in front.
         labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
         pull (torch.Tensor): Pull of every class, (n,) float32.
-        bank (Prototypes): Prototypes of the branch that predicts, the first.
+        bank (Prototypes): Prototypes of the branch that predicts.
+        nms (bool): Whether NMS follows; not for the one-to-one branch.
 
     Returns:
         (Detections): Of classes that have shots outside the fold; one whose shots are all in one picture has no truths.
@@ -164,7 +170,7 @@ def detect_left_out(features: Features, labels: torch.Tensor, pull: torch.Tensor
         known = torch.bincount(seen[seen >= 0], minlength=len(pull)) > 0
         part = features._replace(anchors=[select(first, (first.picture < 0) | (fold[first.picture] != f))])
         rows = classifiers(part, seen, torch.where(known, pull, torch.inf), 0, bank)
-        out = detect(features, labels, fold == f, rows, bank)
+        out = detect(features, labels, fold == f, rows, bank, nms=nms)
         found.append((*(x[known[out.cls]] for x in out[:3]), out.truths * known))
     cls, conf, hit, truths = zip(*found)
     return Detections(torch.cat(cls), torch.cat(conf), torch.cat(hit), torch.stack(truths).sum(0))

@@ -17,7 +17,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, checks
 
-from yolo_fewshot.masked import ignore_folder
+from yolo_fewshot.masked import _beside, ignore_folder
 from yolo_fewshot.wording import few
 
 MIN_SIDE = 0.99  # least side of a box in pixels: 1, less the rounding of label files
@@ -79,7 +79,7 @@ class SupportDataset(YOLODataset):
         return list(self.support.labels)
 
 
-def read_support(support: str | Path, names: dict[int, str] | None = None) -> Support:
+def read_support(support: str | Path, names: dict[int, str] | None = None, channels: int = 3) -> Support:
     """Read a support set and check all of it.
 
     A list takes its class names from `classes.txt` beside it, one name a line, or else from a data.yaml beside it whose
@@ -89,6 +89,7 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
         support (str | Path): A data.yaml, whose train split counts, or a folder with one; a .txt list of pictures with
             YOLO label files; or a folder with one sub-folder of cropped pictures per class.
         names (dict[int, str], optional): Class names of the model.
+        channels (int): Channels of the images of a support set that does not say.
 
     Returns:
         (Support): Pictures in the order of the list, or sorted in folders; each is read once.
@@ -101,13 +102,8 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
     known = {int(i): str(n) for i, n in (names or {}).items()}
     source = _find(support)
     if source.is_dir():
-        return _read_crops(source)
-    if source.suffix.lower() == ".txt":
-        data, files = _data_beside(source), list_pictures(source)
-    else:
-        data = _load_data(source)
-        files = [x for p in _train_paths(source, data) for x in list_pictures(p)]
-    files = list(dict.fromkeys(files))
+        return _read_crops(source, channels)
+    data, files = _listed(source)
     if not files:
         raise ValueError(f"{source} names no pictures. Give at least one, labelled, per class.")
     label_files = utils.img2label_paths(files)
@@ -136,7 +132,42 @@ def read_support(support: str | Path, names: dict[int, str] | None = None) -> Su
             f"No box for {few(missing)} in {source.name}. Label at least one object of every new class, or leave the "
             "class out of 'names'."
         )
-    return Support(names, labels, False, source, data.get("channels") or 3, ignore_folder(data))
+    return Support(names, labels, False, source, data.get("channels") or channels, ignore_folder(data))
+
+
+def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what tells whether a support set is still the one that was read, without reading its images or labels.
+
+    Args:
+        support (str | Path): As for `read_support`.
+
+    Returns:
+        (tuple[tuple[str, int, int], ...]): Path, size and time of last change, in ns, of every file that counts: images
+            and label files, files of boxes to ignore, class names; size -1 for one that does not exist.
+
+    Raises:
+        FileNotFoundError: If the support set does not exist.
+        ValueError: If it names no images.
+    """
+    source = _find(support)
+    if source.is_dir():
+        files = [f for x in _crop_files(source).values() for f in x]
+    else:
+        data, images = _listed(source)
+        ignore, is_list = ignore_folder(data), source.suffix.lower() == ".txt"
+        names = [source.with_name("classes.txt"), *sorted(source.parent.glob("*.yaml"))] if is_list else []
+        ignored = filter(None, _beside(images, ignore)) if ignore else []
+        files = [source, *names, *images, *utils.img2label_paths(images), *ignored]
+    return tuple(_stat(str(f)) for f in files)
+
+
+def _stat(file: str) -> tuple[str, int, int]:
+    """Return path, size and time of last change of a file, -1 for one that does not exist."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return file, -1, -1
+    return file, found.st_size, found.st_mtime_ns
 
 
 def shown_beside(support: Support, names: Collection[str]) -> list[str]:
@@ -233,6 +264,16 @@ def _train_paths(file: Path, data: dict[str, Any]) -> list[Path]:
     return paths
 
 
+def _listed(source: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what a data.yaml, or a list and the files beside it, say: their content, and the images, each once."""
+    if source.suffix.lower() == ".txt":
+        data, files = _data_beside(source), list_pictures(source)
+    else:
+        data = _load_data(source)
+        files = [x for p in _train_paths(source, data) for x in list_pictures(p)]
+    return data, list(dict.fromkeys(files))
+
+
 def _lines(file: Path) -> list[str]:
     """Return the lines of a text file, without surrounding white space and empty last ones."""
     return [x.strip() for x in file.read_text(encoding="utf-8-sig", errors="replace").rstrip().splitlines()]
@@ -270,7 +311,7 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
 
     Args:
         files (list[str]): Picture files.
-        label_files (list[str]): Their label files; pictures without one are background.
+        label_files (list[str]): Their label files, empty for none; pictures without one are background.
         nc (int): Number of classes.
         kpt_shape (tuple[int, int]): Keypoints per object and their dimensions, which are dropped; zeros if none.
     """
@@ -281,7 +322,7 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
             "its folder, or else to the working directory."
         )
     args = zip(files, label_files, repeat(""), repeat(False), repeat(nc), *map(repeat, kpt_shape), repeat(False))
-    labels, corrupt, notes = [], [], []
+    labels, corrupt, notes, unlabeled = [], [], [], []
     with ThreadPool(NUM_THREADS) as pool:
         results = pool.imap(utils.verify_image_label, args)
         results = TQDM(results, desc="support: Scanning pictures...", total=len(files))
@@ -292,13 +333,38 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
                 continue
             if msg:
                 notes.append(f"{file}: {msg}")
+            if label_file and not found:
+                unlabeled.append((file, label_file))
             labels.append(_label(file, shape, boxes[:, :1], boxes[:, 1:]))
     if corrupt:
         text = f"{len(corrupt)} of {len(files)} pictures or their label files are corrupt"
         raise ValueError(f"{text}: {few(corrupt, '; ')}. Correct or remove them.")
     if notes:
         LOGGER.warning("\n".join(notes))
+    if unlabeled:
+        LOGGER.warning(_no_label_files(unlabeled, len(files)))
     return labels
+
+
+def _no_label_files(unlabeled: list[tuple[str, str]], n: int) -> str:
+    """Return what to say of images without a label file, and of files that look like one but are not found.
+
+    Args:
+        unlabeled (list[tuple[str, str]]): These images, and the label file that each should have.
+        n (int): Number of all images.
+    """
+    misplaced = []
+    for image, label in unlabeled:
+        beside = os.path.splitext(image)[0]
+        likely = (f"{stem}{suffix}" for stem in (label[:-4], beside) for suffix in (".txt", ".TXT"))
+        misplaced += [f"{x} should be {label}" for x in likely if os.path.isfile(x)][:1]
+    text = (
+        f"{len(unlabeled)} of {n} support images have no label file and count as background: "
+        f"{few([image for image, _ in unlabeled])}."
+    )
+    if misplaced:
+        return f"{text} Label files are not where they are looked for: {few(misplaced, '; ')}."
+    return f"{text} Label files are looked for as in training, i.e. {unlabeled[0][1]}; background has an empty one."
 
 
 def _label(file: str, shape: tuple[int, int], cls: np.ndarray, bboxes: np.ndarray) -> dict[str, Any]:
@@ -323,13 +389,18 @@ def _check_boxes(labels: list[dict[str, Any]], label_files: list[str], names: di
         )
 
 
-def _read_crops(folder: Path) -> Support:
-    """Read a folder with one sub-folder of cropped pictures per class, named after it."""
-    classes = {
+def _crop_files(folder: Path) -> dict[str, list[str]]:
+    """Return the images of every sub-folder of a folder of crops, by its name."""
+    return {
         x.name: sorted(str(f) for f in x.iterdir() if _is_picture(f.name) and not f.name.startswith("."))
         for x in sorted(folder.iterdir())
         if x.is_dir() and not x.name.startswith(".")
     }
+
+
+def _read_crops(folder: Path, channels: int) -> Support:
+    """Read a folder with one sub-folder of cropped pictures per class, named after it."""
+    classes = _crop_files(folder)
     if not classes:
         raise ValueError(f"{folder} has neither a data.yaml nor sub-folders. {LAYOUTS}")
     if "images" in classes:  # not a class but the pictures of a data set
@@ -342,4 +413,4 @@ def _read_crops(folder: Path) -> Support:
     labels = _verify(files, [""] * len(files), len(classes), (0, 0))
     whole = np.array([[0.5, 0.5, 1, 1]], dtype=np.float32)
     labels = [x | {"cls": i.reshape(1, 1), "bboxes": whole.copy()} for x, i in zip(labels, ids)]
-    return Support(dict(enumerate(classes)), labels, True, folder)
+    return Support(dict(enumerate(classes)), labels, True, folder, channels)

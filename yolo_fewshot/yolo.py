@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plot_support import FILE, plot_support
 from yolo_fewshot.plugin import no_head
-from yolo_fewshot.support import read_support, shown_beside
+from yolo_fewshot.support import Support, fingerprint, read_support, shown_beside
 from yolo_fewshot.wording import few
 
 
@@ -27,6 +28,8 @@ class FewShotYOLO(YOLO):
 
     `predict`, `track`, `val` and `export` take Ultralytics' arguments and two more: `support`, the support set to
     enroll first, and `enroll`, the method. Where Ultralytics writes a run folder, all but `export` draw the shots, too.
+
+    Threads may share a model: what changes it, or copies it to predict, waits for the others to do so.
 
     Attributes:
         shots (Shots | None): What was enrolled last.
@@ -52,11 +55,13 @@ class FewShotYOLO(YOLO):
         method: str = "auto",
         device: str | None = None,
         plot: str | Path | None = None,
+        nms: bool | None = None,
     ) -> dict[str, int]:
         """Teach the model the classes that a support set shows, without training; all other classes stay as they are.
 
-        Classes with a known name are enrolled anew, others are appended. Classes of its training that the support set
-        shows beside others only, and in no picture of their own, are not shots: they stay as they are.
+        Classes with a known name are enrolled anew, others are appended. Known classes that the support set shows
+        beside new ones only, and in no image without them, are not shots: they stay as they are, and their objects
+        there are negatives. The same holds for classes of its training beside any that it was not trained on.
 
         Args:
             support (str | Path): YOLO data.yaml, whose train split counts; .txt list of pictures with YOLO label files;
@@ -68,6 +73,8 @@ class FewShotYOLO(YOLO):
                 clearly better, see `yolo_fewshot.enroll.choose`.
             device (str, optional): Device, as in Ultralytics; that of the model if not given.
             plot (str | Path, optional): Picture of the shots to write, i.e. 'support_check.png'; none if not given.
+            nms (bool, optional): As in `predict`: where it is False, suggested thresholds and `auto` are for the
+                NMS-free branch of dual heads. Both branches are enrolled anyway.
 
         Returns:
             (dict[str, int]): Number of shots per enrolled class.
@@ -77,29 +84,31 @@ class FewShotYOLO(YOLO):
             FileNotFoundError: If the support set, or a picture that it lists, does not exist.
             ValueError: If the support set is unusable, or an argument is invalid; the text says what to change.
         """
+        with self._lock:
+            return self._enroll(support, imgsz, batch, method, device, plot, nms)
+
+    def _enroll(
+        self,
+        support: str | Path,
+        imgsz: int | None,
+        batch: int,
+        method: str,
+        device: str | None,
+        plot: str | Path | None,
+        nms: bool | None,
+    ) -> dict[str, int]:
+        """Enroll the classes of a support set, see `enroll`."""
         model = self._few_shot_model("enroll")
         table.check({"enroll": method})  # before the support set is read
-        shots = read_support(str(support), model.names)  # the command line turns digits into an int
-        trained = [n for n in map(str, model.names.values()) if n not in model.enrolled]
-        kept = shown_beside(shots, trained)
-        if kept:
-            LOGGER.info(
-                f"{few(kept)}: trained classes, which stay as they are, for only pictures of other classes show them. "
-                "To enroll one anew, add a picture of it by itself."
-            )
-        shown = shots.shown
-        again = [n for n in trained if n in shown and n not in kept]
-        if again:
-            LOGGER.warning(
-                f"{few(again)}: trained classes, which are enrolled anew from these shots. If the shots mean something "
-                "else, give the class another name."
-            )
+        channels = model.yaml.get("channels") or 3
+        shots = read_support(str(support), model.names, channels)  # the command line turns digits into an int
+        kept = self._kept(model, shots)
         views = support_views((self.ckpt or {}).get("train_args") or {}, shots.crops)
         home, training = next(model.parameters()).device, model.training
         model.eval().to(home if device in (None, "") else select_device(device, verbose=False))
         try:
             size = imgsz or self.overrides.get("imgsz", 640)
-            result = enrolment.enroll(model, shots, size, batch, method, views, kept)
+            result = enrolment.enroll(model, shots, size, batch, method, views, kept, nms)
         finally:
             model.train(training).to(home)
         self._changed()
@@ -122,8 +131,9 @@ class FewShotYOLO(YOLO):
             TypeError: If the model has no few-shot head.
             ValueError: If the class was not enrolled.
         """
-        enrolment.forget(self._few_shot_model("forget"), name)
-        self._changed()
+        with self._lock:
+            enrolment.forget(self._few_shot_model("forget"), name)
+            self._changed()
         return self
 
     def fold(self) -> FewShotYOLO:
@@ -138,8 +148,9 @@ class FewShotYOLO(YOLO):
         Raises:
             TypeError: If the model has no few-shot head.
         """
-        self.model = self._few_shot_model("fold").fold()
-        self._changed()
+        with self._lock:
+            self.model = self._few_shot_model("fold").fold()
+            self._changed()
         return self
 
     def save(self, filename: str | Path = "saved_model.pt") -> None:
@@ -149,10 +160,11 @@ class FewShotYOLO(YOLO):
             filename (str | Path): File to write.
         """
         buffer = BytesIO()
-        super().save(buffer)
-        buffer.seek(0)
-        ckpt = torch.load(buffer, map_location="cpu", weights_only=False)
-        ckpt["model"].model[-1].float().load_state_dict(self.model.model[-1].state_dict())
+        with self._lock:
+            super().save(buffer)
+            buffer.seek(0)
+            ckpt = torch.load(buffer, map_location="cpu", weights_only=False)
+            ckpt["model"].model[-1].float().load_state_dict(self.model.model[-1].state_dict())
         save_checkpoint(ckpt, filename)
 
     def predict(self, source: Any = None, stream: bool = False, predictor: Any = None, **kwargs: Any) -> Any:
@@ -167,14 +179,16 @@ class FewShotYOLO(YOLO):
         Returns:
             (list[Results] | Iterator[Results]): Results.
         """
-        new, kwargs = kwargs.get("support"), self._enroll_from(kwargs)
-        enrolled = getattr(self.model, "enrolled", None)
-        if enrolled and not (self.predictor or new) and kwargs.get("verbose", True):
-            LOGGER.info(enrolment.table_of(enrolled))
-        results = super().predict(source, stream, predictor, **kwargs)
-        if self._undrawn and self.predictor.args.save:
-            self._draw(self.predictor.save_dir)
-        return results
+        with self._lock:
+            new, kwargs = kwargs.get("support"), self._enroll_from(kwargs)
+            enrolled = getattr(self.model, "enrolled", None)
+            if enrolled and not (self.predictor or new) and kwargs.get("verbose", True):
+                LOGGER.info(enrolment.table_of(enrolled))
+            results = super().predict(source, True, predictor, **kwargs)  # a generator: the predictor has a lock itself
+            self.predictor.stream = stream
+            if self._undrawn and self.predictor.args.save:
+                self._draw(self.predictor.save_dir)
+        return results if stream or results is None else list(results)
 
     def val(self, validator: Any = None, **kwargs: Any) -> Any:
         """Validate as Ultralytics does, after enrolling the classes of `support`, with base and novel AP.
@@ -186,10 +200,11 @@ class FewShotYOLO(YOLO):
         Returns:
             (FewShotMetrics): Results.
         """
-        kwargs = self._enroll_from(kwargs)
-        metrics = super().val(validator, **kwargs)
-        if self._undrawn and {**self.overrides, **kwargs}.get("plots", True):
-            self._draw(metrics.save_dir)
+        with self._lock:
+            kwargs = self._enroll_from(kwargs)
+            metrics = super().val(validator, **kwargs)
+            if self._undrawn and {**self.overrides, **kwargs}.get("plots", True):
+                self._draw(metrics.save_dir)
         return metrics
 
     def export(self, **kwargs: Any) -> str:
@@ -201,30 +216,59 @@ class FewShotYOLO(YOLO):
         Returns:
             (str): Path of the exported model.
         """
-        kwargs = self._enroll_from(kwargs)
-        model = self.model
-        if isinstance(model, FewShotDetectionModel):
-            self.model = model.fold()
-        try:
-            return super().export(**kwargs)
-        finally:
-            self.model = model
+        with self._lock:
+            kwargs = self._enroll_from(kwargs)
+            model = self.model
+            if isinstance(model, FewShotDetectionModel):
+                self.model = model.fold()
+            try:
+                return super().export(**kwargs)
+            finally:
+                self.model = model
+
+    @staticmethod
+    def _kept(model: FewShotDetectionModel, shots: Support) -> list[str]:
+        """Return the known classes that a support set merely shows beside others, and log what becomes of the known."""
+        known = [str(n) for n in model.names.values()]
+        trained, enrolled = ([n for n in known if (n in model.enrolled) is x] for x in (False, True))
+        beside = shown_beside(shots, known)
+        by_kind = {
+            "trained": (trained, shown_beside(shots, trained)),
+            "already enrolled": (enrolled, [n for n in enrolled if n in beside]),
+        }
+        for kind, (names, kept) in by_kind.items():
+            if kept:
+                LOGGER.info(
+                    f"{few(kept)}: {kind} classes, which stay as they are, for only pictures of other classes show "
+                    "them. To enroll one anew, add a picture of it by itself."
+                )
+            again = [n for n in names if n in shots.shown and n not in kept]
+            if again:
+                say = LOGGER.warning if names is trained else LOGGER.info
+                say(
+                    f"{few(again)}: {kind} classes, which are enrolled anew from these shots. If the shots mean "
+                    "something else, give the class another name."
+                )
+        return [n for _, kept in by_kind.values() for n in kept]
 
     def _enroll_from(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Enroll what `support` and `enroll` among some arguments ask for, and return the others.
 
-        The same support set is not enrolled twice in a row, so that it may be given frame by frame.
+        The same support set is not enrolled twice in a row, so that it may be given frame by frame; it is the same as
+        long as none of its files has changed.
         """
         if kwargs.get("support") is None or not isinstance(self.model, FewShotDetectionModel):
             return {k: v for k, v in kwargs.items() if k != "enroll"}  # Ultralytics refuses `support` here
         kwargs = dict(kwargs)
         support, method = str(kwargs.pop("support")), kwargs.pop("enroll", None) or "auto"
+        table.check({"enroll": method})  # before the support set is looked at
         imgsz = kwargs.get("imgsz")
         imgsz = max(imgsz) if isinstance(imgsz, (list, tuple)) else imgsz
-        changed = Path(support).stat().st_mtime if Path(support).exists() else None
-        given = (id(self.model), support, changed, method, imgsz)
+        asked = {**self.overrides, **kwargs}
+        nms = False if asked.get("end2end") else asked.get("nms")  # Ultralytics' old name of nms=False
+        given = (id(self.model), fingerprint(support), method, imgsz, nms is False)
         if self.__dict__.get("_given") != given:
-            self.enroll(support, imgsz=imgsz, method=method, device=kwargs.get("device"))
+            self.enroll(support, imgsz=imgsz, method=method, device=kwargs.get("device"), nms=nms)
             self._given, self._undrawn = given, True
         return kwargs
 
@@ -237,6 +281,15 @@ class FewShotYOLO(YOLO):
         """Drop what belongs to the model as it was: the predictor, which holds a copy, and the last support set."""
         self.predictor = self._given = self.shots = None
         self._undrawn = False
+
+    @property
+    def _lock(self) -> threading.RLock:
+        """Lock of this model, which its copies and pickles do not share."""
+        return self.__dict__.setdefault("_own_lock", threading.RLock())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled."""
+        return {k: v for k, v in self.__dict__.items() if k != "_own_lock"}
 
     def _few_shot_model(self, what: str) -> FewShotDetectionModel:
         """Return the network, or raise a TypeError that says how to get one with a few-shot head."""

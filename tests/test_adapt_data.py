@@ -127,3 +127,22 @@ def test_closing_the_mosaic_skips_no_epoch_where_processes_load():
     finally:
         loader.close()
     assert seen == expected[:2]
+
+
+def test_base_images_with_repeated_names_keep_their_indices():
+    dataset = SimpleNamespace(labels=labels_of([0, 2], [1]))
+    relabel(dataset, {0: "a", 1: "b", 2: "a"}, {0: "a", 1: "b", 2: "a", 3: "new"})
+    assert [x["cls"].ravel().tolist() for x in dataset.labels] == [[0, 2], [1]]
+    with pytest.raises(ValueError, match="called a, and not at the same indices"):
+        relabel(SimpleNamespace(labels=labels_of([0])), {0: "a", 1: "b"}, {0: "a", 1: "b", 2: "a"})
+
+
+@pytest.mark.parametrize("base", [0, 7])
+def test_processes_share_the_images_of_a_step(base):
+    """Two processes see together what one with their joint batch sees: as many steps, every image as often."""
+    one = list(AdaptSampler(10, base, 8, 5, seed=3).draw(2))
+    two = [list(AdaptSampler(10, base, 4, 5, seed=3, rank=r, processes=2).draw(2)) for r in (0, 1)]
+    assert len(one) == len(two[0]) + len(two[1]) == 40
+    for step in range(5):
+        joint = [*two[0][4 * step : 4 * step + 4], *two[1][4 * step : 4 * step + 4]]
+        assert sorted(joint) == sorted(one[8 * step : 8 * step + 8])

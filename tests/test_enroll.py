@@ -15,7 +15,7 @@ from yolo_fewshot.features import Features, View, extract
 from yolo_fewshot.fit import PULL
 from yolo_fewshot.leave_out import Agreement, Detections, agreement, detect, detect_left_out
 from yolo_fewshot.model import FewShotDetectionModel
-from yolo_fewshot.support import read_support
+from yolo_fewshot.support import Support, read_support
 
 FAMILIES = ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 METHODS = ["mean", "fit", "auto"]
@@ -569,3 +569,11 @@ def test_python_interface_enrols_and_predicts_with_the_new_classes(file, tmp_pat
 def test_stock_models_are_told_to_upgrade(file):
     with pytest.raises(TypeError, match=r"cfg=stage1\.yaml"):
         FewShotYOLO("yolo11n.yaml").enroll(file)
+
+
+def test_a_class_whose_name_the_model_has_twice_is_not_enrolled(tmp_path):
+    model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=3, verbose=False).eval()
+    model.names = {0: "a", 1: "b", 2: "a"}
+    labels = [{"im_file": "1.png", "cls": np.zeros((1, 1), np.float32), "bboxes": np.full((1, 4), 0.5, np.float32)}]
+    with pytest.raises(ValueError, match=r"Several classes of the model have the name a, so"):
+        enroll(model, Support({0: "a"}, labels, False, tmp_path), SIZE)

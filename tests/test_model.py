@@ -248,3 +248,10 @@ def test_fitted_classes_keep_gain_and_offset_in_a_checkpoint(tmp_path):
     bank, again = wrapper.model.model[-1].prototypes, YOLO(tmp_path / "a.pt").model.model[-1].prototypes
     assert torch.equal(bank.gain, again.gain) and torch.equal(bank.offset, again.offset)  # float32, not rounded to half
     assert torch.equal(bank.weight, again.weight)
+
+
+def test_prototypes_of_repeated_names_follow_their_index():
+    source, model = build(nc=3, names=["a", "b", "a"]), build(nc=4, names=["a", "b", "a", "c"], seed=1)
+    model.load(source, verbose=False)
+    assert model.transferred == [0, 1, 2]
+    assert torch.equal(model.model[-1].prototypes.weight[:3], source.model[-1].prototypes.weight)

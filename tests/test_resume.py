@@ -12,11 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 from ultralytics import YOLO
+from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from yolo_fewshot import FewShotTrainer
 from yolo_fewshot.doctor import doctor
+from yolo_fewshot.episodes import EpisodeSampler
 
 EPOCHS, EPISODES = 3, 2
 SETTINGS = {
@@ -321,6 +324,30 @@ def resumed(tmp_path, monkeypatch, text, start_epoch, resume=True):
     trainer.resume_training({"epoch": start_epoch - 1, "optimizer": {"state": 1}})
     assert started == ([start_epoch] if resume else [])
     return {x.name: x.read_text() for x in tmp_path.iterdir()}
+
+
+class Blank(Dataset):
+    """Items of an episode, as they were asked for."""
+
+    def __getitem__(self, draw):
+        return draw
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_loader_processes_that_have_begun_do_not_repeat_the_episodes_from_the_start(tmp_path, monkeypatch, started):
+    """Loaders of older Ultralytics begin as soon as they are made."""
+    labels = [{"cls": np.array([[i % 4]])} for i in range(20)]
+    sampler = EpisodeSampler(labels, dict(enumerate("abcd")), n_way=2, k_shot=1, n_query=1, episodes=3, seed=5)
+    loader = InfiniteDataLoader(Blank(), batch_size=4, sampler=sampler, num_workers=2, collate_fn=list)
+    if started:
+        next(iter(loader))
+    trainer = FewShotTrainer.__new__(FewShotTrainer)
+    trainer.args, trainer.adaptation, trainer.train_loader = SimpleNamespace(stage=2), None, loader
+    trainer.resume, trainer.epochs, trainer.csv = True, 20, tmp_path / "results.csv"
+    monkeypatch.setattr(DetectionTrainer, "resume_training", lambda self, ckpt: setattr(self, "start_epoch", 7))
+    trainer.resume_training({"epoch": 6, "optimizer": {"state": 1}})
+    assert next(iter(loader)) == sampler.episode(7, 0)
+    loader.close()
 
 
 ROWS = [f"{i},{i}.5,0.25,nan\n" for i in range(1, 13)]

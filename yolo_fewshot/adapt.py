@@ -15,6 +15,7 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_fewshot.adapt_data import AdaptSampler, ShotsAndBase, merged_names
+from yolo_fewshot.class_names import match_classes
 from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.enroll import Shots, enroll, log
 from yolo_fewshot.features import View, extract, support_views
@@ -97,9 +98,9 @@ def ap50_on_shots(model: nn.Module, support: Support, imgsz: int) -> float:
     Returns:
         (float): Mean AP50 of the classes of the shots, 0 to 1.
     """
-    head, index = model.model[-1], {str(n): i for i, n in model.names.items()}
+    head, index = model.model[-1], match_classes(support.names, model.names)
     features = extract(model, support, imgsz, views=[View()], desc="Checking shots")
-    labels = torch.tensor([index[str(support.names[c])] for c in features.cls.tolist()])
+    labels = torch.tensor([index[c] for c in features.cls.tolist()])
     vectors, offsets = zip(*(head.get_class(i)[0] for i in range(head.nc)))
     rows, every = (torch.stack(vectors).cpu(), torch.stack(offsets).cpu()), torch.ones(len(features.files), dtype=bool)
     return ap50(detect(features, labels, every, rows, head.banks[0]))
@@ -128,14 +129,14 @@ class Adaptation:
         self._blend = args.blend
         self._teacher: Teacher | None = None
 
-    def take_classes(self, names: dict[int, str]) -> None:
+    def take_classes(self, model: FewShotDetectionModel) -> None:
         """Read the shots, and append their new classes to those of the model that training starts from.
 
         Args:
-            names (dict[int, str]): Classes of the model; `freeze` follows from them if it is None.
+            model (FewShotDetectionModel): The model; `freeze` follows from its classes if it is None.
         """
-        self.support = read_support(self.args.data, names)
-        self.names = merged_names(names, self.support.names, self.support.labels)
+        self.support = read_support(self.args.data, model.names, model.yaml.get("channels") or 3)
+        self.names = merged_names(model.names, self.support.names, self.support.labels)
         if self.args.freeze is None:
             self.args.freeze = freeze_for(self.names, self.support)
 
@@ -156,7 +157,7 @@ class Adaptation:
             return weights, None
         known, views = {str(n) for n in weights.names.values()}, support_views(vars(self.args), self.support.crops)
         weights = deepcopy(weights).float().eval().to(device)
-        shots = enroll(weights, self.support, self.args.imgsz, views=views, keep=known)
+        shots = enroll(weights, self.support, self.args.imgsz, views=views, keep=known, nms=self.args.nms)
         log(shots)
         return weights.cpu(), shots
 

@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from ultralytics.data.dataset import YOLODataset
 
+from yolo_fewshot.class_names import check_unambiguous, match_classes
 from yolo_fewshot.sampling import EpochSampler
 from yolo_fewshot.wording import few
 
@@ -41,10 +42,12 @@ def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str]
         classes (dict[int, str]): Class names of the model.
 
     Raises:
-        ValueError: If a picture shows a class that is not among them.
+        ValueError: If a picture shows a class that is not among them, or whose name is ambiguous.
     """
-    index = {str(n): i for i, n in classes.items()}
-    table = np.array([index.get(str(names[i]), -1) for i in range(len(names))], dtype=np.float32)
+    index = match_classes(names, classes)
+    shown = {int(c) for x in dataset.labels for c in x["cls"].flat}
+    check_unambiguous(names, index, sorted(shown), getattr(dataset, "img_path", ""))
+    table = np.array([index[i] for i in range(len(names))], dtype=np.float32)
     for x in dataset.labels:
         cls = x["cls"].astype(int)
         unknown = {str(names[i]) for i in cls[table[cls] < 0].tolist()}

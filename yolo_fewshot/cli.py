@@ -38,7 +38,7 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
         support (str): Support set.
         save (str): Checkpoint to write.
         enroll (str): Method.
-        **kwargs (Any): `imgsz`, `batch` and `device` of `FewShotYOLO.enroll`.
+        **kwargs (Any): `imgsz`, `batch`, `device` and `nms` of `FewShotYOLO.enroll`.
 
     Raises:
         ValueError: If `save` is not a .pt file in a folder that exists.
@@ -137,6 +137,7 @@ COMMANDS = {
             "imgsz": "picture size, that of training if not given",
             "batch": "pictures per forward pass (16)",
             "device": "device, i.e. 0 or cpu",
+            "nms": "False if the model will predict so, for the suggested thresholds of YOLO26",
         },
         "yolo-fewshot enroll model=best.pt support=shots.yaml save=site-a.pt",
     ),

@@ -14,6 +14,7 @@ from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.ops import xywh2xyxy
 
 from yolo_fewshot import args as table
+from yolo_fewshot.class_names import repeated
 from yolo_fewshot.features import Features, View, extract
 from yolo_fewshot.fit import MARGIN, PULL, classifiers
 from yolo_fewshot.head import Prototypes
@@ -104,6 +105,12 @@ def enroll(
         raise ValueError(
             f"The images of {support.source} have channels={support.channels}, and the model takes {channels}. Set "
             f"'channels: {channels}' there, which loads any image so, or enroll into a model of such images."
+        )
+    twice = [n for n in repeated(model.names.values()) if n in support.shown and n not in keep]
+    if twice:
+        raise ValueError(
+            f"Several classes of the model have the name {few(twice)}, so that it is not clear which one the shots "
+            "are of. Give the class of the shots another name."
         )
     features = extract(model, support, imgsz, batch, views)
     names, labels = compact(features, support.names)

@@ -42,7 +42,7 @@ class MaskedDataset(YOLODataset):
         dataset.__class__ = cls
         files = [x["im_file"] for x in dataset.labels]
         dataset.outlined = any(len(x["segments"]) for x in dataset.labels)
-        dataset.ignored = {f: b for f, b in zip(files, map(_read_boxes, _beside(files, folder))) if len(b)}
+        dataset.ignored = {f: b for f, b in zip(files, map(_read_boxes, ignore_files(files, folder))) if len(b)}
         return dataset
 
     def update_labels_info(self, label: dict[str, Any]) -> dict[str, Any]:
@@ -124,10 +124,10 @@ def fully_labelled(dataset: YOLODataset) -> list[dict[str, Any]]:
     return [x for x in dataset.labels if x["im_file"] not in ignored] or dataset.labels
 
 
-def _beside(files: list[str], folder: str) -> list[str]:
+def ignore_files(files: list[str], folder: str) -> list[str]:
     """Return the files of boxes to ignore of some pictures, which lie as label files do; "" outside of 'images'."""
-    images, beside = f"{os.sep}images{os.sep}", f"{os.sep}{folder}{os.sep}"
-    return [os.path.splitext(beside.join(x.rsplit(images, 1)))[0] + ".txt" if images in x else "" for x in files]
+    images, there = f"{os.sep}images{os.sep}", f"{os.sep}{folder}{os.sep}"
+    return [os.path.splitext(there.join(x.rsplit(images, 1)))[0] + ".txt" if images in x else "" for x in files]
 
 
 def _read_boxes(file: str) -> np.ndarray:

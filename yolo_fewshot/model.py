@@ -13,6 +13,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.loss import E2ELoss
 from ultralytics.utils.torch_utils import initialize_weights
 
+from yolo_fewshot.class_names import UNKNOWN, match_classes
 from yolo_fewshot.criterion import FewShotLoss
 from yolo_fewshot.head import Embedding, FewShotDetect
 
@@ -136,9 +137,10 @@ class FewShotDetectionModel(DetectionModel):
         if any(all(str(i) == n for i, n in x.items()) for x in (names, src_names)):
             index = {i: i for i in names} if len(names) == len(src_names) else {}
         else:
-            exact, lower = {n: i for i, n in src_names.items()}, {n.lower(): i for i, n in src_names.items()}
-            found = {i: exact.get(n, lower.get(n.lower())) for i, n in names.items()}
-            index = {i: j for i, j in found.items() if j is not None}
+            found = match_classes(names, src_names)
+            lower = match_classes(*({i: n.lower() for i, n in x.items()} for x in (names, src_names)))
+            found = {i: lower[i] if j == UNKNOWN else j for i, j in found.items()}
+            index = {i: j for i, j in found.items() if j >= 0}
         if not index:
             return []
         dst, src = list(index), list(index.values())

@@ -17,7 +17,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, checks
 
-from yolo_fewshot.masked import _beside, ignore_folder
+from yolo_fewshot.masked import ignore_files, ignore_folder
 from yolo_fewshot.wording import few
 
 MIN_SIDE = 0.99  # least side of a box in pixels: 1, less the rounding of label files
@@ -156,7 +156,7 @@ def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
         data, images = _listed(source)
         ignore, is_list = ignore_folder(data), source.suffix.lower() == ".txt"
         names = [source.with_name("classes.txt"), *sorted(source.parent.glob("*.yaml"))] if is_list else []
-        ignored = filter(None, _beside(images, ignore)) if ignore else []
+        ignored = filter(None, ignore_files(images, ignore)) if ignore else []
         files = [source, *names, *images, *utils.img2label_paths(images), *ignored]
     return tuple(_stat(str(f)) for f in files)
 

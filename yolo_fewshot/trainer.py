@@ -40,13 +40,13 @@ from yolo_fewshot.guard import nonfinite
 from yolo_fewshot.guarded import GuardedTrainer
 from yolo_fewshot.loss_doctor import LossDoctor, report
 from yolo_fewshot.masked import fully_labelled, has_ignored, masked
-from yolo_fewshot.memory import remember
+from yolo_fewshot.memory import base_support, remember
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plot_embedding import plot_embedding
 from yolo_fewshot.plot_episode import plot_episode
 from yolo_fewshot.plot_support import FILE, plot_support
 from yolo_fewshot.plots import plot_losses
-from yolo_fewshot.support import Support, SupportDataset
+from yolo_fewshot.support import SupportDataset
 
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put other pictures into a picture
 VAL_EPISODES, EMBEDDED = 3, 200  # episodes, and pictures whose objects are embedded, plotted at the end
@@ -203,7 +203,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
 
     def _take_classes(self, model: FewShotDetectionModel) -> None:
         """Make the classes of stage 3 those of the model that it starts from, and the new ones of the shots."""
-        self.adaptation.take_classes(model.names)
+        self.adaptation.take_classes(model)
         self.data = {**self.data, "names": self.adaptation.names, "nc": len(self.adaptation.names)}
 
     def _enrolled(self, weights: nn.Module | None) -> FewShotDetectionModel:
@@ -463,18 +463,15 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         labels = [labels[i] for i in np.linspace(0, len(labels) - 1, min(len(labels), EMBEDDED), dtype=int)]
         if not labels:
             return
-        features = extract(model, self._support_of(labels), self.args.imgsz, views=[View()], desc="Embedding objects")
+        features = extract(
+            model, base_support(model, labels), self.args.imgsz, views=[View()], desc="Embedding objects"
+        )
         file, prototypes = self.save_dir / "embedding.png", model.model[-1].prototypes.weight.detach()[..., 0]
         LOGGER.info(f"Plotting embedding to {file}... ")
         known = features.embeds[0].any(1)
         shown = features.embeds[0][known], features.cls[known]
         plot_embedding(*shown, prototypes.float().cpu(), model.names, set(model.enrolled), file)
         self.on_plot(file)
-
-    def _support_of(self, labels: list[dict[str, Any]]) -> Support:
-        """Return pictures of the data set as a support set."""
-        labels = [{**x, "segments": []} for x in labels]
-        return Support(self.data["names"], labels, False, Path(str(self.data["val"])), self.data["channels"])
 
     def _plot_val_episodes(self) -> None:
         """Plot episodes of the val split with what the best model finds in their query pictures."""
@@ -489,8 +486,8 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         except ValueError:
             LOGGER.info("No val_episode.jpg: the pictures of the val split do not divide into support and query.")
             return
-        episodes = EpisodicDataset(SupportDataset(self._support_of(val.labels), a.imgsz))
         model = load_checkpoint(self.best, self.device)[0]
+        episodes = EpisodicDataset(SupportDataset(base_support(model, val.labels), a.imgsz))
         for i in range(VAL_EPISODES):
             batch = super().preprocess_batch(episodes.collate_fn([episodes[d] for d in sampler.episode(0, i)]))
             self._plot_episode(batch, f"val_episode{i}.jpg", detect_queries(model.eval(), batch))

@@ -35,6 +35,7 @@ def episode(imgsz: int, device: str, n_way: int = 8, k_shot: int = 1) -> dict:
         "bboxes": torch.cat([0.3 + 0.4 * torch.rand(n, 2, generator=g), 0.1 + 0.2 * torch.rand(n, 2, generator=g)], 1),
         "batch_idx": torch.arange(pictures).repeat_interleave(OBJECTS).float(),
         "support": torch.arange(pictures) < support,
+        "query": torch.arange(support, pictures),
         "way": torch.arange(pictures) % n_way,
     }
     return {k: v.to(device) for k, v in batch.items()}

@@ -1,9 +1,9 @@
-"""A long run on several GPUs that goes on where it was stopped: start the same command again after a crash.
+"""A long run that goes on where it was stopped: start the same command again after a crash.
 
     python examples/long_run.py best.pt base.yaml 0,1,2,3
 
-Every GPU draws episodes of its own, so a step sees four of them here. A resumed run has the episodes that it would have
-had without the break.
+Every device draws episodes of its own, so a step sees four of them here. A resumed run has the episodes that it would
+have had without the break. Tested with two processes on a CPU; not yet run on several GPUs.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from ultralytics.utils.tal import TaskAlignedAssigner
 from yolo_fewshot.assign import BoxAssignment, RecordingAssigner
 from yolo_fewshot.model import FewShotDetectionModel
 
+pytestmark = pytest.mark.oldest
+
 CENTRES = torch.cat(
     [
         torch.stack(torch.meshgrid(torch.arange(n) + 0.5, torch.arange(n) + 0.5, indexing="xy"), -1).view(-1, 2) * s

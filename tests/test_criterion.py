@@ -20,6 +20,8 @@ from yolo_fewshot.losses import SupConLoss, TripletLoss
 from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.retention import Retained
 
+pytestmark = pytest.mark.oldest
+
 NC, B = 6, 6
 
 

@@ -12,6 +12,8 @@ from ultralytics.data.dataset import YOLODataset
 
 from yolo_fewshot.episodes import Draw, EpisodeSampler, EpisodicDataset
 
+pytestmark = pytest.mark.oldest
+
 
 def make_labels(per_picture):
     """Labels as Ultralytics holds them, from a list of the classes in every picture."""

@@ -9,6 +9,8 @@ from torch import nn
 
 from yolo_fewshot.guard import Guard, nonfinite
 
+pytestmark = pytest.mark.oldest
+
 NAN, INF = float("nan"), float("inf")
 ONE = torch.tensor(1.0)
 

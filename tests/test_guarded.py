@@ -17,6 +17,8 @@ from ultralytics.utils.loss import v8DetectionLoss
 
 from yolo_fewshot.guarded import GuardedTrainer, guarded
 
+pytestmark = pytest.mark.oldest
+
 TASKS = {
     "detect": "yolo11n.yaml",
     "segment": "yolo11n-seg.yaml",

@@ -11,6 +11,8 @@ from yolo_fewshot import args as table
 from yolo_fewshot.criterion import FewShotLoss, branch_losses
 from yolo_fewshot.loss_doctor import REMEDIES, LossDoctor, report
 
+pytestmark = pytest.mark.oldest
+
 NAN, INF = float("nan"), float("inf")
 NAMES = ["box", "cls", "dfl", "epi", "sup", "cpe", "tri"]
 OFF = torch.amp.GradScaler("cpu", enabled=False)

@@ -24,6 +24,8 @@ from yolo_fewshot.model import FewShotDetectionModel
 from yolo_fewshot.plugin import cfg_dir
 from yolo_fewshot.retention import Retained
 
+pytestmark = pytest.mark.oldest
+
 STILL = dict.fromkeys(("mosaic", "mixup", "fliplr", "flipud", "scale", "translate", "hsv_h", "hsv_s", "hsv_v"), 0.0)
 FAMILIES = ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 NC, B, HEIGHT, WIDTH = 4, 4, 64, 96

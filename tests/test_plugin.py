@@ -34,6 +34,8 @@ from yolo_fewshot.trainer import FewShotTrainer
 from yolo_fewshot.validator import FewShotValidator
 from yolo_fewshot.yolo import FewShotYOLO
 
+pytestmark = pytest.mark.oldest
+
 STOCK_KEYS = set(YAML.load(DEFAULT_CFG_PATH))
 TYPED = ("CFG_INT_KEYS", "CFG_FLOAT_KEYS", "CFG_BOOL_KEYS", "CFG_STR_KEYS")
 

@@ -31,6 +31,8 @@ from ultralytics import YOLO
 from ultralytics.utils.torch_utils import unwrap_model
 import yolo_fewshot
 
+pytestmark = pytest.mark.oldest
+
 def note(trainer):
     model = unwrap_model(trainer.model)
     state = b"".join(v.detach().cpu().numpy().tobytes() for v in model.parameters())

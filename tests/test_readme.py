@@ -83,7 +83,8 @@ def run(words, folder):
     """Run a command, made short by further arguments."""
     quick = [f"{k}={v}" for k, v in QUICK.items()]
     if words[0] == "yolo":
-        more = {"train": [*quick, "steps=2"], "val": quick[:1] + quick[2:], "export": quick[:1], "predict": quick[:1]}
+        steps = ["steps=2"] if any("stage3" in x for x in words) else []
+        more = {"train": [*quick, *steps], "val": quick[:1] + quick[2:], "export": quick[:1], "predict": quick[:1]}
         stage2 = any("stage2" in x for x in words)
         more = [*more[words[1]], *(f"{k}={v}" for k, v in EPISODES.items() if stage2), f"project={folder}/runs/detect"]
         entrypoint(shlex.join([*words, *more]))

@@ -4,6 +4,8 @@ from yolo_fewshot.adapt_data import AdaptSampler
 from yolo_fewshot.episodes import EpisodeSampler
 from yolo_fewshot.sampling import EpochSampler
 
+pytestmark = pytest.mark.oldest
+
 
 class Numbers(EpochSampler):
     def draw(self, epoch):

@@ -17,6 +17,8 @@ from yolo_fewshot.criterion import branch_losses
 from yolo_fewshot.masked import IGNORED
 from yolo_fewshot.retention import Teacher, retain
 
+pytestmark = pytest.mark.oldest
+
 FAMILIES = ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 SILENT = torch.tensor([4, 5])  # classes that no picture of the batch shows
 

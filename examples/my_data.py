@@ -17,7 +17,7 @@ import cv2
 from ultralytics.data.utils import check_det_dataset, img2label_paths
 from ultralytics.utils import YAML
 
-from yolo_fewshot.splits import split
+from yolo_fewshot.data.splits import split
 
 
 def main(data: str = "fewshot-demo.yaml", novel: str = "gear,key,tree", out: str = "my_split", **more: Any) -> Path:

@@ -48,7 +48,7 @@ def draw_tiny() -> Callable[[Path, int], Path]:
     import cv2
     import numpy as np
 
-    from yolo_fewshot.plugin import cfg_dir
+    from yolo_fewshot.paths import cfg_dir
 
     def draw(root: Path, pictures: int) -> Path:
         rng = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def draw_tiny() -> Callable[[Path, int], Path]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """The trainers of a short run of both stages on the demo data; what stage 2 leaves in `best` does detect."""
     from yolo_fewshot import FewShotTrainer
-    from yolo_fewshot.plugin import cfg_dir
+    from yolo_fewshot.paths import cfg_dir
 
     root = tmp_path_factory.mktemp("trained")
     model = (cfg_dir() / "fewshot.yaml").read_text().replace("width_multiple: 0.25", "width_multiple: 0.125")

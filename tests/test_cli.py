@@ -12,9 +12,9 @@ import torch
 from ultralytics import YOLO
 
 from yolo_fewshot import FewShotYOLO, cli
-from yolo_fewshot import enroll as enrolment
-from yolo_fewshot.data_check import Finding
-from yolo_fewshot.demo import BASE, draw_glyph
+from yolo_fewshot.data.checks import Finding
+from yolo_fewshot.data.demo import BASE, draw_glyph
+from yolo_fewshot.enroll.enroll import enroll as enrolment
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
     monkeypatch.setattr(FewShotYOLO, "enroll", lambda self, support, **kwargs: seen.append((support, kwargs)))
     monkeypatch.setattr(FewShotYOLO, "save", lambda self, file: seen.append(file))
     monkeypatch.setattr(FewShotYOLO, "names", {0: "bus"})
-    monkeypatch.setattr("yolo_fewshot.plot_support.plot_support", lambda *args: seen.append(args))
+    monkeypatch.setattr("yolo_fewshot.plots.support.plot_support", lambda *args: seen.append(args))
     argv = [
         "model=a.pt",
         "--support=shots.yaml",
@@ -101,7 +101,7 @@ def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
 def rehearsed(monkeypatch):
     """What the doctor is asked, and what it answers."""
     asked, found = [], []
-    monkeypatch.setattr("yolo_fewshot.doctor.doctor", lambda **kwargs: asked.append(kwargs) or found)
+    monkeypatch.setattr("yolo_fewshot.train.doctor.doctor", lambda **kwargs: asked.append(kwargs) or found)
     return asked, found
 
 
@@ -133,7 +133,7 @@ def test_the_doctor_needs_data_and_a_model(rehearsed):
 
 def test_the_split_takes_all_keys_that_it_lists(monkeypatch):
     asked = []
-    monkeypatch.setattr("yolo_fewshot.splits.split", lambda **kwargs: asked.append(kwargs))
+    monkeypatch.setattr("yolo_fewshot.data.splits.split", lambda **kwargs: asked.append(kwargs))
     cli.main(["split", "data=a.yaml", "novel=cat,hot dog", "out=7"])
     cli.main(["split", "data=2017.json", "novel", "=", "['a', 'b']", "out=7", "shots=1,3", "seeds=2", "val=8"])
     cli.main(["split", "data=a.json", "novel=[a, b]", "out=b", "shots=5", "val=c", "images=2017", "val_images=7"])
@@ -233,12 +233,12 @@ def test_enrolling_end_to_end(trained, crops, tmp_path, monkeypatch, caplog):
 def test_a_picture_that_cannot_be_drawn_costs_nothing_but_the_picture(trained, crops, tmp_path, monkeypatch, caplog):
     """Not even if the process ends there."""
     argv = ["enroll", f"model={trained[1].best}", f"support={crops}", f"save={tmp_path}/a.pt", "enroll=mean"]
-    monkeypatch.setattr("yolo_fewshot.plot_support._table", lambda *_: 1 / 0)
+    monkeypatch.setattr("yolo_fewshot.plots.support._table", lambda *_: 1 / 0)
     cli.main(argv)
     assert f"Plotting error for {tmp_path / 'a_support_check.png'}: division by zero" in caplog.text
     assert [x.name for x in tmp_path.iterdir()] == ["a.pt"]
     (tmp_path / "a.pt").unlink()
-    monkeypatch.setattr("yolo_fewshot.plot_support.plot_support", lambda *_: sys.exit(9))
+    monkeypatch.setattr("yolo_fewshot.plots.support.plot_support", lambda *_: sys.exit(9))
     with pytest.raises(SystemExit):
         cli.main(argv)
     assert list(YOLO(tmp_path / "a.pt").model.enrolled) == ["hourglass", "umbrella"]

@@ -18,8 +18,8 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import ROOT, YAML
 
 from yolo_fewshot import FewShotYOLO
-from yolo_fewshot.demo import BASE, NOVEL
-from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.data.demo import BASE, NOVEL
+from yolo_fewshot.nn.model import FewShotDetectionModel
 
 IMGSZ = 96
 

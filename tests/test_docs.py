@@ -3,7 +3,7 @@ from pathlib import Path
 from ultralytics.utils import YAML
 
 from yolo_fewshot.args import ADAPTING, ALL_KEYS, KEYS
-from yolo_fewshot.plugin import cfg_dir
+from yolo_fewshot.paths import cfg_dir
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -116,7 +116,7 @@ def test_start_up_files_are_at_the_root_of_site_packages(install: Install, tmp_p
         assert (install.site / name).read_bytes() == (REPO / "yolo_fewshot" / "startup" / name).read_bytes()
     code = (
         "import yolo_fewshot_startup, yolo_fewshot; print(yolo_fewshot_startup.__file__, yolo_fewshot.__file__, "
-        "yolo_fewshot.plugin.cfg_dir(), sep='\\n')"
+        "yolo_fewshot.paths.cfg_dir(), sep='\\n')"
     )
     done = run([install.python, "-c", code], tmp_path)
     base, cfg = {

@@ -26,12 +26,14 @@ from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, DEFAULT_CFG_PATH, R
 
 import yolo_fewshot
 from yolo_fewshot import args, plugin
-from yolo_fewshot.guarded import GuardedTrainer
-from yolo_fewshot.head import FewShotDetect
-from yolo_fewshot.model import FewShotDetectionModel
-from yolo_fewshot.results import FewShotPredictor
-from yolo_fewshot.trainer import FewShotTrainer
-from yolo_fewshot.validator import FewShotValidator
+from yolo_fewshot.compat import TESTED, warn_untested
+from yolo_fewshot.evaluate.validator import FewShotValidator
+from yolo_fewshot.nn.head import FewShotDetect
+from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.paths import cfg_dir
+from yolo_fewshot.plots.results import FewShotPredictor
+from yolo_fewshot.train.guarded import GuardedTrainer
+from yolo_fewshot.train.trainer import FewShotTrainer
 from yolo_fewshot.yolo import FewShotYOLO
 
 pytestmark = pytest.mark.oldest
@@ -272,9 +274,9 @@ def test_episode_size():
 # File names
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in plugin.cfg_dir().glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.name for p in cfg_dir().glob("*.yaml")))
 def test_names_of_our_files_resolve(name: str, cwd: Path):
-    ours = plugin.cfg_dir() / name
+    ours = cfg_dir() / name
     assert checks.check_file(name) == checks.check_yaml(name) == str(ours)
     assert checks.check_file(Path(name), hard=False) == str(ours)
     assert checks.check_file(f" {name} ", suffix=".yaml") == str(ours)
@@ -282,7 +284,7 @@ def test_names_of_our_files_resolve(name: str, cwd: Path):
 
 
 def test_our_names_are_not_stock_names():
-    names = {p.name for p in plugin.cfg_dir().glob("*.yaml")}
+    names = {p.name for p in cfg_dir().glob("*.yaml")}
     assert {"fewshot.yaml", "stage1.yaml", "stage2.yaml", "fewshot-demo.yaml"} <= names
     assert names.isdisjoint(p.name for p in ROOT.rglob("*.yaml"))
 
@@ -291,7 +293,7 @@ def test_the_working_directory_wins(cwd: Path):
     (cwd / "stage2.yaml").write_text("stage: 2\n")
     assert checks.check_file("stage2.yaml") == "stage2.yaml"
     assert YAML.load(checks.check_yaml("stage2.yaml")) == {"stage": 2}
-    assert checks.check_file("stage1.yaml") == str(plugin.cfg_dir() / "stage1.yaml")
+    assert checks.check_file("stage1.yaml") == str(cfg_dir() / "stage1.yaml")
 
 
 def test_only_bare_names_resolve(cwd: Path):
@@ -314,7 +316,7 @@ def test_other_names_resolve_as_ever(name: str, cwd: Path):
 def test_copies_of_check_file_are_covered(cwd: Path):
     assert {"ultralytics.data.utils", "ultralytics.engine.trainer", "ultralytics.nn.tasks"} <= {n for n, _ in holders()}
     assert {id(vars(m)["check_file"]) for _, m in holders()} == {id(checks.check_file)}
-    assert data_utils.check_file("stage1.yaml") == str(plugin.cfg_dir() / "stage1.yaml")
+    assert data_utils.check_file("stage1.yaml") == str(cfg_dir() / "stage1.yaml")
 
 
 # Models
@@ -443,16 +445,16 @@ def test_an_unsupported_mode_is_still_named(stock: YOLO, monkeypatch: pytest.Mon
 
 
 def test_newer_ultralytics_warns_once(monkeypatch: pytest.MonkeyPatch, log: list[str]):
-    monkeypatch.setattr(plugin.warn_untested, "done", False, raising=False)
-    for version in (plugin.TESTED, "8.4.9", "8.3.999", f"{plugin.TESTED}.dev0"):
+    monkeypatch.setattr(warn_untested, "done", False, raising=False)
+    for version in (TESTED, "8.4.9", "8.3.999", f"{TESTED}.dev0"):
         monkeypatch.setattr(ultralytics, "__version__", version)
-        plugin.warn_untested()
+        warn_untested()
     assert log == []
     monkeypatch.setattr(ultralytics, "__version__", "8.10.0")
-    plugin.warn_untested()
-    plugin.warn_untested()
+    warn_untested()
+    warn_untested()
     assert len(log) == 1
-    assert f"tested up to ultralytics {plugin.TESTED}, this is 8.10.0" in log[0]
+    assert f"tested up to ultralytics {TESTED}, this is 8.10.0" in log[0]
 
 
 # Registering
@@ -493,7 +495,7 @@ def test_unregister_restores_ultralytics(cwd: Path, unregistered: None, monkeypa
 
     plugin.register()
     assert cfg.get_cfg(overrides={"n_way": 5}).n_way == 5
-    assert checks.check_file("stage1.yaml") == str(plugin.cfg_dir() / "stage1.yaml")
+    assert checks.check_file("stage1.yaml") == str(cfg_dir() / "stage1.yaml")
     assert YOLO("fewshot.yaml")._smart_load("trainer") is FewShotTrainer
 
 
@@ -519,7 +521,7 @@ def test_one_missing_symbol_switches_the_plugin_off(
     assert state() == before
     assert len(log) == 1
     assert f"yolo-fewshot is off: this Ultralytics version has no '{name}.Model.gone'" in log[0]
-    assert f"ultralytics=={plugin.TESTED}" in log[0]
+    assert f"ultralytics=={TESTED}" in log[0]
     assert log[0].count("WARNING") <= 1  # Ultralytics puts the word in front
 
 

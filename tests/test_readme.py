@@ -15,7 +15,8 @@ from ultralytics import YOLO
 from ultralytics.cfg import entrypoint, get_cfg, merge_equals_args, parse_key_value_pair
 from ultralytics.utils import DEFAULT_CFG_DICT, ROOT, YAML
 
-from yolo_fewshot import FewShotTrainer, FewShotYOLO, args, benchmark, cli
+from yolo_fewshot import FewShotTrainer, FewShotYOLO, args, cli
+from yolo_fewshot.evaluate import benchmark
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "examples").glob("*.md"))]

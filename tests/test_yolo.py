@@ -15,10 +15,11 @@ from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import YAML
 
-from yolo_fewshot import FewShotYOLO, features, files
-from yolo_fewshot import enroll as enrolment
-from yolo_fewshot.demo import BASE, NOVEL, SIZE, draw_glyph, draw_scene
-from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot import FewShotYOLO, files
+from yolo_fewshot.data.demo import BASE, NOVEL, SIZE, draw_glyph, draw_scene
+from yolo_fewshot.enroll.enroll import enroll as enrolment
+from yolo_fewshot.enroll.enroll import features
+from yolo_fewshot.nn.model import FewShotDetectionModel
 
 SHOTS = "fewshot-demo-novel.yaml"
 ALL = [*BASE, *NOVEL]
@@ -436,7 +437,7 @@ def test_enrolling_draws_the_shots_only_where_it_is_told(model, few, tmp_path, m
     assert model.enroll(few, method="mean", plot="a/check.png") == {"hourglass": 2, "star": 2}
     height, width, _ = cv2.imread("a/check.png").shape
     assert height > 250 and width > 400 and "Plotting support set to a/check.png... " in caplog.text
-    monkeypatch.setattr("yolo_fewshot.plot_support.imread", lambda _: 1 / 0)
+    monkeypatch.setattr("yolo_fewshot.plots.support.imread", lambda _: 1 / 0)
     assert model.enroll(few, method="mean", plot=tmp_path / "b.png") == {"hourglass": 2, "star": 2}
     assert "Plotting error" in warnings(caplog)[-1] and not (tmp_path / "b.png").exists()
     assert list(model.model.enrolled) == ["hourglass", "star"]

@@ -7,32 +7,57 @@ loaded on first use, so that the import itself stays cheap.
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from yolo_fewshot import plugin
+
+if TYPE_CHECKING:  # what editors and type checkers see of the names that are loaded on first use
+    from yolo_fewshot.data.episodes import EpisodeSampler, EpisodicDataset
+    from yolo_fewshot.evaluate.validator import FewShotValidator
+    from yolo_fewshot.nn.criterion import FewShotLoss
+    from yolo_fewshot.nn.head import FewShotDetect
+    from yolo_fewshot.nn.losses import ClampedDFLoss, CPELoss, SupConLoss, TripletLoss
+    from yolo_fewshot.nn.model import FewShotDetectionModel
+    from yolo_fewshot.train.trainer import FewShotTrainer
+    from yolo_fewshot.yolo import FewShotYOLO
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "FewShotTrainer": "trainer",
-    "FewShotValidator": "validator",
+    "FewShotTrainer": "train.trainer",
+    "FewShotValidator": "evaluate.validator",
     "FewShotYOLO": "yolo",
-    "FewShotDetectionModel": "model",
-    "FewShotDetect": "head",
-    "FewShotLoss": "criterion",
-    "EpisodeSampler": "episodes",
-    "EpisodicDataset": "episodes",
-    "ClampedDFLoss": "losses",
-    "SupConLoss": "losses",
-    "CPELoss": "losses",
-    "TripletLoss": "losses",
+    "FewShotDetectionModel": "nn.model",
+    "FewShotDetect": "nn.head",
+    "FewShotLoss": "nn.criterion",
+    "EpisodeSampler": "data.episodes",
+    "EpisodicDataset": "data.episodes",
+    "ClampedDFLoss": "nn.losses",
+    "SupConLoss": "nn.losses",
+    "CPELoss": "nn.losses",
+    "TripletLoss": "nn.losses",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "CPELoss",
+    "ClampedDFLoss",
+    "EpisodeSampler",
+    "EpisodicDataset",
+    "FewShotDetect",
+    "FewShotDetectionModel",
+    "FewShotLoss",
+    "FewShotTrainer",
+    "FewShotValidator",
+    "FewShotYOLO",
+    "SupConLoss",
+    "TripletLoss",
+    "__version__",
+]
 
 plugin.register()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """Load a public name from its module on first use."""
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"yolo_fewshot.{_PUBLIC[name]}"), name)

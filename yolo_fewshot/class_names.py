@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from yolo_fewshot.wording import few
+from yolo_fewshot.errors import few
 
 UNKNOWN, AMBIGUOUS = -1, -2  # in the place of a class index
 

@@ -44,7 +44,7 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
         ValueError: If `save` is not a .pt file in a folder that exists.
     """
     from yolo_fewshot import FewShotYOLO
-    from yolo_fewshot.plot_support import FILE, plot_support
+    from yolo_fewshot.plots.support import FILE, plot_support
 
     model, support, save = str(model), str(support), str(save)  # digits come as an int
     if Path(save).suffix != ".pt" or not Path(save).resolve().parent.is_dir():
@@ -60,12 +60,12 @@ def doctor(**kwargs: Any) -> None:
     """Look at the data and rehearse a training run.
 
     Args:
-        **kwargs (Any): Arguments of `yolo_fewshot.doctor.doctor`.
+        **kwargs (Any): Arguments of `yolo_fewshot.train.doctor.doctor`.
 
     Raises:
         SystemExit: If something was found that training cannot do with.
     """
-    from yolo_fewshot.doctor import doctor
+    from yolo_fewshot.train.doctor import doctor
 
     levels = [f.level for f in doctor(**kwargs)]
     summary = f"{levels.count('error')} errors, {levels.count('warning')} warnings"
@@ -78,9 +78,9 @@ def split(**kwargs: Any) -> None:
     """Make K-shot splits of a detection data set.
 
     Args:
-        **kwargs (Any): Arguments of `yolo_fewshot.splits.split`.
+        **kwargs (Any): Arguments of `yolo_fewshot.data.splits.split`.
     """
-    from yolo_fewshot.splits import split
+    from yolo_fewshot.data.splits import split
 
     paths = {"data", "out", "val", "images", "val_images"}  # digits come as an int
     split(**{k: str(v) if k in paths and v is not None else v for k, v in kwargs.items()})
@@ -90,9 +90,9 @@ def benchmark(**kwargs: Any) -> None:
     """Measure methods with K shots of novel classes.
 
     Args:
-        **kwargs (Any): Arguments of `yolo_fewshot.benchmark.benchmark`.
+        **kwargs (Any): Arguments of `yolo_fewshot.evaluate.benchmark.benchmark`.
     """
-    from yolo_fewshot.benchmark import benchmark
+    from yolo_fewshot.evaluate.benchmark import benchmark
 
     paths = {"data", "model", "stock", "stage1", "out"}  # digits come as an int
     benchmark(**{k: str(v) if k in paths and v is not None else v for k, v in kwargs.items()})

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from yolo_fewshot import args as table
-
-TESTED = "8.4.190"  # newest Ultralytics version the tests ran on
+from yolo_fewshot.compat import TESTED
+from yolo_fewshot.errors import no_head
+from yolo_fewshot.paths import cfg_dir
 
 # What the plugin uses of each Ultralytics module. Checked when the module is imported; one missing switches us off.
 SYMBOLS: dict[str, tuple[str, ...]] = {
@@ -84,12 +85,6 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 }
 
 _undo: list[Callable[[], None]] = []  # what unregister() calls, last change first
-
-
-def cfg_dir() -> Path:
-    """Return the folder of our model configs and recipes: inside the package in a wheel, beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    return here / "cfg" if (here / "cfg").is_dir() else here.parent / "cfg"
 
 
 def register() -> None:
@@ -309,8 +304,8 @@ def _allow_loading() -> None:
     import torch
 
     if hasattr(torch.serialization, "add_safe_globals"):
-        from yolo_fewshot.head import Embedding, FewShotDetect, Prototypes
-        from yolo_fewshot.model import FewShotDetectionModel
+        from yolo_fewshot.nn.head import Embedding, FewShotDetect, Prototypes
+        from yolo_fewshot.nn.model import FewShotDetectionModel
 
         torch.serialization.add_safe_globals([FewShotDetectionModel, FewShotDetect, Embedding, Prototypes])
 
@@ -341,27 +336,6 @@ def is_fewshot(model: Any) -> bool:
     return isinstance(yaml, dict) and "fewshot" in yaml
 
 
-def no_head(model: Any, what: str) -> str:
-    """Return the text of the error for a model without a few-shot head.
-
-    Args:
-        model (ultralytics.engine.model.Model): The model.
-        what (str): What needs the head.
-
-    Returns:
-        (str): What is wrong and what to do.
-    """
-    name = model.model_name
-    if isinstance(model.model, (str, Path)):
-        return f"model='{name}' is an exported model, and {what} needs a few-shot checkpoint. Enroll, then export."
-    if getattr(model.model, "enrolled", None) is not None:
-        return f"model='{name}' is folded, and {what} needs the few-shot checkpoint that it was folded from."
-    return (
-        f"model='{name}' has no few-shot head, which {what} needs. Train or upgrade it with cfg=stage1.yaml first, "
-        f"i.e. 'yolo train model={name} cfg=stage1.yaml data=base.yaml'."
-    )
-
-
 def route(model: Any, key: str, stock: type) -> Any:
     """Return the class for one mode of a model: ours for few-shot models, else the stock one.
 
@@ -376,19 +350,19 @@ def route(model: Any, key: str, stock: type) -> Any:
     if not is_fewshot(model):
         return stock
     if key == "model":
-        from yolo_fewshot.model import FewShotDetectionModel
+        from yolo_fewshot.nn.model import FewShotDetectionModel
 
         return FewShotDetectionModel
     if key == "validator":
-        from yolo_fewshot.validator import FewShotValidator
+        from yolo_fewshot.evaluate.validator import FewShotValidator
 
         return FewShotValidator
     if key == "predictor":
-        from yolo_fewshot.results import FewShotPredictor
+        from yolo_fewshot.plots.results import FewShotPredictor
 
         return FewShotPredictor
     if key == "trainer":
-        from yolo_fewshot.trainer import FewShotTrainer
+        from yolo_fewshot.train.trainer import FewShotTrainer
 
         return FewShotTrainer
     return stock
@@ -418,7 +392,7 @@ def trainer_for(model: Any, trainer: type | None, kwargs: dict[str, Any]) -> typ
     table.need_stage(settings)
     if settings.get("stage") is not None:
         check_upgradable(model, keys)
-        from yolo_fewshot.trainer import FewShotTrainer
+        from yolo_fewshot.train.trainer import FewShotTrainer
 
         return trainer or FewShotTrainer
     if not set(keys) & set(table.GUARD):
@@ -426,7 +400,7 @@ def trainer_for(model: Any, trainer: type | None, kwargs: dict[str, Any]) -> typ
 
         LOGGER.warning(f"{', '.join(f'{k}=' for k in keys)} has no effect on a model without a few-shot head.")
         return trainer
-    from yolo_fewshot.guarded import guarded
+    from yolo_fewshot.train.guarded import guarded
 
     return guarded(trainer or model._smart_load("trainer"))
 
@@ -496,14 +470,3 @@ def check_upgradable(model: Any, keys: list[str]) -> None:
             f"settings {', '.join(f'{k}=' for k in keys)} need a YOLO detection model. Use a detection model, i.e. "
             "'yolo train model=yolo11n.pt cfg=stage1.yaml', or leave out these settings and the stage recipe."
         )
-
-
-def warn_untested() -> None:
-    """Warn, once per process, where Ultralytics is newer than the newest version the plugin was tested with."""
-    import ultralytics
-    from ultralytics.utils import LOGGER
-
-    number = [int("".join(filter(str.isdigit, x)) or 0) for x in ultralytics.__version__.split(".")[:3]]
-    if number > [int(x) for x in TESTED.split(".")] and not getattr(warn_untested, "done", False):
-        warn_untested.done = True
-        LOGGER.warning(f"yolo-fewshot was tested up to ultralytics {TESTED}, this is {ultralytics.__version__}.")

@@ -13,14 +13,13 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import select_device
 
 from yolo_fewshot import args as table
-from yolo_fewshot import enroll as enrolment
-from yolo_fewshot.features import support_views
+from yolo_fewshot.data.support import Support, fingerprint, read_support, shown_beside
+from yolo_fewshot.enroll.enroll import enroll as enrolment
+from yolo_fewshot.enroll.features import support_views
+from yolo_fewshot.errors import few, no_head
 from yolo_fewshot.files import save_checkpoint
-from yolo_fewshot.model import FewShotDetectionModel
-from yolo_fewshot.plot_support import FILE, plot_support
-from yolo_fewshot.plugin import no_head
-from yolo_fewshot.support import Support, fingerprint, read_support, shown_beside
-from yolo_fewshot.wording import few
+from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.plots.support import FILE, plot_support
 
 
 class FewShotYOLO(YOLO):
@@ -70,7 +69,7 @@ class FewShotYOLO(YOLO):
             batch (int): Pictures per forward pass.
             method (str): 'mean': the mean embedding of the shots (Snell et al. 2017). 'fit': a classifier fitted on all
                 anchors of the support pictures, with a pull towards that mean. 'auto': 'fit', unless 'mean' is
-                clearly better, see `yolo_fewshot.enroll.choose`.
+                clearly better, see `yolo_fewshot.enroll.enroll.choose`.
             device (str, optional): Device, as in Ultralytics; that of the model if not given.
             plot (str | Path, optional): Picture of the shots to write, i.e. 'support_check.png'; none if not given.
             nms (bool, optional): As in `predict`: where it is False, suggested thresholds and `auto` are for the

@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 import torch
 
-from yolo_fewshot import enroll as module
-from yolo_fewshot.model import FewShotDetectionModel
-from yolo_fewshot.support import read_support
+from yolo_fewshot.data.support import read_support
+from yolo_fewshot.enroll.enroll import enroll as module
+from yolo_fewshot.nn.model import FewShotDetectionModel
 
 SIZE = 64
 METHODS = ("mean", "fit", "auto")

@@ -43,11 +43,11 @@ from ultralytics.utils.torch_utils import get_cpu_info, select_device, unset_det
 
 import yolo_fewshot
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
+from yolo_fewshot.data.support import read_support
+from yolo_fewshot.enroll.replay import remember
 from yolo_fewshot.files import save_checkpoint
-from yolo_fewshot.memory import remember
-from yolo_fewshot.model import FewShotDetectionModel
-from yolo_fewshot.plugin import cfg_dir
-from yolo_fewshot.support import read_support
+from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.paths import cfg_dir
 
 WARM_UP = 10  # steps that are not timed, at most
 LONG = 4  # times the steps, for the counts of steps that AMP skips

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_fewshot.enroll import enroll
-from yolo_fewshot.model import FewShotDetectionModel
-from yolo_fewshot.support import read_support
+from yolo_fewshot.data.support import read_support
+from yolo_fewshot.enroll.enroll import enroll
+from yolo_fewshot.nn.model import FewShotDetectionModel
 
 
 def compare(runs: dict[str, Callable], repeats: int = 40) -> None:

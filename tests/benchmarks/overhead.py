@@ -17,9 +17,9 @@ import torch
 from ultralytics.cfg import get_cfg
 
 from yolo_fewshot import args as table
-from yolo_fewshot.guard import Guard
-from yolo_fewshot.loss_doctor import LossDoctor
-from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.train.guard import Guard
+from yolo_fewshot.train.monitor import LossDoctor
 
 OBJECTS, CLASSES = 4, 80
 

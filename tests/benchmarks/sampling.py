@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from yolo_fewshot.episodes import EpisodeSampler
+from yolo_fewshot.data.episodes import EpisodeSampler
 
 OBJECTS, CLASSES, EPISODES = 3, 1200, 500
 

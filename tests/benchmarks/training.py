@@ -28,8 +28,8 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import ModelEMA
 
 from yolo_fewshot import args as table
-from yolo_fewshot.guard import Guard
-from yolo_fewshot.model import FewShotDetectionModel
+from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.train.guard import Guard
 
 ARMS = {"stock": None, "stage 1": 1, "stage 2": 2}
 REPEATS, WARM_UP = 15, 3

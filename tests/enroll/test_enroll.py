@@ -1,0 +1,579 @@
+import math
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_features import BASE, draw_shots, model_of, picture_batch
+from ultralytics.utils.nms import non_max_suppression
+
+from yolo_fewshot import FewShotYOLO
+from yolo_fewshot.data.support import Support, read_support
+from yolo_fewshot.enroll.cross_validation import Agreement, Detections, agreement, detect, detect_left_out
+from yolo_fewshot.enroll.enroll import Shot, Shots, choose, compact, enroll, forget
+from yolo_fewshot.enroll.enroll import enroll as module
+from yolo_fewshot.enroll.features import Features, View, extract
+from yolo_fewshot.enroll.fit import PULL
+from yolo_fewshot.nn.model import FewShotDetectionModel
+
+FAMILIES = ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"]
+METHODS = ["mean", "fit", "auto"]
+SIZE = 64  # of the pictures, in pixels
+ROWS = ("weight", "gain", "offset", "frozen")  # what a bank holds of every class
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return draw_shots(tmp_path_factory.mktemp("shots"), SIZE)
+
+
+@pytest.fixture(scope="module")
+def shots(file):
+    """Four squares and two discs in five pictures."""
+    return read_support(file, BASE)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model of each family, to be copied."""
+    return {cfg: model_of(cfg) for cfg in FAMILIES}
+
+
+@pytest.fixture
+def model(models):
+    return deepcopy(models["yolo11n-fewshot.yaml"])
+
+
+@torch.no_grad()
+def logits(model, shots):
+    """Class logits of a picture, in every branch."""
+    preds = model(picture_batch(shots.labels[0]["im_file"], SIZE)["img"])[1]
+    branches = [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]
+    return torch.stack([x["scores"][0] for x in branches])  # (branches, nc, anchors)
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(model, other):
+    """Whether two models or states are equal, bit by bit."""
+    x, y = (m if isinstance(m, dict) else m.state_dict() for m in (model, other))
+    return x.keys() == y.keys() and all(torch.equal(v, y[k]) for k, v in x.items())
+
+
+def as_base(support):
+    """The same shots, with a base class's name for the discs."""
+    return support._replace(names={**support.names, 0: "kitten", 3: "cat"})
+
+
+# What changes, and what does not --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cfg, method", [*zip(FAMILIES, METHODS), *zip(FAMILIES[1:], METHODS)])
+def test_enrolment_appends_new_classes_and_changes_nothing_else(models, shots, cfg, method):
+    model = deepcopy(models[cfg])
+    before, base = state(model), logits(model, shots)
+    result = enroll(model, shots, SIZE, method=method)
+    assert list(result.classes) == ["square", "disc"] and model.enrolled == result.classes
+    assert model.names == {0: "cat", 1: "dog", 2: "square", 3: "disc"}
+    assert model.nc == model.model[-1].nc == model.yaml["nc"] == 4
+    assert not any(m.training for m in model.modules())
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for k, v in after.items():
+        grown = "prototypes." in k and k.endswith(ROWS)
+        assert len(v) == 4 if grown else v.shape == before[k].shape
+        assert torch.equal(v[:2] if grown else v, before[k]), k
+    torch.testing.assert_close(logits(model, shots)[:, :2], base, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", FAMILIES)
+def test_the_mean_prototype_is_the_mean_of_the_shots_embeddings(models, shots, cfg):
+    model = deepcopy(models[cfg])
+    features = extract(model, shots, SIZE)
+    enroll(model, shots, SIZE, method="mean", batch=2)
+    assert len(features.embeds) == len(model.model[-1].banks)
+    for bank, embeds in zip(model.model[-1].banks, features.embeds):
+        for row, c in ((2, 1), (3, 3)):
+            mean = embeds[features.cls == c].sum(0)
+            torch.testing.assert_close(bank.weight[row, :, 0], mean / mean.norm(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(bank.gain, torch.ones(4))
+        assert not bank.offset.any()
+
+
+def test_the_views_may_be_given(model, shots):
+    views = [View(0.5, True)]
+    features = extract(model, shots, SIZE, views=views)
+    enroll(model, shots, SIZE, method="mean", views=views)
+    mean = features.embeds[0][features.cls == 3].sum(0)
+    torch.testing.assert_close(model.model[-1].prototypes.weight[3, :, 0], mean / mean.norm(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("cfg", FAMILIES)
+def test_a_fit_has_gain_and_offset_and_tells_the_anchors_of_a_class_better(models, shots, cfg):
+    mean, fit = deepcopy(models[cfg]), deepcopy(models[cfg])
+    features = extract(mean, shots, SIZE)
+    enroll(mean, shots, SIZE, method="mean")
+    enroll(fit, shots, SIZE, method="fit")
+    for b, anchors in enumerate(features.anchors):
+        ours, theirs = fit.model[-1].banks[b], mean.model[-1].banks[b]
+        assert torch.equal(ours.gain[:2], torch.ones(2)) and not ours.offset[:2].any()
+        assert ((ours.gain[2:] - 1).abs() > 1e-3).all() and (ours.offset[2:].abs() > 1e-3).all()
+        torch.testing.assert_close(ours.weight[2:].norm(dim=1), torch.ones(2, 1))
+        assert (F.cosine_similarity(ours.weight[2:], theirs.weight[2:], dim=1) < 0.9999).all()
+        for row, c in ((2, 1), (3, 3)):
+            labels = torch.cat([features.cls, torch.tensor([-1])])[anchors.objects]
+            target = torch.where(labels == c, anchors.weight, 0)
+            losses = []
+            for bank in (theirs, ours):
+                weight, bias = (torch.stack([bank.rows(i)[j][row] for i in range(3)])[anchors.level] for j in (0, 1))
+                logit = (anchors.embeds * weight).sum(1) + bias
+                losses.append(F.binary_cross_entropy_with_logits(logit, target, reduction="sum").item())
+            assert losses[1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_enrolment_is_deterministic(model, shots, method):
+    other = deepcopy(model)
+    first, second = enroll(model, shots, SIZE, method=method), enroll(other, shots, SIZE, method=method)
+    assert first == second and same(model, other)
+
+
+@pytest.mark.parametrize("method", ["mean", "fit"])
+def test_enrolling_again_replaces_the_class(model, shots, method):
+    first = enroll(model, shots, SIZE, method=method)
+    before = state(model)
+    for bank in model.model[-1].banks:
+        bank.weight.data[2] += 1
+        bank.offset[3] = 5
+    second = enroll(model, shots, SIZE, method=method)
+    assert first == second and model.names == {0: "cat", 1: "dog", 2: "square", 3: "disc"}
+    for k, v in model.state_dict().items():
+        torch.testing.assert_close(v, before[k], rtol=0, atol=1e-6)
+
+
+def test_classes_that_are_enrolled_one_after_the_other_are_those_enrolled_together(model, shots):
+    other = deepcopy(model)
+    enroll(model, shots, SIZE, method="mean")
+    for c in (1, 3):
+        labels = []
+        for x in shots.labels:
+            keep = x["cls"][:, 0] == c
+            labels.append({**x, "cls": x["cls"][keep], "bboxes": x["bboxes"][keep]})
+        enroll(other, shots._replace(labels=labels), SIZE, method="mean")
+    assert other.names == model.names and list(other.enrolled) == ["square", "disc"]
+    torch.testing.assert_close(other.model[-1].prototypes.weight, model.model[-1].prototypes.weight, rtol=0, atol=1e-4)
+
+
+# Records --------------------------------------------------------------------------------------------------------------
+
+
+def test_records_tell_shots_method_confidence_and_what_was_replaced(model, shots):
+    support = as_base(shots)
+    own = model.model[-1].get_class(0)
+    for method in ("mean", "fit"):
+        result = enroll(model, support, SIZE, method=method)
+        assert list(result.classes) == ["square", "cat"]
+        assert [r["shots"] for r in result.classes.values()] == [4, 2]
+        assert all(r.keys() == {"shots", "method", "conf", "replaced"} for r in result.classes.values())
+        assert all(r["method"] == method for r in result.classes.values())
+        assert result.classes["square"]["replaced"] is None
+        for (vector, offset), (expected, zero) in zip(result.classes["cat"]["replaced"], own):
+            assert torch.equal(vector, expected) and torch.equal(offset, zero)  # also when enrolled again
+    assert model.names == {0: "cat", 1: "dog", 2: "square"} and model.model[-1].nc == 3
+
+
+@pytest.mark.parametrize("method", ["mean", "fit"])
+def test_confidences_come_from_the_shots(model, shots, monkeypatch, method):
+    asked = []
+    monkeypatch.setattr(module, "thresholds", lambda found: asked.append(found) or [0.25, None])
+    features = extract(model, shots, SIZE)
+    names, labels = compact(features, shots.names)
+    result = enroll(model, shots, SIZE, method=method)
+    pull = torch.tensor([PULL / 4, PULL / 2]) if method == "fit" else torch.full((2,), math.inf)
+    found = detect_left_out(features, labels, pull, model.model[-1].banks[0])
+    assert len(asked) == 1 and all(map(torch.equal, asked[0], found)) and len(found.conf) > 50
+    assert [r["conf"] for r in result.classes.values()] == [0.25, None] and names == ["square", "disc"]
+
+
+def test_shots_are_told_with_picture_box_and_agreement(model, shots):
+    features = extract(model, shots, SIZE)
+    names, labels = compact(features, shots.names)
+    found = agreement(features, labels, 2)
+    result = enroll(model, shots, SIZE, method="mean")
+    assert list(result.objects) == names
+    rows = {n: iter(row) for n, row in result.objects.items()}
+    for i, (label, c) in enumerate((x, int(c)) for x in shots.labels for c in x["cls"].flat):
+        shot, which = next(rows[shots.names[c]]), label["cls"][:, 0].tolist().index(c)
+        x, y, w, h = label["bboxes"][which].tolist()
+        assert shot.file == label["im_file"]
+        assert shot.box == pytest.approx([x - w / 2, y - h / 2, x + w / 2, y + h / 2], abs=1e-6)
+        assert (shot.own, shot.other) == pytest.approx((found.own[i].item(), found.other[i].item()), abs=1e-4)
+        assert shot.nearest == names[1 - labels[i]] and shot.doubtful is bool(found.doubtful[i])
+    assert not any(list(row) for row in rows.values())
+
+
+def test_what_is_not_known_of_a_shot_is_none(model, shots, monkeypatch):
+    nan, no = float("nan"), torch.zeros(6, dtype=torch.bool)
+    alone = Agreement(torch.full((6,), nan), torch.full((6,), nan), torch.full((6,), -1), no)
+    monkeypatch.setattr(module, "agreement", lambda features, labels, n: alone)
+    result = enroll(model, shots, SIZE, method="mean")
+    assert {x[2:] for row in result.objects.values() for x in row} == {(None, None, None, False)}
+
+
+def test_objects_that_no_anchor_belongs_to_are_no_shots(model, shots, monkeypatch):
+    monkeypatch.setattr(module, "compact", lambda *args: (["square"], torch.where(compact(*args)[1] == 0, 0, -1)))
+    result = enroll(model, shots, SIZE, method="mean")
+    assert list(result.objects) == ["square"]
+    assert [x.file for x in result.objects["square"]] == [shots.labels[i]["im_file"] for i in (0, 1, 2, 4)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_classes_to_keep_are_negatives_and_witnesses_and_stay_as_they_are(models, shots, method):
+    """The other classes come out as if all were enrolled."""
+    model, every = (deepcopy(models["yolo11n-fewshot.yaml"]) for _ in range(2))
+    shots, before = as_base(shots), logits(model, shots)
+    expected = enroll(every, shots, SIZE, method=method)
+    found = enroll(model, shots, SIZE, method=method, keep=["cat", "dog"])
+    assert list(found.classes) == list(model.enrolled) == list(found.objects) == ["square"]
+    assert {x.nearest for x in found.objects["square"]} == {"cat"}
+    assert found.classes["square"] == expected.classes["square"] and model.names == every.names
+    assert found.objects["square"] == expected.objects["square"]
+    torch.testing.assert_close(logits(model, shots)[:, :2], before, rtol=0, atol=1e-5)
+    for (vector, offset), (v, o) in zip(model.model[-1].get_class(2), every.model[-1].get_class(2)):
+        assert torch.equal(vector, v) and torch.equal(offset, o)
+
+
+def test_pictures_of_doubtful_shots_are_named_once():
+    rows = [("a", True), ("b", False), ("c", True), ("a", True)]
+    objects = {"ant": [Shot(f, [0, 0, 1, 1], 0.1, 0.5, "bee", x) for f, x in rows], "bee": []}
+    objects["bee"].append(Shot("d", [0, 0, 1, 1], 0.5, 0.1, "ant", False))
+    assert Shots({}, objects).doubtful == {"ant": ["a", "c"]}
+
+
+def test_a_class_of_one_picture_has_no_suggested_confidence(model, shots):
+    one = shots._replace(labels=shots.labels[:1] + shots.labels[2:])
+    result = enroll(model, one, SIZE)
+    assert result.classes["disc"]["shots"] == 1 and result.classes["disc"]["conf"] is None
+
+
+def test_detections_from_features_are_those_of_the_enrolled_model(model, shots):
+    """All anchors of small pictures are kept; against Ultralytics' forward pass and NMS."""
+    enroll(model, shots, SIZE, method="mean")
+    bank, conf, seen = model.model[-1].banks[0], 0.02, 0
+    features = extract(model, shots, SIZE, views=[View()])
+    rows = F.normalize(bank.weight.detach()[..., 0], dim=1), bank.offset
+    for i, label in enumerate(shots.labels):
+        with torch.no_grad():
+            preds = model(picture_batch(label["im_file"], SIZE)["img"])[0]
+        stock = non_max_suppression(preds, conf, 0.7, multi_label=True)[0]
+        ours = detect(features, features.cls, torch.arange(5) == i, rows, bank, conf)
+        seen += len(ours.cls)
+        for c in range(4):
+            expected = stock[stock[:, 5] == c, 4].sort(descending=True)[0]
+            torch.testing.assert_close(ours.conf[ours.cls == c], expected, rtol=0, atol=1e-3)
+    assert seen > 50
+
+
+def test_what_the_model_remembers_serves_as_background_but_for_the_classes_that_are_shown(models, model, shots):
+    """A memory of the very anchors of the shots makes their classifiers less sure, unless it is of the class itself."""
+    plain, cautious, own = (deepcopy(model) for _ in range(3))
+    anchors = extract(model, shots, SIZE).anchors[0]
+    rows = anchors.objects >= 0
+    parts = anchors.embeds[rows].half(), anchors.level[rows].to(torch.int16)
+    for copy, c in ((cautious, 1), (own, 0)):
+        copy.memory = [(*parts, torch.full((len(parts[0]),), c, dtype=torch.int16))]
+    for copy in (plain, cautious, own):
+        enroll(copy, as_base(shots), SIZE, method="fit")
+    assert same(plain, own)
+    before, after = (logits(copy, shots)[0, [0, 2]].amax(1) for copy in (plain, cautious))
+    assert (after < before - 0.1).all()
+    kept = deepcopy(models["yolo11n-fewshot.yaml"])
+    kept.memory = own.memory
+    enroll(kept, as_base(shots), SIZE, method="fit", keep=["cat"])  # cats stay, and are background to the squares
+    assert (logits(kept, shots)[0, 2].amax() < logits(plain, shots)[0, 2].amax() - 0.1).all()
+
+
+# Methods --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nms, branch", [(None, 0), (True, 0), (False, 1)])
+def test_thresholds_are_those_of_the_branch_that_predicts(shots, monkeypatch, nms, branch):
+    asked, model = [], model_of("yolo26n-fewshot.yaml")
+    monkeypatch.setattr(module, "thresholds", lambda found: asked.append(found) or [None, None])
+    features = extract(model, shots, SIZE)
+    labels = compact(features, shots.names)[1]
+    enroll(model, shots, SIZE, method="mean", nms=nms)
+    own = features._replace(anchors=features.anchors[branch:], embeds=features.embeds[branch:])
+    mean, bank = torch.full((2,), math.inf), model.model[-1].banks[branch]
+    expected, other = (detect_left_out(own, labels, mean, bank, free) for free in (nms is not False, nms is False))
+    assert all(map(torch.equal, asked[0], expected)) and len(expected.conf) != len(other.conf)
+
+
+def test_a_head_without_a_branch_that_is_free_of_nms_predicts_as_always(model, shots):
+    other = deepcopy(model)
+    assert enroll(model, shots, SIZE, nms=False) == enroll(other, shots, SIZE) and same(model, other)
+
+
+@pytest.mark.parametrize("single, method", [(None, "fit"), (PULL, "fit"), (math.inf, "mean")])
+def test_auto_enrolls_few_shots_as_training_found_best(model, shots, single, method):
+    other = deepcopy(model)
+    model.pull = single
+    few = shots._replace(labels=shots.labels[1:2])  # one shot of each class
+    result = enroll(model, few, SIZE)
+    assert [r["method"] for r in result.classes.values()] == [method] * 2
+    enroll(other, few, SIZE, method=method)
+    assert same(model, other)
+
+
+COUNTS = torch.tensor([5, 2, 3])
+
+
+@pytest.fixture
+def left_out(monkeypatch):
+    """Let detections with `fit` and `mean` pulls find these objects of three classes; yields the pulls looked at."""
+    pulls, hits = [], {}
+
+    def detect(features, labels, pull, bank, nms):
+        pulls.append(pull)
+        found = hits["mean" if pull[0].isinf() else "fit"]
+        cls = torch.arange(3).repeat_interleave(COUNTS)
+        hit = torch.cat([torch.arange(k) < n for k, n in zip(COUNTS.tolist(), found)])
+        return Detections(cls, torch.linspace(0.9, 0.5, 10), hit, COUNTS)
+
+    monkeypatch.setattr(module, "detect_left_out", detect)
+    return pulls, hits
+
+
+def choice(method, single=PULL, counts=COUNTS):
+    pull, found = choose(None, None, counts, method, None, single)
+    return pull.tolist(), found.hit.sum().item()
+
+
+def test_methods_other_than_auto_do_not_compare(left_out):
+    pulls, hits = left_out
+    hits.update(mean=[1, 1, 1], fit=[4, 0, 0])
+    assert choice("mean") == ([math.inf] * 3, 3)
+    assert choice("fit", single=math.inf) == (pytest.approx([PULL / 5, PULL / 2, PULL / 3]), 4)
+    assert len(pulls) == 2
+
+
+@pytest.mark.parametrize(
+    "mean, fit, best",
+    [([5, 0, 3], [2, 2, 3], "mean"), ([2, 2, 3], [5, 0, 3], "fit"), ([3, 0, 2], [3, 2, 2], "fit")],
+)
+def test_auto_takes_what_finds_more_of_the_classes_of_enough_shots(left_out, mean, fit, best):
+    left_out[1].update(mean=mean, fit=fit)
+    for single in (PULL, math.inf):
+        pull = [math.inf, single / 2, math.inf] if best == "mean" else [PULL / 5, single / 2, PULL / 3]
+        found = sum(mean if best == "mean" else fit)
+        assert choice("auto", single) == (pytest.approx(pull), found)
+
+
+@pytest.mark.parametrize("method, scores", [("mean", [0.1, 0.2]), ("fit", [0.2, 0.1])])
+def test_auto_decides_on_classes_of_enough_shots_by_what_is_left_out(model, shots, monkeypatch, method, scores):
+    """The squares get what finds more of them, the discs, of which there are two, what training found best."""
+    model.pull, values = math.inf, iter(scores)
+    monkeypatch.setattr(module, "ap50", lambda found: next(values))
+    result = enroll(model, shots, SIZE)
+    assert [r["method"] for r in result.classes.values()] == [method, "mean"]
+
+
+def test_an_unknown_method_is_an_error(model, shots):
+    with pytest.raises(ValueError, match=r"'enroll=median' is an invalid value.*auto, mean, fit"):
+        enroll(model, shots, SIZE, method="median")
+
+
+def test_a_class_without_an_anchor_is_an_error_and_the_model_stays(model, shots):
+    before = state(model)
+    twice = {**shots.labels[2], "cls": np.array([[1.0], [3.0]], dtype=np.float32)}
+    twice["bboxes"] = shots.labels[2]["bboxes"].repeat(2, 0)  # all anchors of the second box belong to the first
+    text = "No anchor of the model belongs to a box of disc at imgsz=64: .*/2.png: disc shares its box with square"
+    with pytest.raises(ValueError, match=f"{text}.*keep one") as error:
+        enroll(model, shots._replace(labels=[twice]), SIZE)
+    assert "imgsz, or" not in str(error.value)  # which would not help
+    assert same(model, before) and model.names == BASE and model.enrolled == {} and model.model[-1].nc == 2
+
+
+def test_images_of_other_channels_are_an_error_before_the_work(model, shots, monkeypatch):
+    monkeypatch.setattr(module, "extract", lambda *_: pytest.fail("began"))
+    grey = FewShotDetectionModel("yolo11n-fewshot.yaml", ch=1, nc=2, verbose=False).eval()
+    for network, support, text in (
+        (model, shots._replace(channels=1), "channels=1, and the model takes 3. Set 'channels: 3'"),
+        (grey, shots, "channels=3, and the model takes 1. Set 'channels: 1'"),
+    ):
+        with pytest.raises(ValueError, match=f"The images of {support.source} have {text}"):
+            enroll(network, support, SIZE)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_read_with_the_channels_of_the_model(file, tmp_path, channels):
+    torch.manual_seed(0)
+    network = FewShotDetectionModel("yolo11n-fewshot.yaml", ch=channels, nc=2, verbose=False)
+    network.names, network.args = BASE, {}
+    torch.save({"model": network, "train_args": {"imgsz": SIZE}}, tmp_path / "best.pt")
+    model = FewShotYOLO(tmp_path / "best.pt")
+    assert model.enroll(file, method="mean") == {"square": 4, "disc": 2}
+    grey = file.with_name("grey.yaml")
+    grey.write_text(file.read_text() + "channels: 1\n")
+    try:
+        if channels == 1:
+            assert model.enroll(grey, method="mean") == {"square": 4, "disc": 2}
+        else:
+            with pytest.raises(ValueError, match="channels=1, and the model takes 3"):
+                model.enroll(grey)
+    finally:
+        grey.unlink()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    texts = []
+    monkeypatch.setattr(module.LOGGER, "warning", texts.append)
+    return texts
+
+
+def with_boxes(label, cls, bboxes):
+    return {**label, "cls": np.array(cls, np.float32)[:, None], "bboxes": np.array(bboxes, np.float32)}
+
+
+def test_shots_that_share_a_box_are_counted_and_named(model, shots, warnings):
+    box = shots.labels[2]["bboxes"][0]
+    near = box + np.float32([0, 0, 0.005, 0])  # not to the last digit
+    labels = [*shots.labels[:2], with_boxes(shots.labels[2], [1, 3], [box, near]), *shots.labels[3:]]
+    found = enroll(model, shots._replace(labels=labels), SIZE, method="mean")
+    assert found.classes["square"]["shots"] + found.classes["disc"]["shots"] == 6
+    (text,) = warnings
+    assert text.startswith("1 of 7 shots do not count, for no anchor of the model belongs to them at imgsz=64: ")
+    assert f"{shots.labels[2]['im_file']}: " in text and " shares its box with " in text and "keep one" in text
+    assert "imgsz, or" not in text
+
+
+def test_shots_too_small_for_an_anchor_are_counted_and_named_with_their_size(model, shots, warnings):
+    with torch.no_grad():  # boxes of 10 x 10 strides, with which one of 1 x 1 pixel off their centers has no CIoU
+        for box in model.model[-1].cv2:
+            box[-1].weight.zero_()
+            box[-1].bias.copy_(-(torch.arange(16) - 5).square().repeat(4).float())
+    lost = [with_boxes(x, [1], [[6 / 64, 6 / 64, 1 / 64, 1 / 64]]) for x in shots.labels[2:4]]
+    enroll(
+        model, shots._replace(labels=[*shots.labels[:2], *lost, shots.labels[4]]), SIZE, method="mean", views=[View()]
+    )
+    (text,) = warnings
+    assert text.startswith("2 of 7 shots do not count") and "Use a greater imgsz, or greater objects." in text
+    assert all(f"{x['im_file']}: square (1 x 1 pixels)" in text for x in lost) and "shares" not in text
+
+
+def test_nothing_is_said_where_every_shot_counts(model, shots, warnings):
+    enroll(model, shots, SIZE, method="mean")
+    assert not any("count" in x for x in warnings)
+
+
+def test_a_class_to_keep_may_be_without_an_anchor(model, shots):
+    other, one, rest = deepcopy(model), shots.labels[2], shots.labels[4:]
+    twice = {**one, "cls": np.array([[1.0], [3.0]], dtype=np.float32)}
+    twice["bboxes"] = one["bboxes"].repeat(2, 0)  # all anchors of the second box belong to the first
+    shots = as_base(shots)._replace(labels=[twice, *rest])
+    with pytest.raises(ValueError, match="a box of cat at"):
+        enroll(deepcopy(model), shots, SIZE)
+    found = enroll(model, shots, SIZE, keep=["cat"])
+    assert found == enroll(other, shots._replace(labels=[one, *rest]), SIZE) and same(model, other)
+    assert found.classes["square"]["shots"] == 2
+
+
+def test_classes_are_numbered_by_their_label_indices_and_lost_objects_have_none():
+    cls = torch.tensor([7, 2, 7, 4, 2])
+    embeds = [torch.ones(5, 3), torch.ones(5, 3)]
+    embeds[0][1], embeds[1][3] = 0, 0
+    features = Features(cls, torch.zeros(5, 4), torch.arange(5), list("abcde"), embeds, [], 1)
+    names, labels = compact(features, {2: "two", 3: "three", 4: "four", 7: 7})
+    assert names == ["two", "four", "7"] and labels.tolist() == [2, -1, 2, -1, 0]
+
+
+# Forgetting -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cfg", FAMILIES)
+def test_forgetting_removes_a_class_and_later_ones_move_up(models, shots, cfg):
+    model = deepcopy(models[cfg])
+    before = state(model)
+    enroll(model, shots, SIZE)
+    disc, rest = model.model[-1].get_class(3), logits(model, shots)[:, [0, 1, 3]]
+    forget(model, "square")
+    assert model.names == {0: "cat", 1: "dog", 2: "disc"} and list(model.enrolled) == ["disc"]
+    assert model.nc == model.model[-1].nc == model.yaml["nc"] == 3
+    assert model.model[-1].no == 3 + 4 * model.model[-1].reg_max
+    for (x, y), (vector, offset) in zip(model.model[-1].get_class(2), disc):
+        assert torch.equal(x, vector) and torch.equal(y, offset)
+    torch.testing.assert_close(logits(model, shots), rest, rtol=0, atol=1e-5)
+    forget(model, "disc")
+    assert same(model, before) and model.names == BASE and model.enrolled == {} and model.yaml["nc"] == 2
+
+
+def test_a_forgotten_class_can_be_enrolled_again_and_comes_last(model, shots):
+    enroll(model, shots, SIZE, method="mean")
+    square = model.model[-1].get_class(2)
+    forget(model, "square")
+    enroll(model, shots, SIZE, method="mean")
+    assert model.names == {0: "cat", 1: "dog", 2: "disc", 3: "square"}
+    for (x, y), (vector, offset) in zip(model.model[-1].get_class(3), square):
+        torch.testing.assert_close(x, vector, rtol=0, atol=1e-6)
+        assert not y and not offset
+
+
+@pytest.mark.parametrize("cfg", FAMILIES)
+def test_a_base_class_gets_its_classifier_back(models, shots, cfg):
+    model = deepcopy(models[cfg])
+    for bank in model.model[-1].banks:
+        bank.weight.data *= torch.tensor([1.7, 0.6]).view(2, 1, 1)  # learned prototypes have any length
+        bank.gain[0], bank.offset[0] = 1.3, -0.4
+    before = logits(model, shots)
+    for method in ("fit", "mean"):
+        enroll(model, as_base(shots), SIZE, method=method)
+        after = logits(model, shots)
+        assert not torch.allclose(after[:, 0], before[:, 0], atol=0.1)
+        torch.testing.assert_close(after[:, 1], before[:, 1], rtol=0, atol=1e-5)
+    forget(model, "cat")
+    assert model.names == {0: "cat", 1: "dog", 2: "square"} and model.nc == 3 and list(model.enrolled) == ["square"]
+    torch.testing.assert_close(logits(model, shots)[:, :2], before, rtol=0, atol=1e-5)
+
+
+def test_what_was_not_enrolled_cannot_be_forgotten(model, shots):
+    with pytest.raises(ValueError, match=r"'square' was not enrolled.*No class is enrolled"):
+        forget(model, "square")
+    enroll(model, shots, SIZE, method="mean")
+    before = state(model)
+    for name in ("cat", "bird"):
+        with pytest.raises(ValueError, match=f"'{name}' was not enrolled.*Enrolled are square, disc"):
+            forget(model, name)
+    assert same(model, before) and len(model.names) == 4
+    forget(model, "square")
+    with pytest.raises(ValueError, match="'square' was not enrolled"):
+        forget(model, "square")
+
+
+# Python interface -----------------------------------------------------------------------------------------------------
+
+
+def test_python_interface_enrols_and_predicts_with_the_new_classes(file, tmp_path):
+    model = FewShotYOLO("fewshot.yaml")
+    model.model.names = {**BASE, **{i: f"base{i}" for i in range(2, 80)}}
+    assert model.enroll(file, imgsz=SIZE) == {"square": 4, "disc": 2}
+    result = model.predict(str(file.parent / "images/0.png"), imgsz=SIZE, verbose=False)[0]
+    assert len(result.names) == 82 and result.names[80] == "square"
+    model.save(tmp_path / "enrolled.pt")
+    assert FewShotYOLO(tmp_path / "enrolled.pt").names[81] == "disc"
+
+
+def test_stock_models_are_told_to_upgrade(file):
+    with pytest.raises(TypeError, match=r"cfg=stage1\.yaml"):
+        FewShotYOLO("yolo11n.yaml").enroll(file)
+
+
+def test_a_class_whose_name_the_model_has_twice_is_not_enrolled(tmp_path):
+    model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=3, verbose=False).eval()
+    model.names = {0: "a", 1: "b", 2: "a"}
+    labels = [{"im_file": "1.png", "cls": np.zeros((1, 1), np.float32), "bboxes": np.full((1, 4), 0.5, np.float32)}]
+    with pytest.raises(ValueError, match=r"Several classes of the model have the name a, so"):
+        enroll(model, Support({0: "a"}, labels, False, tmp_path), SIZE)

@@ -1,0 +1,401 @@
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ultralytics import YOLO
+from ultralytics.utils import YAML
+
+from yolo_fewshot import FewShotYOLO, __version__, cli
+from yolo_fewshot.data.demo import BASE, NOVEL
+from yolo_fewshot.evaluate import benchmark as module
+from yolo_fewshot.evaluate.benchmark import FREEZES, METHODS, benchmark
+from yolo_fewshot.evaluate.report import BASELINE, COLUMNS, FIGURES, read_rows
+
+QUICK = {"imgsz": 96, "workers": 0, "shots": 1}
+NAMES = [*BASE, *NOVEL]
+
+
+@pytest.fixture(scope="module")
+def data(demo, tmp_path_factory):
+    """A hand-made folder of a few demo pictures: lists for 'one' shot, and a data.yaml of each seed for 'five'."""
+    root = tmp_path_factory.mktemp("data")
+    for folder, count in (("train", 60), ("val", 12), ("novel_query", 12), ("novel_support", 24)):
+        for kind, suffix in (("images", "jpg"), ("labels", "txt")):
+            (root / kind / folder).mkdir(parents=True)
+            for i in range(count):
+                shutil.copy(demo / kind / folder / f"{i:04}.{suffix}", root / kind / folder)
+    common = {"train": "images/train", "names": dict(enumerate(NAMES))}
+    YAML.save(root / "base.yaml", {**common, "val": "images/val", "names": dict(enumerate(BASE))})
+    YAML.save(root / "data.yaml", {**common, "val": ["images/val", "images/novel_query"]})
+    novel = {**common, "train": "images/novel_support", "val": "images/novel_query"}
+    YAML.save(root / "novel_1shot.yaml", {**novel, "train": "images"})
+    for seed in range(2):
+        names = [f"./images/novel_support/{i:04}.jpg\n" for i in range(12 * seed, 12 * seed + 12)]
+        (root / f"novel_1shot_seed{seed}.txt").write_text("".join(names))
+        YAML.save(root / f"novel_5shot_seed{seed}.yaml", novel)
+        YAML.save(root / f"all_1shot_seed{seed}.yaml", {**novel, "train": "images/train"})
+    return root
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the benchmark asks for, each answered by figures that depend on method, number of shots and seed."""
+    calls = []
+
+    def run_method(plan, method, shots, seed):
+        calls.append((method, shots, seed))
+        x = METHODS.index(method.partition("-")[0]) / 100 + shots / 50 + seed**2 / 200 + len(method) / 1000
+        figures = [f for kind in FIGURES.values() for f in kind]
+        return {f: x + i / 1000 for i, f in enumerate(figures)} | {"seconds": 1.5}
+
+    monkeypatch.setattr(module, "_run_method", run_method)
+    return calls
+
+
+@pytest.fixture
+def model(trained):
+    return trained[1].best
+
+
+# End to end
+
+
+def test_stock_enrolment_and_adaptation_end_to_end(data, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MIN_STEPS", 1)
+    monkeypatch.setattr(module, "MIN_EPOCHS", 1)
+    seen, train = [], YOLO.train
+    monkeypatch.setattr(
+        YOLO, "train", lambda self, **kwargs: seen.append((type(self), kwargs)) or train(self, **kwargs)
+    )
+    before = {x for x in data.rglob("*") if x.suffix != ".cache"}
+    out = benchmark(data, model, methods="stock,mean,adapt", seeds=2, steps=2, lr0=1.0, out=tmp_path / "out", **QUICK)
+    with open(out / "rows.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    methods = ["stock-0", "stock-10", "stock-22", "mean", "adapt"]
+    assert [(x["method"], x["seed"]) for x in rows] == [(m, s) for s in "01" for m in methods]
+    for x in rows:
+        assert tuple(x) == COLUMNS and x["stock"] == "folded" and x["stage1"] == "" and x["version"] == __version__
+        assert len(x["model"]) == 12 and 0 < float(x["seconds"]) < 100
+        for suffix in ("50", ""):
+            b, n, hm = (float(x[f"GFSOD_{k}{suffix}"]) for k in ("bAP", "nAP", "HM"))
+            assert hm == pytest.approx(2 * b * n / (b + n) if b and n else 0, abs=2e-6)
+    enrolled = [x for x in rows if x["method"] == "mean"]
+    assert all(float(x["FSOD_nAP50"]) > 0.02 and float(x["GFSOD_bAP50"]) > 0.1 for x in enrolled)
+    stock = [kwargs for cls, kwargs in seen if cls is YOLO]
+    assert [(x["freeze"], x["seed"]) for x in stock] == [(f, s) for s in range(2) for f in FREEZES]
+    assert all(x["lr0"] == 0.002 and x["epochs"] == 1 and "steps" not in x for x in stock)
+    adapt = [kwargs for cls, kwargs in seen if cls is FewShotYOLO]
+    assert all(x["steps"] == 2 and "lr0" not in x and "base_replay" not in x for x in adapt) and len(adapt) == 2
+    assert {x.name for x in out.iterdir()} == {
+        *("rows.csv", "benchmark.json", "results.md", "results.png", "stock.pt"),
+        *(f"novel_1shot_seed{s}.yaml" for s in range(2)),
+    }
+    assert {x for x in data.rglob("*") if x.suffix != ".cache"} == before
+    # The figures are those of a model that is enrolled by hand.
+    yolo = FewShotYOLO(model)
+    yolo.enroll(out / "novel_1shot_seed1.yaml", imgsz=96, method="mean")
+    found = yolo.val(data=str(data / "data.yaml"), imgsz=96, workers=0, batch=32, plots=False).box
+    novel = [a for c, a in zip(found.ap_class_index, found.ap50) if yolo.names[c] in NOVEL]
+    assert float(enrolled[1]["GFSOD_nAP50"]) == pytest.approx(sum(novel) / len(novel), abs=5e-3)
+
+
+def test_ablations_end_to_end(data, model, trained, tmp_path, monkeypatch):
+    seen, train = [], YOLO.train
+    monkeypatch.setattr(YOLO, "train", lambda self, **kwargs: seen.append(kwargs) or train(self, **kwargs))
+    keys = {**QUICK, "epochs": 1, "episodes": 2, "val": False, "save": True, "shots": (1, 5), "seeds": 1}
+    out = benchmark(data, model, stage1=trained[0].best, methods=["minus_cpe"], out=tmp_path / "out", **keys)
+    assert len(seen) == 1 and seen[0]["cpe"] == 0 and seen[0]["episodes"] == 2 and "n_way" not in seen[0]
+    assert list(read_rows(out / "rows.csv")) == [("minus_cpe", 1, 0), ("minus_cpe", 5, 0)]
+    kept = {"minus_cpe_seed0", "minus_cpe_seed0.pt", "minus_cpe_1shot_seed0", "minus_cpe_5shot_seed0"}
+    assert {x.name for x in (out / "runs").iterdir()} == kept
+    assert YOLO(out / "runs" / "minus_cpe_seed0.pt").ckpt["train_args"]["cpe"] == 0
+
+
+def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatch):
+    enrolled, runs = [], []
+    means = {"base": [0.5, 0.4], "novel": [0.25, 0.1]}
+
+    def enrol(plan, folder, start, shots, method):
+        enrolled.append((start.name, method, shots.name))
+        return start, 1.0
+
+    def train(start, folder, **keys):
+        folder.mkdir(parents=True)
+        runs.append((start.name, Path(keys.pop("cfg")).name, Path(keys.pop("data")).name, keys))
+        return SimpleNamespace(last=start, best=start), 1.0
+
+    monkeypatch.setattr(module, "_enrol", enrol)
+    monkeypatch.setattr(module, "_train", train)
+    monkeypatch.setattr(module, "_measure", lambda *_: means)
+    keys = {**QUICK, "shots": (1, 5), "seeds": 1, "out": tmp_path / "out", "episodes": 9, "steps": 7, "supcon": 2.0}
+    shutil.copy(trained[0].best, tmp_path / "stage1.pt")
+    shutil.copy(model, tmp_path / "model.pt")
+    methods = "replay,adapt_full,no_episodes,full,two_way,minus_contrast,fit"
+    benchmark(data, tmp_path / "model.pt", stage1=tmp_path / "stage1.pt", methods=methods, **keys)
+    first, second = "novel_1shot_seed0.yaml", "novel_5shot_seed0.yaml"
+    assert [x[:3] for x in runs] == [
+        *(("model.pt", "stage3.yaml", x) for _ in range(2) for x in (first, second)),
+        *(("stage1.pt", "stage2.yaml", "base.yaml") for _ in range(3)),
+    ]
+    common = {"imgsz": 96, "workers": 0, "plots": False, "verbose": False, "seed": 0}
+    assert runs[0][3] == runs[1][3] == {**common, "steps": 7, "base_replay": str(data / "base.yaml")}
+    assert runs[2][3] == runs[3][3] == {**common, "steps": 7, "blend": 1.0}
+    ways = {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False}
+    assert runs[4][3] == {**common, "episodes": 9, "supcon": 2.0}
+    assert runs[5][3] == {**common, "episodes": 9, "supcon": 2.0, **ways}
+    assert runs[6][3] == {**common, "episodes": 9, "supcon": 0.0, "cpe": 0.0, "triplet": 0.0}
+    expected = [
+        ("stage1.pt", "auto"),
+        ("full_seed0.pt", "auto"),
+        ("two_way_seed0.pt", "auto"),
+        ("minus_contrast_seed0.pt", "auto"),
+    ]
+    assert enrolled == [(*x, y) for x in [*expected, ("model.pt", "fit")] for y in (first, second)]
+    row = read_rows(tmp_path / "out" / "rows.csv")["fit", 5, 0]
+    assert [row[c] for c in COLUMNS[3:12]] == [0.25, 0.1, 0.5, 0.25, 0.333333, 0.4, 0.1, 0.16, 1.0]
+    assert not (tmp_path / "out" / "runs").exists()
+    runs.clear()
+    benchmark(data, tmp_path / "model.pt", methods="adapt_all", **{**keys, "shots": (1,), "out": tmp_path / "all"})
+    assert runs == [("model.pt", "stage3.yaml", "all_1shot_seed0.yaml", {**common, "steps": 7})]
+
+
+def test_methods_of_all_classes_see_shots_of_them_and_are_measured_as_the_others(data, model, tmp_path, monkeypatch):
+    trained, measured = [], []
+
+    def fine_tune(plan, folder, shots, freeze, seed):
+        trained.append((shots.name, freeze, seed))
+        return model, 1.0
+
+    def train(start, folder, **keys):
+        trained.append((Path(keys["data"]).name, Path(keys["cfg"]).name, keys["seed"]))
+        return SimpleNamespace(last=model), 1.0
+
+    monkeypatch.setattr(module, "_fine_tune", fine_tune)
+    monkeypatch.setattr(module, "_train", train)
+    means = {"base": [0.5, 0.4], "novel": [0.25, 0.1]}
+    monkeypatch.setattr(module, "_measure", lambda plan, folder, file, of: measured.append(of.name) or means)
+    benchmark(data, model, methods="stock_all-0,stock_all-22,stock_all-0,adapt_all", seeds=2, out=tmp_path, **QUICK)
+    assert trained == [(f"all_1shot_seed{s}.yaml", f, s) for s in range(2) for f in (0, 22, "stage3.yaml")]
+    assert measured == [x for s in range(2) for _ in range(3) for x in (f"novel_1shot_seed{s}.yaml", "data.yaml")]
+    with pytest.raises(
+        FileNotFoundError, match=r"has no all_5shot_seed0\.yaml\. It has all_1shot_seed0, all_1shot_seed1:"
+    ):
+        benchmark(data, model, methods="adapt_all", seeds=1, out=tmp_path / "b", **{**QUICK, "shots": 5})
+
+
+def test_the_picture_size_is_that_of_the_model(data, model, tmp_path, asked):
+    benchmark(data, model, methods="mean", shots=1, seeds=1, out=tmp_path)
+    assert json.loads((tmp_path / "benchmark.json").read_text())["settings"] == {"imgsz": 96}
+
+
+# Rows
+
+
+def test_a_resumed_run_does_what_is_missing(data, model, tmp_path, asked, monkeypatch):
+    keys = {**QUICK, "methods": "mean,fit", "seeds": 2, "out": tmp_path}
+    answer, calls = module._run_method, []
+
+    def interrupted(plan, method, shots, seed):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(method)
+        return answer(plan, method, shots, seed)
+
+    monkeypatch.setattr(module, "_run_method", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(data, model, **keys)
+    assert asked == [("mean", 1, 0), ("fit", 1, 0)] and not (tmp_path / "results.md").exists()
+    first = (tmp_path / "rows.csv").read_text()
+    monkeypatch.setattr(module, "_run_method", answer)
+    benchmark(data, model, **keys)
+    assert asked[2:] == [("mean", 1, 1), ("fit", 1, 1)] and (tmp_path / "rows.csv").read_text().startswith(first)
+    benchmark(data, model, **keys)
+    assert len(asked) == 4
+    benchmark(data, model, **{**keys, "methods": "mean,auto", "shots": "1,5"})  # more may be asked for
+    assert sorted(asked[4:]) == sorted(
+        [*(("auto", k, s) for k in (1, 5) for s in (0, 1)), ("mean", 5, 0), ("mean", 5, 1)]
+    )
+
+
+def test_other_models_or_settings_are_refused(data, model, trained, tmp_path, asked):
+    keys = {**QUICK, "methods": "mean", "seeds": 1, "out": tmp_path}
+    benchmark(data, model, **keys)
+    record = (tmp_path / "benchmark.json").read_bytes()
+    with pytest.raises(ValueError, match=r"results of another settings\. Set another out="):
+        benchmark(data, model, **{**keys, "imgsz": 64})
+    with pytest.raises(ValueError, match="results of another model"):
+        benchmark(data, trained[0].best, **keys)
+    assert len(asked) == 1 and (tmp_path / "benchmark.json").read_bytes() == record
+    said = json.loads(record)
+    assert said["settings"] == {"imgsz": 96, "workers": 0} and said["methods"] == ["mean"] and said["shots"] == [1]
+    assert said["versions"]["yolo_fewshot"] == __version__ and said["machine"]["cores"] and "command" in said
+
+
+# Tables
+
+
+def test_the_results(data, model, tmp_path, asked):
+    benchmark(data, model, methods="stock,mean", seeds=2, out=tmp_path, **{**QUICK, "shots": "5,1"})
+    text = (tmp_path / "results.md").read_text()
+    titles = re.findall("^## .*$", text, re.M)
+    assert titles == [
+        "## FSOD: novel pictures alone, 8 novel classes, 2 seeds.",
+        "## G-FSOD: base and novel pictures together, 8 novel classes, 2 seeds.",
+    ]
+    rows = [x.split(" | ")[:2] for x in text.splitlines() if re.match(r"\| \d", x)]
+    assert rows == 2 * [[f"| {k}", m] for k in (1, 5) for m in (BASELINE, *(f"stock-{f}" for f in FREEZES), "mean")]
+    assert f"yolo_fewshot {__version__}" in text and (tmp_path / "results.png").stat().st_size > 10000
+    assert {(m, k) for m, k, _ in asked} == {(f"stock-{f}", k) for f in FREEZES for k in (1, 5)} | {
+        ("mean", 1),
+        ("mean", 5),
+    }
+
+
+def test_leakage_is_in_the_title(data, model, tmp_path, asked, caplog):
+    pretrained = YOLO("yolo11n.yaml")
+    pretrained.model.names = {0: "Flag", 1: "dog", 2: "hash"}
+    pretrained.save(tmp_path / "pretrained.pt")
+    stock = YOLO("yolo11n.yaml")
+    stock.ckpt = {"train_args": {"model": str(tmp_path / "pretrained.pt"), "pretrained": True}}
+    stock.save(tmp_path / "stock.pt")
+    keys = {**QUICK, "methods": "mean", "seeds": 1}
+    out = benchmark(data, model, stock=tmp_path / "stock.pt", out=tmp_path / "out", **keys)
+    titles = re.findall("^## .*$", (out / "results.md").read_text(), re.M)
+    assert all(x.endswith("1 seed. LEAKAGE: the starting checkpoint was trained on flag, hash") for x in titles)
+    (tmp_path / "pretrained.pt").unlink()
+    assert module._leakage([tmp_path / "stock.pt"], NOVEL) == []
+
+
+# Length of the stock fine-tuning, and where further arguments go
+
+
+@pytest.mark.parametrize(
+    "pictures, batch, epochs", [(1, 16, 300), (12, 16, 300), (17, 16, 150), (100, 16, 60), (12, 8, 300), (3, 1, 1600)]
+)
+def test_the_stock_fine_tuning_takes_steps_enough(pictures, batch, epochs):
+    assert module._epochs_for(pictures, batch) == epochs
+
+
+def test_further_arguments_go_to_those_that_know_them():
+    given = {
+        **{"imgsz": 96, "fliplr": 0.0, "batch": 8, "steps": 2, "n_way": 4, "epochs": 1, "episodes": 3, "lr0": 0.1},
+        **{"doctor": 0, "val": True, "iou": 0.6, "blend": 0.3, "grad_clip": 1.0},
+    }
+    of = {
+        what: module._settings_for(what, given).keys() - {"plots", "verbose"} for what in ("stock", "stage2", "stage3")
+    }
+    common = {"imgsz", "fliplr", "iou"}
+    assert of["stock"] == common | {"batch"}
+    assert of["stage2"] == common | {"n_way", "epochs", "episodes", "lr0", "doctor", "val", "grad_clip"}
+    assert of["stage3"] == common | {"batch", "steps", "doctor", "blend", "grad_clip"}
+    assert module._settings_for("val", given) == {"imgsz": 96, "iou": 0.6}
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        ({"model": "none.pt"}, FileNotFoundError, r"^model=none\.pt does not exist"),
+        ({"stock": "none.pt"}, FileNotFoundError, r"^stock=none\.pt does not exist"),
+        ({"stage1": "none.pt"}, FileNotFoundError, r"^stage1=none\.pt does not exist"),
+        (
+            {"methods": "mean,adpt"},
+            ValueError,
+            r"names adpt \(similar: adapt.*\)\. Valid methods are stock, stock_all, mean",
+        ),
+        ({"methods": "mean-0"}, ValueError, r"^'methods=' names mean-0 \(similar: mean"),
+        ({"methods": "stock-x"}, ValueError, r"^'methods=' names stock-x \(similar: stock"),
+        ({"methods": ","}, ValueError, r"^'methods=' names nothing"),
+        ({"methods": "mean,two_way,no_episodes"}, ValueError, r"^stage1= must be given for two_way, no_episodes"),
+        ({"shots": 0}, ValueError, r"^'shots=0' is an invalid value"),
+        ({"seeds": 0}, ValueError, r"^'seeds=0' is an invalid value"),
+        (
+            {"seeds": 3},
+            FileNotFoundError,
+            r"no novel_1shot_seed2\.yaml\. It has novel_1shot_seed0, novel_1shot_seed1, n",
+        ),
+        ({"shots": (1, 7)}, FileNotFoundError, r"no novel_7shot_seed0\.yaml, novel_7shot_seed1\.yaml\. It has"),
+        ({"imgzs": 96}, SyntaxError, "imgzs"),
+        ({"imgsz": "big"}, ValueError, r"^'imgsz=big' is an invalid value"),
+        ({"epochs": "many"}, TypeError, "epochs"),
+        ({"steps": 0}, ValueError, "'steps=0' is an invalid value"),
+        ({"batch": -1}, ValueError, "'batch=-1' is an invalid value"),
+        ({"base_replay": "a.yaml", "seed": 1}, ValueError, r"^base_replay=, seed= cannot be set"),
+        ({"data": "none"}, FileNotFoundError, r"base\.yaml does not exist"),
+    ],
+)
+def test_everything_is_checked_first(data, model, tmp_path, asked, change, error, text):
+    keys = {"data": data, "model": model, "methods": "mean", "seeds": 2, "out": tmp_path / "out", **QUICK, **change}
+    with pytest.raises(error, match=text):
+        benchmark(**keys)
+    assert asked == [] and not (tmp_path / "out").exists()
+
+
+def test_models_of_the_wrong_kind(data, model, tmp_path, asked):
+    YOLO("yolo11n.yaml").save(tmp_path / "plain.pt")
+    keys = {**QUICK, "methods": "mean", "seeds": 2, "out": tmp_path / "out"}
+    with pytest.raises(TypeError, match=r"plain\.pt' has no few-shot head, which yolo-fewshot benchmark needs"):
+        benchmark(data, tmp_path / "plain.pt", **keys)
+    with pytest.raises(TypeError, match=r"plain\.pt' has no few-shot head"):
+        benchmark(data, model, stage1=tmp_path / "plain.pt", **keys)
+    with pytest.raises(TypeError, match="must be a stock detector"):
+        benchmark(data, model, stock=model, **keys)
+    assert asked == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "names, file, text",
+    [
+        (BASE, "data.yaml", r"data\.yaml must have the classes of base\.yaml and novel ones"),
+        ([*NAMES[:-1], NAMES[-2]], "data.yaml", rf"Several novel classes of .*data\.yaml have the name {NAMES[-2]}"),
+        (["other", *NAMES[1:]], "data.yaml", r"data\.yaml must have the classes of base\.yaml and novel ones"),
+        (NAMES[::-1], "novel_5shot_seed0.yaml", r"novel_5shot_seed0\.yaml must have the classes of data\.yaml, in the"),
+    ],
+)
+def test_classes_that_do_not_fit(data, model, tmp_path, asked, names, file, text):
+    for x in data.glob("*.*"):
+        content = YAML.load(x) if x.suffix == ".yaml" else {}
+        if content:
+            YAML.save(
+                tmp_path / x.name,
+                {**content, "path": str(data), **({"names": dict(enumerate(names))} if x.name == file else {})},
+            )
+    with pytest.raises(ValueError, match=text):
+        benchmark(tmp_path, model, methods="mean", seeds=2, out=tmp_path / "out", **{**QUICK, "shots": 5})
+    assert asked == []
+
+
+# The command
+
+
+def test_the_command_takes_all_keys_that_it_lists(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "benchmark", lambda **kwargs: seen.append(kwargs))
+    argv = [
+        "data=1",
+        "model=2",
+        "stock=3",
+        "stage1=4",
+        "out=5",
+        "shots=1,3",
+        "seeds=2",
+        "methods=stock,mean",
+        "save=True",
+    ]
+    cli.main(["benchmark", *argv, "imgsz=160", "fliplr=0", "device=0"])
+    texts = {"data": "1", "model": "2", "stock": "3", "stage1": "4", "out": "5", "methods": "stock,mean"}
+    assert seen == [{**texts, "shots": (1, 3), "seeds": 2, "save": True, "imgsz": 160, "fliplr": 0, "device": 0}]
+    known = {**cli.COMMANDS["benchmark"].required, **cli.COMMANDS["benchmark"].optional}
+    assert known.keys() - {"KEY"} == {*texts, "shots", "seeds", "save"}
+
+
+def test_errors_of_the_command(data, model, tmp_path):
+    with pytest.raises(SystemExit, match="ValueError: 'methods=' names men") as e:
+        cli.main(["benchmark", f"data={data}", f"model={model}", "methods=men", f"out={tmp_path}"])
+    assert isinstance(e.value.code, str)

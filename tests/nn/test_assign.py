@@ -1,0 +1,163 @@
+import pytest
+import torch
+from torch import nn
+from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
+from ultralytics.utils.ops import xywh2xyxy
+from ultralytics.utils.tal import TaskAlignedAssigner
+
+from yolo_fewshot.nn.assign import BoxAssignment, RecordingAssigner
+from yolo_fewshot.nn.model import FewShotDetectionModel
+
+pytestmark = pytest.mark.oldest
+
+CENTRES = torch.cat(
+    [
+        torch.stack(torch.meshgrid(torch.arange(n) + 0.5, torch.arange(n) + 0.5, indexing="xy"), -1).view(-1, 2) * s
+        for n, s in ((12, 8), (6, 16), (3, 32))
+    ]
+)
+BOXES = torch.tensor([[0.26, 0.26, 0.31, 0.31], [0.7, 0.7, 0.4, 0.4], [0.5, 0.5, 0.6, 0.5]])
+
+
+def load_batch():
+    """Two objects in the first of three pictures, one in the last, none between."""
+    torch.manual_seed(1)
+    return {
+        "img": torch.rand(3, 3, 96, 96),
+        "cls": torch.tensor([[1.0], [3.0], [1.0]]),
+        "bboxes": BOXES,
+        "batch_idx": torch.tensor([0.0, 0.0, 2.0]),
+    }
+
+
+def model_of(cfg="yolo11n-fewshot.yaml"):
+    torch.manual_seed(0)
+    model = FewShotDetectionModel(cfg, nc=2, verbose=False).eval()
+    model.args = {}
+    for box in model.model[-1].cv2:  # a fresh model predicts one box size, and ties
+        nn.init.normal_(box[-1].weight, std=30)
+    return model
+
+
+@torch.no_grad()
+def raw(model, img):
+    """Raw predictions of the first branch, and Ultralytics' own decoded boxes."""
+    decoded = xywh2xyxy(model(img)[0][:, :4].transpose(1, 2))
+    model.model[-1].training = True
+    preds = model(img)
+    model.model[-1].training = False
+    return preds.get("one2many", preds), decoded
+
+
+@pytest.fixture(scope="module")
+def assigned():
+    model, batch = model_of(), load_batch()
+    preds, decoded = raw(model, batch["img"])
+    return BoxAssignment(model)(preds, batch), decoded
+
+
+def test_every_object_gets_anchors_inside_its_box(assigned):
+    fg, gt_idx, weight, n_max, _ = assigned[0]
+    assert n_max == 2 and len(fg[0]) == len(fg[1]) == len(gt_idx) == len(weight)
+    assert {(int(b), int(g)) for b, g in zip(fg[0], gt_idx)} == {(0, 0), (0, 1), (2, 0)}
+    box = {(0, 0): 0, (0, 1): 1, (2, 0): 2}
+    for b, a, g in zip(fg[0], fg[1], gt_idx):
+        x, y, w, h = BOXES[box[int(b), int(g)]] * 96
+        assert abs(CENTRES[a][0] - x) <= max(w, 16) / 2 and abs(CENTRES[a][1] - y) <= max(h, 16) / 2
+
+
+def test_the_boxes_are_those_that_ultralytics_decodes(assigned):
+    torch.testing.assert_close(assigned[0][4], assigned[1], rtol=1e-4, atol=1e-3)
+
+
+def test_it_is_ultralytics_assignment_where_every_class_is_certain(assigned):
+    (fg, gt_idx, weight, _, _), decoded = assigned
+    gt = torch.zeros(3, 2, 4)
+    gt[0], gt[2, 0] = xywh2xyxy(BOXES[:2]) * 96, xywh2xyxy(BOXES[2]) * 96
+    there = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])[..., None]
+    stock = TaskAlignedAssigner(topk=10, num_classes=1, alpha=0.5, beta=6.0, stride=[8, 16, 32])
+    sure, cls = torch.ones(*decoded.shape[:2], 1), torch.zeros(3, 2, 1)
+    _, _, scores, mask, index = stock(sure, decoded, CENTRES, cls, gt, there)
+    assert torch.equal(torch.stack(fg), torch.stack(mask.nonzero(as_tuple=True)))
+    assert torch.equal(gt_idx, index[mask])
+    torch.testing.assert_close(weight, scores[mask][:, 0], rtol=1e-3, atol=1e-5)
+    assert weight.max() <= 1 and weight.unique().numel() > 10
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_class_scores_and_labels_do_not_matter(cfg):
+    model, batch = model_of(cfg), load_batch()
+    preds, _ = raw(model, batch["img"])
+    first = BoxAssignment(model)(preds, batch)
+    torch.manual_seed(2)
+    other = {**preds, "scores": torch.randn(3, 7, len(CENTRES)) * 9}
+    second = BoxAssignment(model)(other, {**batch, "cls": torch.tensor([[40.0], [0.0], [6.0]])})
+    for x, y in zip((*first[0], *first[1:]), (*second[0], *second[1:])):
+        assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+
+
+def test_pictures_without_objects_get_nothing():
+    model, batch = model_of(), load_batch()
+    preds, decoded = raw(model, batch["img"])
+    empty = {k: batch[k][:0] for k in ("cls", "bboxes", "batch_idx")}
+    fg, gt_idx, weight, n_max, boxes = BoxAssignment(model)(preds, empty)
+    assert n_max == len(fg[0]) == len(fg[1]) == len(gt_idx) == len(weight) == 0
+    torch.testing.assert_close(boxes, decoded, rtol=1e-4, atol=1e-3)
+
+
+def test_predictions_and_batch_stay_as_they_are():
+    model, batch = model_of(), load_batch()
+    preds, _ = raw(model, batch["img"])
+    before = {k: v.clone() for k, v in (preds | batch).items() if isinstance(v, torch.Tensor)}
+    BoxAssignment(model)(preds, batch)
+    assert all(torch.equal((preds | batch)[k], v) for k, v in before.items())
+
+
+def test_a_recording_assigner_has_the_settings_of_the_other_and_keeps_its_last_assignment():
+    stock = TaskAlignedAssigner(topk=7, num_classes=5, alpha=0.3, beta=4.0, stride=[8, 16, 32], eps=1e-8, topk2=3)
+    ours = RecordingAssigner.like(stock)
+    names = ("topk", "topk2", "num_classes", "alpha", "beta", "stride", "stride_val", "eps")
+    assert all(getattr(ours, n) == getattr(stock, n) for n in names)
+    assert RecordingAssigner.like(stock, num_classes=1).num_classes == 1
+    torch.manual_seed(3)
+    corner = torch.rand(1, 189, 2) * 64
+    given = (
+        torch.rand(1, 189, 5),
+        torch.cat([corner, corner + 32], 2),
+        CENTRES,
+        torch.tensor([[[2.0], [4.0]]]),
+        torch.tensor([[[10.0, 10, 40, 40], [30, 50, 90, 90]]]),
+        torch.ones(1, 2, 1),
+    )
+    expected, found = stock(*given), ours(*given)
+    assert all(torch.equal(x, y) for x, y in zip(expected, found)) and found[3].any()
+    assert ours.assigned is found and ours.boxes is given[1]
+    ours.forget()
+    assert ours.assigned is None and ours.boxes is None
+
+
+def test_a_recording_assigner_has_settings_of_other_versions_too():
+    class Newer(TaskAlignedAssigner):
+        """With other arguments, in another order."""
+
+        def __init__(self, *, stride, scale_by_area, **kwargs):
+            super().__init__(stride=stride, **kwargs)
+            self.scale_by_area = scale_by_area
+
+    stock = Newer(stride=[4, 8], scale_by_area=0.7, topk=7, topk2=2, num_classes=5)
+    ours = RecordingAssigner.like(stock, num_classes=1)
+    assert type(ours) is RecordingAssigner and type(stock) is Newer and (ours.num_classes, stock.num_classes) == (1, 5)
+    names = ("topk", "topk2", "alpha", "beta", "stride", "stride_val", "eps", "scale_by_area")
+    assert all(getattr(ours, n) == getattr(stock, n) for n in names)
+
+
+def test_the_assignments_have_the_settings_of_ultralytics_losses():
+    single, dual = model_of(), model_of("yolo26n-fewshot.yaml")
+    stock = E2ELoss(dual)
+    for model, losses in ((single, [v8DetectionLoss(single)]), (dual, [stock.one2many, stock.one2one])):
+        assignments = BoxAssignment.of_branches(model)
+        assert len(assignments) == len(losses)
+        for ours, theirs in zip(assignments, losses):
+            for name in ("topk", "topk2", "alpha", "beta", "stride", "eps"):
+                assert getattr(ours.assigner, name) == getattr(theirs.assigner, name)
+            assert ours.assigner.num_classes == 1

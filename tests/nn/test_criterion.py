@@ -1,0 +1,739 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
+from ultralytics.utils.metrics import bbox_iou
+
+from yolo_fewshot import args as table
+from yolo_fewshot.nn.criterion import (
+    EPISODE_TERMS,
+    RETENTION_TERMS,
+    FewShotLoss,
+    Retained,
+    balanced_sample,
+    branch_losses,
+    gain_key,
+)
+from yolo_fewshot.nn.losses import SupConLoss, TripletLoss
+from yolo_fewshot.nn.model import FewShotDetectionModel
+
+pytestmark = pytest.mark.oldest
+
+NC, B = 6, 6
+
+
+def run_args(stage=2, **values):
+    defaults = table.resolve({"stage": stage, **values})
+    return SimpleNamespace(**{"box": 7.5, "cls": 0.5, "dfl": 0.15, "epochs": 2, **defaults, **values})
+
+
+def make(cfg="yolo11n-fewshot.yaml", **values):
+    torch.manual_seed(0)
+    model = FewShotDetectionModel(cfg, nc=NC, verbose=False)
+    model.args = run_args(**values)
+    return model.train()
+
+
+def preds_of(model, batch):
+    preds = model(batch["img"])
+    return preds.get("one2many", preds)
+
+
+def test_stage_one_is_ultralytics_own_loss(batch):
+    model = make(stage=1)
+    preds = preds_of(model, batch)
+    ours, theirs = FewShotLoss(model), v8DetectionLoss(model)
+    a, b = ours(preds, batch), theirs(preds, batch)
+    assert torch.equal(a[0], b[0]) and a[1].keys() == b[1].keys()
+
+
+def test_stage_two_keeps_ultralytics_box_and_class_terms(batch):
+    model = make()
+    preds = preds_of(model, batch)
+    ours, theirs = FewShotLoss(model)(preds, batch), v8DetectionLoss(model)(preds, batch)
+    torch.testing.assert_close(ours[0][:2], theirs[0][:2])
+    torch.testing.assert_close(ours[0][2], theirs[0][2] * 4)  # four sides summed instead of their mean
+    assert tuple(ours[1]) == ("box_loss", "cls_loss", "dfl_loss", *EPISODE_TERMS)
+    torch.testing.assert_close(torch.stack(list(ours[1].values())) * B, ours[0].detach())
+    assert all(len(k) <= 10 for k in ours[1])  # what fits into a column of the progress bar
+
+
+def test_names_are_the_same_with_and_without_an_episode(batch):
+    model = make(cpe_iou=0.0)  # an untrained model's boxes fit no object
+    criterion = FewShotLoss(model)
+    episode = criterion(preds_of(model, batch), batch)[1]
+    plain = {k: v for k, v in batch.items() if k not in {"support", "way"}}
+    model.eval()
+    with torch.no_grad():
+        validation = criterion(model(batch["img"]), plain)[1]
+    assert list(episode) == list(validation)
+    assert all(episode[k] > 0 for k in EPISODE_TERMS) and not any(validation[k] for k in EPISODE_TERMS)
+
+
+class OwnLoss(FewShotLoss):
+    episode_names = (*FewShotLoss.episode_names, "own_loss")
+
+    def episode_terms(self, preds, batch, pooled):
+        self.pooled = pooled
+        return [*super().episode_terms(preds, batch, pooled), 2 * pooled.prototypes.square().sum()]
+
+
+def test_a_subclass_adds_a_term(batch):
+    model = make()
+    preds = preds_of(model, batch)
+    ours, own = FewShotLoss(model)(preds, batch), (criterion := OwnLoss(model))(preds, batch)
+    assert list(own[1]) == [*ours[1], "own_loss"]
+    torch.testing.assert_close(own[0][:7], ours[0])
+    objects, y, prototypes, ways, _ = criterion.pooled
+    assert own[1]["own_loss"].item() == pytest.approx(2 * len(ways), abs=1e-4)  # the prototypes are unit vectors
+    assert ways.tolist() == [0, 1, 2] and sorted(y.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
+    support = [(0, 0), (2, 0), (1, 1)]  # class and picture of the objects in the support pictures
+    order = [int(i) for i in batch["batch_idx"]]
+    found = [o for o, i in zip(objects, order) if i < 2]
+    for (c, _), embed in zip(support, found):  # one object each, so it is the prototype
+        torch.testing.assert_close(prototypes[ways.tolist().index(c)], embed)
+    plain = {k: v for k, v in batch.items() if k not in {"support", "way"}}
+    assert criterion(preds, plain)[1]["own_loss"] == 0
+
+
+def naive_terms(model, preds, batch, criterion):
+    """Episode terms written with loops over pictures, objects, classes and anchors, from one fresh assignment."""
+    h, head = model.args, model.model[-1]
+    criterion.get_assigned_targets_and_loss(preds, batch)
+    labels, _, scores, fg, gt_idx = criterion.assigner.assigned
+    e = preds["embeds"].transpose(1, 2)
+    objects = []  # (embedding, class, picture)
+    for b in range(B):
+        for g in range(criterion.assigner.n_max_boxes):
+            anchors = [a for a in range(e.shape[1]) if fg[b, a] and gt_idx[b, a] == g]
+            if anchors:
+                pooled = sum(max(float(scores[b, a].sum()), 1e-3) * e[b, a] for a in anchors)
+                objects.append((pooled / pooled.norm(), int(labels[b, anchors[0]]), b))
+    ways, prototypes = [], []
+    for c in range(NC):
+        shots = [z for z, y, b in objects if y == c and batch["support"][b]]
+        if shots and (h.wide or any(c == int(w) for w in batch["way"])):
+            mean = sum(shots) / len(shots)
+            ways.append(c)
+            prototypes.append(mean / mean.norm())
+    level = [i for i, f in enumerate(preds["feats"]) for _ in range(f.shape[2] * f.shape[3])]
+    total, norm = 0, 0
+    for b in range(B):
+        if not batch["support"][b]:
+            for c, p in zip(ways, prototypes):
+                bank = head.prototypes
+                logits = torch.stack([bank.logit_scale[i] * (e[b, a] @ p) + bank.bias[i] for a, i in enumerate(level)])
+                total = total + F.binary_cross_entropy_with_logits(logits, scores[b, :, c], reduction="sum")
+                norm += float(scores[b, :, c].sum())
+    z = torch.stack([z for z, _, _ in objects])
+    y = torch.tensor([y for _, y, _ in objects])
+    views, view_labels = torch.cat([z, torch.stack(prototypes)]), torch.cat([y, torch.tensor(ways)])
+    supcon = SupConLoss(h.supcon_tau)(head.proj(views), view_labels)
+    frozen = head.prototypes.frozen
+    triplet = TripletLoss(h.triplet_margin)(z, y, frozen if frozen.any() else None)
+    return h.cls * total / max(norm, 1), h.supcon * supcon, h.triplet * triplet, ways
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_episode_terms_equal_a_naive_computation(batch, wide, frozen):
+    model = make(wide=wide)
+    with torch.no_grad():
+        model.model[-1].prototypes.bias.add_(5)
+        model.model[-1].prototypes.logit_scale.copy_(torch.tensor([0.5, 1.0, 1.5]))
+    if frozen:
+        model.model[-1].freeze_prototypes(list(range(NC)))
+    criterion = FewShotLoss(model)
+    preds = preds_of(model, batch)
+    epi, supcon, triplet, ways = naive_terms(model, preds, batch, criterion)
+    assert ways == ([0, 1, 2] if wide else [0, 1])  # class 3 is in query pictures only
+    _, items = criterion(preds, batch)
+    torch.testing.assert_close(items["epi_loss"], epi.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(items["sup_loss"], supcon.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(items["tri_loss"], triplet.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_query_is_judged_by_prototypes_of_other_pictures_only(batch):
+    model = make()
+    preds = preds_of(model, batch)
+    criterion = FewShotLoss(model)
+    criterion.get_assigned_targets_and_loss(preds, batch)
+    moved = {**preds, "embeds": preds["embeds"].detach().clone()}
+    moved["embeds"][2:] += 100 * torch.randn_like(moved["embeds"][2:])  # query embeddings change, prototypes do not
+
+    def prototypes_with(p):
+        seen = {}
+
+        def spy(preds_, query, targets, prototypes, ways, counted):
+            seen["p"] = prototypes
+            return query.sum() * 0
+
+        criterion.episode_loss = spy
+        criterion.episode_terms(p, batch, criterion.pool(p, batch))
+        return seen["p"]
+
+    torch.testing.assert_close(prototypes_with(preds), prototypes_with(moved))
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_gradients_are_finite_and_reach_every_part(batch, cfg):
+    model = make(cfg, cpe_iou=0.0)
+    model.model[-1].freeze_prototypes(list(range(NC)))
+    loss, items = model(batch)
+    loss.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(".dfl." in n or n.endswith(".bias") or "cv2." in n for n in idle), (
+        idle
+    )  # no object is large enough for P5
+    third = "l1_loss" if "26" in cfg else "dfl_loss"
+    assert tuple(items) == ("box_loss", "cls_loss", third, *EPISODE_TERMS)
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_batches_without_objects_or_without_support_are_finite(batch, cfg):
+    model = make(cfg)
+    empty = {**batch, "cls": torch.zeros(0, 1), "bboxes": torch.zeros(0, 4), "batch_idx": torch.zeros(0)}
+    no_support = {**batch, "support": torch.zeros(B, dtype=torch.bool)}
+    no_query = {**batch, "support": torch.ones(B, dtype=torch.bool)}
+    for b in (empty, no_support, no_query):
+        model.zero_grad()
+        loss, items = model(b)
+        loss.sum().backward()
+        assert torch.isfinite(loss).all() and len(items) == 7
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_gains_scale_their_terms_and_zero_switches_off(batch):
+    def items(**values):
+        model = make(cpe_iou=0.0, **values)
+        torch.manual_seed(1)
+        return FewShotLoss(model)(preds_of(model, batch), batch)[1]
+
+    base, other = items(), items(supcon=0.0, cpe=1.2, triplet=0.6)
+    assert other["sup_loss"] == 0
+    torch.testing.assert_close(other["cpe_loss"], 2 * base["cpe_loss"])
+    torch.testing.assert_close(other["tri_loss"], 2 * base["tri_loss"])
+    torch.testing.assert_close(other["epi_loss"], base["epi_loss"])
+
+
+def test_the_dfl_of_an_untrained_model_is_four_ln_sixteen_and_is_clamped(batch):
+    model = make(dfl=1.0)
+    for box in model.model[-1].cv2:
+        box[-1].weight.data.zero_()
+        box[-1].bias.data.zero_()
+    preds = preds_of(model, batch)
+    uniform = FewShotLoss(model)(preds, batch)[1]["dfl_loss"]
+    assert uniform.item() == pytest.approx(4 * math.log(16), rel=1e-4)
+    model.args.dfl_mean_max = 2.0
+    assert FewShotLoss(model)(preds, batch)[1]["dfl_loss"].item() == pytest.approx(2.0)
+    model.args.dfl_mean_max, model.args.dfl_side_max = 15.0, 1.0
+    assert FewShotLoss(model)(preds, batch)[1]["dfl_loss"].item() == pytest.approx(4.0)
+
+
+def test_both_branches_of_a_dual_head_have_their_own_episode(batch):
+    model = make("yolo26n-fewshot.yaml")
+    criterion = model.init_criterion()
+    assert isinstance(criterion, E2ELoss)
+    preds = model(batch["img"])
+    seen = []
+    for name in ("one2many", "one2one"):
+        seen.append(getattr(criterion, name).loss(preds[name], batch)[1]["epi_loss"])
+    assert seen[0] != seen[1]
+
+
+def test_autocast_changes_the_terms_little(batch):
+    model = make()
+    model.model[-1].prototypes.bias.data += 5
+    full = FewShotLoss(model)(preds_of(model, batch), batch)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, low = FewShotLoss(model)(preds_of(model, batch), batch)
+    assert torch.isfinite(loss).all()
+    for k in EPISODE_TERMS:
+        assert low[k].dtype == torch.float32
+    torch.testing.assert_close(low["sup_loss"], full["sup_loss"], rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_memory_in_channels_last_gives_the_same_loss_and_gradient(cfg, batch):
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):  # the latter is Ultralytics' choice on CUDA
+        model = make(cfg).to(memory_format=memory_format)
+        torch.manual_seed(0)
+        loss, items = model.loss({**batch, "img": batch["img"].to(memory_format=memory_format)})
+        loss.sum().backward()
+        grads = [p.grad for k, p in model.named_parameters() if "cv3" in k and p.grad is not None]
+        found.append((torch.stack(list(items.values())), torch.stack([g.norm() for g in grads])))
+    assert all(torch.isfinite(x).all() for row in found for x in row) and len(found[0][1]) > 10
+    for plain, last in zip(*found):
+        torch.testing.assert_close(plain, last, rtol=1e-3, atol=1e-4)
+
+
+def test_balanced_sample_gives_classes_equal_shares():
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 500 + [1] * 20 + [2] * 5)[torch.randperm(525)]
+    chosen = balanced_sample(labels, 60)
+    counts = torch.bincount(labels[chosen]).tolist()
+    assert counts == [35, 20, 5] and len(set(chosen.tolist())) == 60
+    assert torch.equal(balanced_sample(labels[:10], 60), torch.arange(10))
+    assert torch.bincount(labels[balanced_sample(labels, 9)]).tolist() == [3, 3, 3]
+
+
+OUTPUTS = ("boxes", "scores", "embeds")
+NO_OBJECTS = {"cls": torch.zeros(0, 1), "bboxes": torch.zeros(0, 4), "batch_idx": torch.zeros(0)}
+
+
+def gradients(value, inputs):
+    """Gradients, zero where there is no path."""
+    grads = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True) if value.requires_grad else ()
+    grads = grads or [None] * len(inputs)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
+
+
+def branches(model, batch):
+    """The losses of a model with the predictions of their branches."""
+    preds = model(batch["img"])
+    return list(zip(branch_losses(model), [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "stage"), [("yolo11n-fewshot.yaml", 1), ("yolo11n-fewshot.yaml", 2), ("yolo26n-fewshot.yaml", 2)]
+)
+def test_parts_have_the_values_and_gradients_of_the_terms(batch, cfg, stage):
+    model = make(cfg, stage=stage, **({"cpe_iou": 0.0} if stage == 2 else {}))
+    for loss, preds in branches(model, batch):
+        torch.manual_seed(2)
+        terms = loss.terms(preds, batch)
+        parts = loss.parts(preds, batch)
+        assert tuple(parts) == loss.loss_names and len(terms) == len(parts)
+        inputs = [preds[k] for k in OUTPUTS if k in preds]
+        for term, (name, part) in zip(terms, parts.items()):
+            assert part.ndim == 0 and torch.equal(part, term), name
+            expected, ours = gradients(term, inputs), gradients(part, inputs)
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-8)
+            assert any(g.any() for g in ours), name
+
+
+def test_parts_of_a_batch_without_an_episode_are_stock_terms_only(batch):
+    model = make()
+    plain = {k: v for k, v in batch.items() if k not in {"support", "way"}}
+    loss, preds = branches(model, plain)[0]
+    terms = loss.terms(preds, plain)
+    parts = loss.parts(preds, plain)
+    assert tuple(parts) == ("box_loss", "cls_loss", "dfl_loss") and not terms[3:].any()
+    assert torch.equal(torch.stack(list(parts.values())), terms[:3])
+
+
+BAD = {
+    "box_loss": lambda m, loss, bad: m.setattr("yolo_fewshot.nn.criterion.BboxLoss.forward", _bad_box(bad)),
+    "cls_loss": lambda m, loss, bad: m.setattr(loss, "bce", lambda scores, _: bad(scores)),
+    "dfl_loss": lambda m, loss, bad: m.setattr(
+        loss.clamped_dfl, "per_anchor", lambda dist, target: bad(dist).expand(len(target), 1)
+    ),
+    "epi_loss": lambda m, loss, bad: m.setattr(loss, "episode_loss", lambda _, query, *a: bad(query)),
+    "sup_loss": lambda m, loss, bad: m.setattr(loss, "supcon", lambda z, _: bad(z)),
+    "cpe_loss": lambda m, loss, bad: m.setattr(loss, "cpe", lambda z, *_: bad(z)),
+    "tri_loss": lambda m, loss, bad: m.setattr(loss, "triplet", lambda z, *_: bad(z)),
+}
+
+
+def _bad_box(bad):
+    stock = BboxLoss.forward
+
+    def forward(self, pred_dist, pred_bboxes, *args):
+        box, dfl = stock(self, pred_dist, pred_bboxes, *args)
+        return box.detach() + bad(pred_bboxes), dfl
+
+    return forward
+
+
+@pytest.mark.parametrize("term", BAD)
+def test_a_nan_gradient_of_one_part_does_not_leak_into_the_others(batch, monkeypatch, term):
+    model = make(cpe_iou=0.0)
+    loss, preds = branches(model, batch)[0]
+    BAD[term](monkeypatch, loss, lambda x: (x.sum() * 0).sqrt())  # a value of zero with a NaN gradient
+    terms = loss.terms(preds, batch)
+    parts = loss.parts(preds, batch)
+    assert torch.isfinite(terms).all()
+    inputs = [preds[k] for k in OUTPUTS]
+    nan = [k for k, part in parts.items() if any(g.isnan().any() for g in gradients(part, inputs))]
+    assert nan == [term]
+
+
+def test_the_gains_are_in_the_parts(batch):
+    def parts(**values):
+        model = make(cpe_iou=0.0, **values)
+        loss, preds = branches(model, batch)[0]
+        torch.manual_seed(1)
+        loss.terms(preds, batch)
+        return loss.parts(preds, batch)
+
+    gains = {"box": 7.5, "cls": 0.5, "dfl": 0.15, "supcon": 1.2, "cpe": 0.6, "triplet": 0.3}
+    one, three = parts(**gains), parts(**{k: 3 * v for k, v in gains.items()})
+    for k, v in one.items():
+        torch.testing.assert_close(three[k], 3 * v)
+
+
+def test_a_loss_calls_its_watch_when_the_terms_are_known_and_keeps_nothing(batch):
+    model = make()
+    loss, preds = branches(model, batch)[0]
+    seen = []
+    loss.watch = lambda *args: seen.append((*args, loss.parts(preds, batch)))
+    items = loss(preds, batch)[1]
+    assert len(seen) == 1 and seen[0][0] is loss and seen[0][1] is preds and seen[0][2] is batch
+    assert all(torch.equal(items[k], v) for k, v in seen[0][3].items())
+    assert loss.assigner.assigned is loss.bbox_loss.last is loss._added is None
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_the_box_loss_keeps_what_ultralytics_own_returns(batch, cfg):
+    model = make(cfg, stage=1)
+    for loss, preds in branches(model, batch):
+        stock = v8DetectionLoss(model, loss.assigner.topk, loss.assigner.topk2)
+        kept = []
+        forward = stock.bbox_loss.forward
+        stock.bbox_loss.forward = lambda *a, f=forward, kept=kept: kept.append(f(*a)) or kept[-1]
+        stock(preds, batch)
+        terms = loss.terms(preds, batch)
+        assert torch.equal(torch.stack(loss.bbox_loss.last), torch.stack(kept[0]))
+        torch.testing.assert_close(terms[[0, 2]], torch.stack(kept[0]) * torch.tensor([7.5, 0.15]))
+
+
+def test_keys_of_the_gains_of_all_terms():
+    names = ("box", "cls", "dfl", "l1", "epi", "sup", "cpe", "tri")
+    assert [gain_key(n) for n in names] == ["box", "cls", "dfl", "dfl", "cls", "supcon", "cpe", "triplet"]
+    assert [gain_key(f"{n}_loss") for n in names] == [gain_key(n) for n in names]
+
+
+def test_the_losses_of_the_branches_are_those_that_the_model_uses(batch):
+    single, dual = make(), make("yolo26n-fewshot.yaml")
+    assert branch_losses(single) == branch_losses(single) == [single.criterion]
+    assert branch_losses(dual) == [dual.criterion.one2many, dual.criterion.one2one]
+    used = single.criterion
+    single.loss(batch)
+    assert single.criterion is used
+
+
+# Chance levels: closed forms, loops over the assignment, and a head that is untrained.
+
+
+def assigned_of(loss, preds, batch):
+    """What the assignment of a batch is, with the level of every anchor and its centre in pixels."""
+    loss.terms(preds, batch)
+    labels, boxes, scores, fg, gt_idx = loss.assigner.assigned
+    level, centre = [], []
+    for i, f in enumerate(preds["feats"]):
+        for y in range(f.shape[2]):
+            for x in range(f.shape[3]):
+                level.append(i)
+                centre.append([(x + 0.5) * 8 * 2**i, (y + 0.5) * 8 * 2**i])
+    return labels, boxes, scores, fg, gt_idx, torch.tensor(level), torch.tensor(centre)
+
+
+def objects_of(fg, gt_idx, labels):
+    """Class and picture of every object that has an anchor."""
+    found = {(b, int(gt_idx[b, a])): int(labels[b, a]) for b, a in fg.nonzero().tolist()}
+    return [(c, b) for (b, _), c in found.items()]
+
+
+def trained(**values):
+    """A model whose head is far from its initialization."""
+    model = make(values.pop("cfg", "yolo11n-fewshot.yaml"), **values)
+    g = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for bank in model.model[-1].banks:
+            bank.bias.copy_(torch.tensor([-1.0, 0.5, 2.0]))
+            bank.logit_scale.copy_(torch.tensor([0.5, 1.0, 1.5]))
+        for name, p in model.model[-1].named_parameters():
+            if "cv2" in name and name.endswith("bias"):
+                p.add_(torch.rand(p.shape, generator=g))
+    return model
+
+
+def priors(level):
+    """Logit of every anchor for about 5 objects of NC classes in a picture of 640 x 640."""
+    return torch.tensor([math.log(5 / NC / (640 / (8 * 2**i)) ** 2) for i in level.tolist()])
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_chance_levels_are_what_closed_forms_say(batch, wide, frozen):
+    model = trained(wide=wide, cpe_iou=0.0)
+    if frozen:
+        model.model[-1].freeze_prototypes(list(range(NC)))
+    loss, preds = branches(model, batch)[0]
+    labels, boxes, scores, fg, gt_idx, level, centre = assigned_of(loss, preds, batch)
+    assert scores.sum() > 1 and fg.sum() <= 512
+    torch.manual_seed(3)
+    chance = dict(zip(loss.loss_names, loss.chance(preds, batch).tolist()))
+
+    assert chance["dfl_loss"] == pytest.approx(0.15 * 4 * math.log(16), rel=1e-5)
+    assert chance["tri_loss"] == pytest.approx(0.3 * 0.3, rel=1e-5)
+    objects = objects_of(fg, gt_idx, labels)
+    ways = sorted({c for c, b in objects if batch["support"][b] and (wide or c in {0, 1})})
+    assert ways == ([0, 1, 2] if wide else [0, 1])
+    assert len(objects) == len(batch["cls"])
+    n = len(objects) + len(ways)
+    assert chance["sup_loss"] == pytest.approx(1.2 * math.log(n - 1), rel=1e-5)
+    torch.manual_seed(3)  # the sample of background is random
+    background = sum(not fg[i // fg.shape[1], i % fg.shape[1]] for i in torch.randint(fg.numel(), (128,)).tolist())
+    assert chance["cpe_loss"] == pytest.approx(0.6 * math.log(int(fg.sum()) + background - 1), rel=1e-5)
+
+    prior = priors(level)
+    every = [scores[b, :, c] for b in range(B) for c in range(NC)]
+    cls = sum(F.binary_cross_entropy_with_logits(prior, t, reduction="sum") for t in every)
+    assert chance["cls_loss"] == pytest.approx(0.5 * float(cls / scores.sum()), rel=1e-5)
+    query = [scores[b, :, c] for b in range(B) for c in ways if not batch["support"][b]]
+    epi = sum(F.binary_cross_entropy_with_logits(prior, t, reduction="sum") for t in query)
+    assert chance["epi_loss"] == pytest.approx(0.5 * float(epi / max(sum(t.sum() for t in query), 1)), rel=1e-5)
+
+    box = 0
+    for b, a in fg.nonzero().tolist():  # uniform over 16 bins: 7.5 strides to every side
+        reach = 7.5 * 8 * 2 ** int(level[a])
+        prior_box = torch.cat([centre[a] - reach, centre[a] + reach])
+        box += float((1 - bbox_iou(prior_box, boxes[b, a], xywh=False, CIoU=True)) * scores[b, a].sum())
+    assert chance["box_loss"] == pytest.approx(7.5 * box / float(scores.sum()), rel=1e-4)
+
+
+def test_chance_levels_without_dfl(batch):
+    model = trained(cfg="yolo26n-fewshot.yaml")
+    for loss, preds in branches(model, batch):
+        _, boxes, scores, fg, _, level, centre = assigned_of(loss, preds, batch)
+        chance = dict(zip(loss.loss_names, loss.chance(preds, batch).tolist()))
+        box = l1 = 0
+        for b, a in fg.nonzero().tolist():
+            stride, weight = 8 * 2 ** int(level[a]), float(scores[b, a].sum())
+            prior_box = torch.cat([centre[a] - 2 * stride, centre[a] + 2 * stride])  # the bias is 2
+            box += float(1 - bbox_iou(prior_box, boxes[b, a], xywh=False, CIoU=True)) * weight
+            l1 += float((prior_box - boxes[b, a]).abs().mean()) / 96 * weight
+        norm = max(float(scores.sum()), 1)
+        assert chance["box_loss"] == pytest.approx(7.5 * box / norm, rel=1e-4)
+        assert chance["l1_loss"] == pytest.approx(0.15 * l1 / norm, rel=1e-4)
+
+
+def test_the_chance_level_of_a_soft_triplet_is_ln_two(batch):
+    loss, preds = branches(trained(triplet_soft=True), batch)[0]
+    loss.terms(preds, batch)
+    assert float(loss.chance(preds, batch)[-1]) == pytest.approx(0.3 * math.log(2), rel=1e-5)
+
+
+def test_chance_levels_of_stage_one(batch):
+    loss, preds = branches(make(stage=1), batch)[0]
+    loss.terms(preds, batch)
+    chance = loss.chance(preds, batch)
+    assert len(chance) == 3 and float(chance[2]) == pytest.approx(0.15 * math.log(16), rel=1e-5)  # mean of four sides
+
+
+def test_an_untrained_head_is_at_chance(batch):
+    model = make()
+    with torch.no_grad():
+        for box in model.model[-1].cv2:
+            box[-1].weight.zero_()
+        model.model[-1].prototypes.logit_scale.zero_()
+    loss, preds = branches(model, batch)[0]
+    terms = loss.terms(preds, batch)
+    assert (terms[:4] > 0).all()
+    torch.testing.assert_close(loss.chance(preds, batch)[:4], terms[:4].detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_chance_levels_depend_on_the_assignment_alone(batch):
+    loss, preds = branches(trained(cpe_iou=0.0), batch)[0]
+    loss.terms(preds, batch)
+    torch.manual_seed(4)
+    chance = loss.chance(preds, batch)
+    other = {k: torch.randn_like(preds[k]) * 9 for k in OUTPUTS} | {"logit_bias": torch.tensor([4.0, -4.0, 1.0])}
+    torch.manual_seed(4)
+    assert torch.equal(loss.chance({**preds, **other}, batch), chance) and torch.isfinite(chance).all()
+    assert not chance.requires_grad and not loss.assigner.replay
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_measuring_leaves_random_state_and_counts_alone(batch, cfg):
+    model = make(cfg, dfl_side_max=0.5, dfl_mean_max=0.5)  # below ln 16: all is clamped
+    for loss, preds in branches(model, batch):
+        loss.terms(preds, batch)
+        dfl = loss.clamped_dfl
+        counts = [int(dfl.side_clamped), int(dfl.mean_clamped)] if dfl else []
+        assert all(counts)
+        random = torch.get_rng_state()
+        loss.parts(preds, batch)
+        loss.chance(preds, batch)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert counts == ([int(dfl.side_clamped), int(dfl.mean_clamped)] if dfl else [])
+        with pytest.raises(KeyError), loss.aside():
+            torch.rand(1)
+            raise KeyError
+        assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_parts_and_chance_of_a_batch_without_objects(batch, cfg):
+    empty = {**batch, **NO_OBJECTS}
+    for loss, preds in branches(make(cfg), empty):
+        terms = loss.terms(preds, empty)
+        assert torch.equal(torch.stack(list(loss.parts(preds, empty).values())), terms)
+        chance = loss.chance(preds, empty)
+        assert chance[1] > 0 and not chance[[0, *range(2, 7)]].any()
+
+
+def extreme(model, fills):
+    """Predictions of float16 at the ends of its range, as float16 feature maps give them."""
+    g = torch.Generator().manual_seed(0)
+    head = model.model[-1]
+    sizes = {"boxes": 4 * head.reg_max, "scores": NC, "embeds": head.embed}
+    feats = [torch.zeros(B, 8, s, s, dtype=torch.float16) for s in (12, 6, 3)]
+    a = sum(f.shape[2] * f.shape[3] for f in feats)
+    signs = {"+": torch.ones, "-": lambda *s: -torch.ones(*s), "±": lambda *s: torch.randint(2, s, generator=g) * 2 - 1}
+    preds = {
+        k: (signs[s](B, c, a) * 65504.0).half().requires_grad_() for (k, c), s in zip(sizes.items(), fills, strict=True)
+    }
+    bank = head.prototypes
+    levels = {"logit_scale": bank.logit_scale, "logit_bias": bank.bias, "frozen": bank.frozen}
+    return {**preds, **levels, "feats": feats}
+
+
+@pytest.mark.parametrize("objects", [True, False])
+@pytest.mark.parametrize("fills", ["+++", "---", "±+±", "-±+", "±±±"])
+def test_every_term_is_finite_at_the_ends_of_float16(batch, fills, objects):
+    check_extremes(batch, "yolo11n-fewshot.yaml", fills, objects)
+
+
+def test_every_term_is_finite_at_the_ends_of_float16_without_dfl(batch):
+    check_extremes(batch, "yolo26n-fewshot.yaml", "±+±", True)
+
+
+def check_extremes(batch, cfg, fills, objects):
+    model = make(cfg, cpe_iou=0.0)
+    if fills == "±±±":
+        model.model[-1].freeze_prototypes(list(range(NC)))
+    batch = batch if objects else {**batch, **NO_OBJECTS}
+    loss, preds = FewShotLoss(model), extreme(model, fills)
+    with torch.autocast("cpu", dtype=torch.float16):
+        terms = loss.terms(preds, batch)
+        if objects and "+" in fills[:2]:
+            assert loss.assigner.assigned[3].any()
+        parts = loss.parts(preds, batch)
+        chance = loss.chance(preds, batch)
+    assert torch.isfinite(terms).all() and torch.isfinite(chance).all()
+    assert terms.dtype == torch.float32
+    inputs = [preds[k] for k in OUTPUTS] + [p for p in model.model[-1].parameters() if p.requires_grad]
+    for name, value in {**parts, "sum": terms.sum()}.items():
+        assert all(torch.isfinite(g).all() for g in gradients(value, inputs)), name
+
+
+def test_half_precision_of_the_whole_model_is_finite(batch):
+    model = make(cpe_iou=0.0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss, items = model(batch)
+    loss.sum().backward()
+    assert all(torch.isfinite(v) for v in items.values())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+# Stage 3
+
+
+def test_stage_three_is_ultralytics_own_loss_if_every_class_has_labels(batch):
+    model = make(stage=3)
+    preds = preds_of(model, batch)
+    ours, theirs = FewShotLoss(model)(preds, batch), v8DetectionLoss(model)(preds, batch)
+    assert torch.equal(ours[0][:3], theirs[0]) and not ours[0][3:].any()
+    assert tuple(ours[1]) == ("box_loss", "cls_loss", "dfl_loss", *RETENTION_TERMS)
+    assert [gain_key(k) for k in RETENTION_TERMS] == ["teacher", "memory"]
+
+
+def retaining(batch, cfg="yolo11n-fewshot.yaml", silent=(4, 1), **values):
+    """The losses of stage 3 with classes to retain, their predictions, and the batch with a teacher's scores."""
+    model, g = trained(cfg=cfg, stage=3, **values), torch.Generator().manual_seed(11)
+    found, teacher = branches(model, batch), []
+    for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].banks)):
+        with torch.no_grad():
+            bank.gain.copy_(torch.rand(NC, generator=g) + 0.5)
+            bank.offset.copy_(torch.randn(NC, generator=g))
+        level, targets = torch.tensor([0, 2, 1, 1]), torch.rand(4, NC, generator=g)
+        embeds = torch.randn(4, model.model[-1].embed, generator=g)
+        loss.retained = Retained(i, torch.tensor(silent), embeds, level, targets)
+        teacher.append(torch.rand(*preds["scores"].transpose(1, 2).shape[:2], len(silent), generator=g))
+    found = branches(model, batch)  # anew, with those gains and offsets
+    return model, found, {**batch, "teacher": teacher}
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_the_terms_that_retain_classes_equal_loops(batch, cfg):
+    model, found, taught = retaining(batch, cfg, teacher=0.7, memory=0.3)
+    for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].banks)):
+        loss.get_assigned_targets_and_loss(preds, batch)
+        _, _, scores, fg, _ = loss.assigner.assigned
+        x, cls, tea = preds["scores"].detach().double(), 0.0, 0.0
+        for b in range(B):
+            for a in range(x.shape[2]):
+                for c in range(NC):
+                    if c in {1, 4} and not fg[b, a]:
+                        t, p = taught["teacher"][i][b, a, [4, 1].index(c)].double(), x[b, c, a].sigmoid()
+                        tea += float(t * (t / p).log() + (1 - t) * ((1 - t) / (1 - p)).log())
+                    else:
+                        cls += float(F.binary_cross_entropy_with_logits(x[b, c, a], scores[b, a, c].double()))
+        mass = max(float(scores.sum()), 1)
+        _, _, embeds, level, targets = loss.retained
+        mem = 0.0
+        for m in range(4):
+            for c in range(NC):
+                p, s, o = (
+                    x.detach()[i]
+                    for x, i in ((bank.weight[..., 0], c), (bank.logit_scale, level[m]), (bank.bias, level[m]))
+                )
+                z = (s * bank.gain[c] * (embeds[m] @ p / p.norm()) + o + bank.offset[c]).double()
+                t, q = targets[m, c].double(), z.sigmoid()
+                mem += float(t * (t / q).log() + (1 - t) * ((1 - t) / (1 - q)).log())
+        mem /= max(float(targets.amax(1).sum()), 1)
+        items = loss(preds, taught)[1]
+        assert items["cls_loss"].item() == pytest.approx(0.5 * cls / mass, rel=1e-4)
+        assert items["tea_loss"].item() == pytest.approx(0.7 * tea / mass, rel=1e-4)
+        assert items["mem_loss"].item() == pytest.approx(0.3 * mem, rel=1e-4)
+        plain = v8DetectionLoss(model, loss.assigner.topk, loss.assigner.topk2)(preds, batch)[1]
+        for k in set(plain) - {"cls_loss"}:
+            torch.testing.assert_close(items[k], plain[k])
+
+
+def test_a_student_that_agrees_with_its_teacher_is_left_alone(batch):
+    _, [(loss, preds)], taught = retaining(batch)
+    preds = {**preds, "scores": preds["scores"].detach().requires_grad_()}
+    taught["teacher"] = [preds["scores"][:, [4, 1]].transpose(1, 2).detach().sigmoid()]
+    terms = loss.loss(preds, taught)[0]
+    (grad,) = torch.autograd.grad(terms.sum(), preds["scores"])
+    loss.get_assigned_targets_and_loss(preds, batch)
+    background = ~loss.assigner.assigned[3]
+    assert abs(float(terms[3].detach())) < 1e-4 and background.any()
+    assert grad[:, [4, 1]].transpose(1, 2)[background].abs().max() < 1e-6
+    rest = grad[:, [0, 2, 3, 5]].transpose(1, 2)
+    assert rest[background].abs().min() > 1e-6
+
+
+def test_without_a_teacher_old_classes_are_background_and_only_rehearsed(batch):
+    _, [(loss, preds)], taught = retaining(batch)
+    plain = loss.loss(preds, batch)[1]
+    assert plain["tea_loss"].abs() < 1e-4 and plain["mem_loss"] > 0
+    assert plain["cls_loss"] > loss.loss(preds, taught)[1]["cls_loss"]
+    loss.retained = None
+    items = loss.loss(preds, taught)[1]
+    assert torch.equal(items["cls_loss"], plain["cls_loss"]) and not items["tea_loss"] and not items["mem_loss"]
+
+
+def test_parts_and_chance_of_stage_three(batch):
+    _, found, taught = retaining(batch)
+    seen = []
+    for loss, preds in found:
+        loss.watch = lambda loss, preds, batch: seen.extend([loss.parts(preds, batch), loss.chance(preds, batch)])
+        items = loss.loss(preds, taught)[1]
+        parts, chance = seen
+        torch.testing.assert_close({k: v.detach() for k, v in parts.items()}, items)
+        assert all(p.requires_grad for p in parts.values())
+        level, targets = loss.retained[3:]
+        z = torch.tensor([math.log(5 / NC / (640 / (8 * 2 ** int(i))) ** 2) for i in level])[:, None]
+        bce = F.binary_cross_entropy_with_logits(z.expand(4, NC), targets, reduction="sum")
+        entropy = torch.distributions.Bernoulli(targets).entropy().sum()
+        assert chance[4].item() == pytest.approx(0.5 * float(bce - entropy) / float(targets.amax(1).sum()), rel=1e-4)
+        assert chance[3] > items["tea_loss"]

@@ -1,0 +1,164 @@
+"""The guard in the trainers of all tasks: a run is the same as without it, but for steps that are not finite."""
+
+import csv
+import logging
+import random
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.utils import YAML
+from ultralytics.utils.loss import v8DetectionLoss
+
+from yolo_fewshot.train.guarded import GuardedTrainer, guarded
+
+pytestmark = pytest.mark.oldest
+
+TASKS = {
+    "detect": "yolo11n.yaml",
+    "segment": "yolo11n-seg.yaml",
+    "pose": "yolo11n-pose.yaml",
+    "obb": "yolo11n-obb.yaml",
+    "classify": "yolo11n-cls.yaml",
+}
+QUICK = {
+    "epochs": 2, "imgsz": 32, "batch": 4, "nbs": 8, "workers": 0, "optimizer": "SGD", "lr0": 0.01, "warmup_epochs": 0,
+    "plots": False, "val": False, "verbose": False, "exist_ok": True, "pretrained": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of runs, and a tiny data set for each task."""
+    root, rng, found = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0), {}
+    for task in TASKS:
+        kind = root / task
+        for split in ("train", "val"):
+            for i in range(8):
+                image = np.full((32, 32, 3), 200, np.uint8)
+                x, y, c = *rng.integers(2, 14, 2).tolist(), i % 2
+                cv2.rectangle(image, (x, y), (x + 14, y + 14), (255, 0, 0) if c else (0, 0, 255), -1)
+                folder = kind / split / str(c) if task == "classify" else kind / "images" / split
+                folder.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(folder / f"{i}.png"), image)
+                box = [(x + 7) / 32, (y + 7) / 32, 14 / 32, 14 / 32]
+                corners = [v / 32 for v in (x, y, x + 14, y, x + 14, y + 14, x, y + 14)]
+                row = {"detect": box, "segment": corners, "obb": corners, "pose": [*box, *corners]}.get(task)
+                if row:
+                    label = kind / "labels" / split / f"{i}.txt"
+                    label.parent.mkdir(parents=True, exist_ok=True)
+                    label.write_text(" ".join(map(str, [c, *row])) + "\n")
+        splits = {"path": str(kind), "train": "images/train", "val": "images/val"}
+        YAML.save(kind / "data.yaml", {**splits, "names": ["red", "blue"], "kpt_shape": [4, 2]})
+        found[task] = str(kind if task == "classify" else kind / "data.yaml")
+    return root, found
+
+
+def train(data, task, name, **settings):
+    """Train; returns the trainer, the losses of every batch, and the random states at the end."""
+    root, files = data
+    losses = []
+    model = YOLO(TASKS[task])
+    model.add_callback("on_train_batch_end", lambda t: losses.append({k: float(v) for k, v in t.loss_items.items()}))
+    model.train(data=files[task], project=str(root), name=name, **{**QUICK, **settings})
+    state = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()[1])
+    return model.trainer, losses, state
+
+
+def rows(folder: Path):
+    """The results without the time."""
+    with open(folder / "results.csv") as f:
+        return [{k: v for k, v in row.items() if k != "time"} for row in csv.DictReader(f)]
+
+
+def files(folder: Path):
+    return sorted(str(x.relative_to(folder)) for x in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_guarded_run_is_the_stock_run_step_by_step(data, task):
+    """Also with Ultralytics' own clip as `grad_clip`, which does bite: 10 on the loss as it is multiplied."""
+    scale = 2.0 * (1 if task == "classify" else 4)  # accumulated batches, and images where the loss is not a mean
+    plain, losses, state = train(data, task, f"{task}-plain")
+    assert len(losses) == 4 and not isinstance(plain, GuardedTrainer)
+    weights = torch.load(plain.last, weights_only=False)["model"].state_dict()
+    for name, settings in {"skip": {"nonfinite": "skip"}, "clip": {"grad_clip": 10 / scale}}.items():
+        trainer, found, end = train(data, task, f"{task}-{name}", **settings)
+        assert type(trainer).__bases__ == (GuardedTrainer, type(plain))
+        assert found == losses and end == state
+        assert rows(trainer.save_dir) == rows(plain.save_dir) and files(trainer.save_dir) == files(plain.save_dir)
+        ours = torch.load(trainer.last, weights_only=False)["model"]
+        assert type(ours).__module__.startswith("ultralytics.")
+        assert all(torch.equal(v, weights[k]) for k, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_that_is_not_finite_is_skipped_and_explained(data, task, caplog, monkeypatch):
+    """The third of four batches, the first of the second step, has an image of NaN."""
+    seen, model_train = [], BaseTrainer._model_train
+
+    def poison(trainer):
+        model_train(trainer)
+        preprocess, trainer.preprocess_batch = type(trainer).preprocess_batch, lambda b: spoilt(preprocess(trainer, b))
+
+    def spoilt(batch):
+        seen.append(1)
+        if len(seen) == 3:
+            batch["img"][1] = float("nan")
+        return batch
+
+    monkeypatch.setattr(BaseTrainer, "_model_train", poison)
+    logging.getLogger("ultralytics").addHandler(caplog.handler)
+    try:
+        trainer, _, _ = train(data, task, f"{task}-nan", nonfinite="skip", seed=1)
+    finally:
+        logging.getLogger("ultralytics").removeHandler(caplog.handler)
+    assert len(seen) == 4
+    text = next(x for x in caplog.text.splitlines() if "Skipping this optimizer step" in x)
+    assert ("image " if task == "classify" else ".png") in text and "(1 in this epoch, 1 in a row)" in text
+    assert "blue" in text or "red" in text or task == "classify"
+    assert "Of 2 steps" in caplog.text and "1 because something was not finite." in caplog.text
+    final = torch.load(trainer.last, weights_only=False)["model"].state_dict()
+    assert all(torch.isfinite(v).all() for v in final.values())
+    assert [x["epoch"] for x in rows(trainer.save_dir)] == ["1", "2"]
+
+
+def test_raise_stops_a_stock_training_at_once_and_names_the_images(data, monkeypatch):
+    stock = v8DetectionLoss.loss
+    monkeypatch.setattr(v8DetectionLoss, "loss", lambda *a: (stock(*a)[0] * float("nan"), {}))
+    with pytest.raises(FloatingPointError, match=r"\.png.*Training stops because of nonfinite=raise"):
+        train(data, "detect", "raise", nonfinite="raise")
+
+
+@pytest.mark.parametrize("task", ["detect", "classify"])
+def test_the_clip_is_on_the_loss_itself(data, task):
+    """A step sees gradients of at most `grad_clip` times what the loss was multiplied by: SGD moves no further."""
+    root, sources = data
+    steps, limit, lr = [], 0.01, 0.01
+
+    def begin(trainer):
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+
+        def moved(*_):
+            now = [p.detach().clone() for p in trainer.model.parameters()]
+            steps.append(float(torch.nn.utils.get_total_norm([a - b for a, b in zip(now, before)])))
+            before[:] = now
+
+        trainer.optimizer.register_step_post_hook(moved)
+
+    model = YOLO(TASKS[task])
+    model.add_callback("on_train_start", begin)
+    settings = {**QUICK, "momentum": 0.0, "warmup_momentum": 0.0, "weight_decay": 0.0, "lr0": lr, "lrf": 1.0}
+    model.train(data=sources[task], project=str(root), name=f"clip-{task}", grad_clip=limit, **settings)
+    expected = lr * limit * 2 * (1 if task == "classify" else 4)
+    assert len(steps) == 2 and steps == pytest.approx([expected] * 2, rel=1e-3)
+
+
+def test_a_trainer_that_has_the_guard_gets_it_once():
+    once = guarded(PoseTrainer)
+    assert guarded(once) is once and once.__name__ == "GuardedPoseTrainer" and issubclass(once, PoseTrainer)

@@ -1,0 +1,244 @@
+"""What can be wrong with a data set: boxes, classes, pictures on both sides of a split, too few shots."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from ultralytics.data import utils
+from ultralytics.utils import NUM_THREADS, TQDM
+from ultralytics.utils.patches import imread
+
+from yolo_fewshot.class_names import repeated
+from yolo_fewshot.data.episodes import EpisodeSampler
+from yolo_fewshot.data.support import MIN_SIDE, list_pictures
+from yolo_fewshot.errors import few
+
+OUTSIDE = 0.01  # how far a box may reach outside the picture, in parts of its side; Ultralytics lets pass as much
+SIDE = 32  # of the thumbnails that are compared, in pixels
+LARGE = 512  # side in pixels from which a picture is decoded at a quarter of its size
+# Correlation of two thumbnails' details above which pictures count as near-duplicates. Copies at 70 % of the size, JPEG
+# quality 50 and other brightness had 0.85 to 0.99 on three data sets, other pictures at most 0.75.
+ALIKE = 0.85
+FLAT = 0.5  # standard deviation of the grey levels of these details below which there is nothing to compare
+SHOTS = (1, 3, 5, 10)
+
+
+class Finding(NamedTuple):
+    """Something that was found.
+
+    Attributes:
+        level (str): 'ok', 'warning' or 'error', after which training fails or is of no use.
+        text (str): What, and what to change.
+    """
+
+    level: str
+    text: str
+
+
+class Split(NamedTuple):
+    """The pictures of a split as training would read them.
+
+    Attributes:
+        name (str): 'train' or 'val'.
+        files (list[str]): Picture files that Ultralytics uses.
+        boxes (list[np.ndarray]): Class, x, y, w, h of the objects of each, normalized, (n, 5) float32.
+        shapes (list[tuple[int, int]]): Height and width of each in pixels.
+        ignored (list[str]): Files that Ultralytics leaves out, each with the reason.
+        unlabelled (int): Pictures without an object.
+        details (np.ndarray): Small grey copies less their local mean, (N, SIDE * SIDE) float16.
+    """
+
+    name: str
+    files: list[str]
+    boxes: list[np.ndarray]
+    shapes: list[tuple[int, int]]
+    ignored: list[str]
+    unlabelled: int
+    details: np.ndarray
+
+
+def read_split(data: dict[str, Any], name: str) -> Split:
+    """Read a split.
+
+    Args:
+        data (dict): What `check_det_dataset` returned.
+        name (str): 'train' or 'val'.
+
+    Returns:
+        (Split): Its pictures.
+    """
+    paths = data[name] if isinstance(data[name], list) else [data[name]]
+    files = list(dict.fromkeys(x for p in paths for x in list_pictures(Path(p))))
+    kept: list[tuple] = []
+    ignored: list[str] = []
+    keypoints = data.get("kpt_shape") or (0, 0)
+    tasks = zip(files, utils.img2label_paths(files), repeat(len(data["names"])), repeat(keypoints))
+    with ThreadPool(NUM_THREADS) as pool:
+        results = TQDM(pool.imap(_read, tasks), desc=f"{name}: Looking at pictures...", total=len(files))
+        for file, (boxes, shape, reason, details) in zip(files, results):
+            if reason:
+                ignored.append(f"{file}: {reason}")
+            else:
+                kept.append((file, boxes, shape, details))
+    names, boxes, shapes, details = zip(*kept) if kept else ((), (), (), ())
+    stacked = np.stack(details) if kept else np.zeros((0, SIDE * SIDE), np.float16)
+    return Split(name, list(names), list(boxes), list(shapes), ignored, sum(not len(b) for b in boxes), stacked)
+
+
+def _read(
+    task: tuple[str, str, int, tuple[int, int]],
+) -> tuple[np.ndarray | None, tuple[int, int] | None, str, np.ndarray | None]:
+    """Read one picture: its boxes, height and width, why Ultralytics leaves it out if so, and its details."""
+    file, label_file, nc, keypoints = task
+    ok, boxes, shape, *_, message = utils.verify_image_label((file, label_file, "", False, nc, *keypoints, False))
+    mode = cv2.IMREAD_REDUCED_GRAYSCALE_4 if ok and min(shape) >= LARGE else cv2.IMREAD_GRAYSCALE
+    picture = imread(file, mode) if ok else None
+    if picture is None:
+        return None, None, message.rpartition("ignoring corrupt image/label: ")[2] or "cannot be read", None
+    if picture.ndim == 3:
+        picture = picture.mean(2)
+    grey = cv2.resize(picture.astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    return boxes, shape, "", (grey - cv2.blur(grey, (3, 3))).astype(np.float16).ravel()  # light and vignette left out
+
+
+def check_boxes(split: Split) -> list[Finding]:
+    """Look for labels that training drops or that are not about what is in the picture.
+
+    Args:
+        split (Split): A split.
+
+    Returns:
+        (list[Finding]): What was found.
+    """
+    n = sum(map(len, split.boxes))
+    if not n:
+        text = f"{split.name}: no labelled object in {len(split.files) + len(split.ignored)} pictures."
+        return [Finding("error", f"{text} Label files belong beside 'images' in 'labels'."), *_ignored(split)]
+    outside, empty = {}, {}
+    for file, boxes, (h, w) in zip(split.files, split.boxes, split.shapes):
+        low, high = boxes[:, 1:3] - boxes[:, 3:5] / 2, boxes[:, 1:3] + boxes[:, 3:5] / 2
+        outside[file] = ((low < -OUTSIDE) | (high > 1 + OUTSIDE)).any(1).sum()
+        empty[file] = (boxes[:, 3:5] * (w, h) < MIN_SIDE).any(1).sum()
+    found = _ignored(split)
+    for what, counts in (("reach outside the picture", outside), ("are less than a pixel wide or high", empty)):
+        files = [f for f, c in counts.items() if c]
+        if files:
+            text = f"{split.name}: {sum(counts.values())} boxes {what}, in {few(files)}. Correct or remove them."
+            found.append(Finding("warning", text))
+    if not found:
+        text = f"{split.name}: {n} boxes in {len(split.files)} pictures, {split.unlabelled} of these without any."
+        found.append(Finding("ok", text))
+    return found
+
+
+def _ignored(split: Split) -> list[Finding]:
+    """Report the pictures that Ultralytics leaves out."""
+    if not split.ignored:
+        return []
+    text = f"{split.name}: {len(split.ignored)} pictures are left out by training: {few(split.ignored, '; ')}."
+    return [Finding("warning", text)]
+
+
+def check_classes(split: Split, names: dict[int, str]) -> Finding:
+    """Look for classes without a picture.
+
+    Args:
+        split (Split): A split.
+        names (dict[int, str]): Class names.
+
+    Returns:
+        (Finding): What was found.
+    """
+    seen = {int(c) for b in split.boxes for c in b[:, 0]}
+    missing = [n for i, n in names.items() if i not in seen]
+    if not missing:
+        return Finding("ok", f"{split.name}: all {len(names)} classes have pictures.")
+    what = "nothing is learned of them" if split.name == "train" else "their AP is not measured"
+    return Finding("warning", f"{split.name}: no picture of {few(missing)}, {what}. Label some, or drop the classes.")
+
+
+def check_names(names: dict[int, str]) -> list[Finding]:
+    """Look for names that several classes have.
+
+    Args:
+        names (dict[int, str]): Class names.
+
+    Returns:
+        (list[Finding]): What was found.
+    """
+    twice = [
+        f"{n} (ids {', '.join(str(i) for i, x in names.items() if str(x) == n)})" for n in repeated(names.values())
+    ]
+    if not twice:
+        return []
+    text = f"Several classes have the same name: {few(twice)}. They are trained as classes of their own, but shots and"
+    return [
+        Finding("warning", f"{text} other data are matched by name. Give each class a name of its own in 'names:'.")
+    ]
+
+
+def check_duplicates(a: Split, b: Split) -> Finding:
+    """Look for pictures that are in both splits, or all but, which makes results too good.
+
+    Args:
+        a (Split): A split.
+        b (Split): Another one.
+
+    Returns:
+        (Finding): What was found.
+    """
+    (x, flat_x), (y, flat_y) = map(_normalized, (a.details, b.details))
+    pairs = []
+    for start in range(0, len(y), 1024):
+        alike = y[start : start + 1024] @ x.T
+        alike[:, flat_x] = -1
+        alike[flat_y[start : start + 1024]] = -1
+        nearest = alike.argmax(1) if len(x) else []
+        pairs += [(start + i, j) for i, j in enumerate(nearest) if alike[i, j] >= ALIKE]
+    if not pairs:
+        return Finding("ok", f"No near-duplicates between {a.name} and {b.name}.")
+    listed = few([f"{b.files[i]} and {a.files[j]}" for i, j in pairs], "; ", 3)
+    return Finding(
+        "warning",
+        f"{len(pairs)} of {len(b.files)} pictures of {b.name} have a near-duplicate in {a.name}, so that results on it "
+        f"are too good: {listed}. Split by scene, clip or day instead.",
+    )
+
+
+def _normalized(details: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 rows with mean 0 and length 1, and which of them show nothing."""
+    x = details.astype(np.float32)
+    x -= x.mean(1, keepdims=True)
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.maximum(norm, 1e-6), norm[:, 0] < FLAT * SIDE
+
+
+def check_shots(split: Split, names: dict[int, str], args: Any) -> list[Finding]:
+    """Check whether episodes and K-shot sets can be drawn.
+
+    Args:
+        split (Split): The train split.
+        names (dict[int, str]): Class names.
+        args (Any): Arguments with `stage`, `n_way`, `k_shot` and `n_query`.
+
+    Returns:
+        (list[Finding]): What was found.
+    """
+    objects = np.bincount([int(c) for b in split.boxes for c in b[:, 0]], minlength=len(names))
+    enough = ", ".join(f"{(objects >= k).sum()} for K={k}" for k in SHOTS)
+    found = [Finding("ok", f"Of {len(names)} classes have enough labelled objects for K shots: {enough}.")]
+    if args.stage == 2:
+        labels = [{"cls": b[:, :1]} for b in split.boxes]
+        episode = f"n_way={args.n_way} k_shot={args.k_shot} n_query={args.n_query}"
+        try:
+            sampler = EpisodeSampler(labels, names, args.n_way, args.k_shot, args.n_query, 1)
+        except ValueError as e:
+            return [*found, Finding("error", str(e))]
+        text = f"Episodes of {episode} can be drawn, from {len(sampler.classes)} of {len(names)} classes."
+        found.append(Finding("ok" if len(sampler.classes) == len(names) else "warning", text))
+    return found

@@ -1,0 +1,243 @@
+"""Episodes: which classes and pictures make one, and the data set that loads them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from ultralytics.data.augment import Albumentations
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.utils import LOGGER
+
+from yolo_fewshot.data.sampling import EpochSampler
+
+TRIES = 1000  # draws of ways before an episode is given up
+
+
+class Draw(NamedTuple):
+    """One picture of an episode.
+
+    Attributes:
+        index (int): Picture index in the data set.
+        way (int): Class that the picture was drawn for.
+        support (bool): Whether it is a support picture; else it is a query picture.
+        seed (int): Seed of its augmentation.
+    """
+
+    index: int
+    way: int
+    support: bool
+    seed: int
+
+
+class EpisodeSampler(EpochSampler):
+    """Draws episodes of n_way classes with k_shot support and n_query query pictures each.
+
+    Support and query pictures of an episode are disjoint. Episode t of epoch e on a rank depends on (seed, e, t, rank)
+    alone, so that runs are reproducible whatever the number of workers, and a resumed run goes on where it stopped.
+
+    Examples:
+        >>> sampler = EpisodeSampler(dataset.labels, dataset.data["names"], n_way=5, k_shot=1, n_query=1, episodes=100)
+        >>> loader = DataLoader(EpisodicDataset(dataset), batch_size=sampler.episode_size, sampler=sampler)
+    """
+
+    def __init__(
+        self,
+        labels: list[dict[str, Any]],
+        names: dict[int, str],
+        n_way: int,
+        k_shot: int,
+        n_query: int,
+        episodes: int,
+        seed: int = 0,
+        rank: int = 0,
+    ):
+        """Initialize the sampler.
+
+        Args:
+            labels (list[dict]): Labels of every picture, as in `YOLODataset.labels`; `cls` is (n, 1).
+            names (dict[int, str]): Class names.
+            n_way (int): Classes per episode.
+            k_shot (int): Support pictures per class.
+            n_query (int): Query pictures per class; they repeat where a class has too few pictures.
+            episodes (int): Episodes per epoch.
+            seed (int): Seed of the run.
+            rank (int): Rank of this process in multi-GPU training; each rank draws its own episodes.
+
+        Raises:
+            ValueError: If fewer than n_way classes have at least k_shot + 1 pictures, or a count is less than 1.
+        """
+        super().__init__(seed, rank)
+        for k, v in (("n_way", n_way), ("k_shot", k_shot), ("n_query", n_query), ("episodes", episodes)):
+            if v < 1:
+                raise ValueError(f"'{k}={v}' is an invalid value. '{k}' must be >= 1.")
+        self.n_way, self.k_shot, self.n_query, self.episodes = n_way, k_shot, n_query, episodes
+
+        # Pictures by class: those of class c are pictures[start[c] : start[c + 1]].
+        sizes = np.fromiter((len(x["cls"]) for x in labels), dtype=np.int64, count=len(labels))
+        cls = np.concatenate([x["cls"] for x in labels]).reshape(-1) if len(labels) else sizes
+        cls = cls.astype(np.min_scalar_type(max(len(names), 1)))  # 16 bits are sorted ten times faster than 64
+        order = cls.argsort(kind="stable")
+        owner, pictures = cls[order], np.repeat(np.arange(len(labels)), sizes)[order]
+        first = np.ones(len(order), bool)  # of the objects that a picture has of a class
+        first[1:] = (owner[1:] != owner[:-1]) | (pictures[1:] != pictures[:-1])
+        owner, self.pictures = owner[first], pictures[first]
+        self.start = np.searchsorted(owner, np.arange(len(names) + 1))
+        counts = np.diff(self.start)
+        self.classes = np.flatnonzero(counts >= k_shot + 1)
+        left_out = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts < k_shot + 1)]
+        need = f"{k_shot + 1} pictures (k_shot + 1)"
+        if len(self.classes) < n_way:
+            out = f" Left out, with their pictures: {', '.join(left_out)}." if left_out else ""
+            raise ValueError(
+                f"'n_way={n_way}' needs {n_way} classes with at least {need} each, and the train split has "
+                f"{len(self.classes)}.{out} Set n_way={max(len(self.classes), 1)} or less, a smaller k_shot, or label "
+                "more pictures."
+            )
+        self.episode(0, 0)  # fails now rather than in training where no episode can be drawn
+        if left_out:
+            LOGGER.warning(f"No episode is drawn for classes with fewer than {need}: {', '.join(left_out)}.")
+
+    @property
+    def episode_size(self) -> int:
+        """Pictures of an episode."""
+        return self.n_way * (self.k_shot + self.n_query)
+
+    def __len__(self) -> int:
+        """Return the pictures of an epoch."""
+        return self.episodes * self.episode_size
+
+    def draw(self, epoch: int) -> Iterator[Draw]:
+        """Yield the pictures of one epoch, the support pictures of each episode before its query pictures.
+
+        Args:
+            epoch (int): Epoch, counted from 0.
+
+        Yields:
+            (Draw): A picture of an episode.
+        """
+        for t in range(self.episodes):
+            yield from self.episode(epoch, t)
+
+    def episode(self, epoch: int, t: int) -> list[Draw]:
+        """Draw one episode.
+
+        Args:
+            epoch (int): Epoch, counted from 0.
+            t (int): Episode of the epoch, counted from 0.
+
+        Returns:
+            (list[Draw]): n_way * k_shot support pictures, then n_way * n_query query pictures, class by class.
+        """
+        rng = np.random.default_rng((self.seed, epoch, t, self.rank))
+        for attempt in range(TRIES):
+            ways = self.classes[rng.permutation(len(self.classes))[: self.n_way]].tolist()
+            support: set[int] = set()
+            query: set[int] = set()
+            # Ways share a support picture only if there seems to be no other choice.
+            shots = [(c, i) for c in ways for i in self._draw(rng, c, self.k_shot, support, support, attempt >= 10)]
+            queries = [(c, i) for c in ways for i in self._draw(rng, c, self.n_query, support, query, True)]
+            if len(shots) == self.n_way * self.k_shot and len(queries) == self.n_way * self.n_query:
+                break
+        else:
+            raise ValueError(
+                f"In {TRIES} tries no {self.n_way} classes were found whose pictures divide into support and query: "
+                "the same pictures show them all. Set a smaller n_way or k_shot, or label more pictures."
+            )
+        seeds = rng.integers(2**31, size=self.episode_size).tolist()
+        flags = [True] * len(shots) + [False] * len(queries)
+        return [Draw(i, c, s, seed) for (c, i), s, seed in zip(shots + queries, flags, seeds)]
+
+    def _draw(
+        self, rng: np.random.Generator, c: int, n: int, support: set[int], into: set[int], relax: bool
+    ) -> list[int]:
+        """Draw n pictures of class c outside the support and add them to `into`; fewer if there are too few.
+
+        With `relax`, support pictures may be shared among ways, and query pictures repeat where there are too few.
+        """
+        taken = set() if relax and into is support else support
+        lo, hi = self.start[c], self.start[c + 1]
+        drawn: list[int] = []
+        if hi - lo > 8 * (n + 1):  # many pictures: the cost does not grow with their number
+            for i in self.pictures[rng.integers(lo, hi, size=8 * (n + 1))].tolist():
+                if len(drawn) < n and i not in taken and i not in drawn:
+                    drawn.append(i)
+        if len(drawn) < n:
+            free = [i for i in self.pictures[lo:hi].tolist() if i not in taken]
+            drawn = [free[j] for j in rng.permutation(len(free))[:n]]
+        if relax and into is not support and drawn:
+            drawn = [drawn[j % len(drawn)] for j in range(n)]
+        into.update(drawn)
+        return drawn
+
+
+class EpisodicDataset(Dataset):
+    """A `YOLODataset` whose items are the `Draw`s of an episode.
+
+    Every picture's augmentation is seeded by its `Draw`, so that it depends neither on loader processes nor on what was
+    loaded before; the random state of the process stays as it is.
+
+    Attributes:
+        dataset (YOLODataset): The data set that loads and augments.
+        labels (list[dict]): Its labels.
+    """
+
+    def __init__(self, dataset: YOLODataset):
+        """Initialize the data set.
+
+        Args:
+            dataset (YOLODataset): Training data set, with mosaic and other mixing of pictures off.
+        """
+        self.dataset, self.labels = dataset, dataset.labels
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        """Return one augmented picture with its labels, its `way` (int) and `support` (bool)."""
+        with _seeded(draw.seed, getattr(self.dataset, "transforms", None)):
+            return {**self.dataset[draw.index], "way": draw.way, "support": draw.support}
+
+    @staticmethod
+    def collate_fn(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate the pictures of an episode: Ultralytics' batch with `way` (B,) long and `support` (B,) bool.
+
+        The indices of the query pictures, `query` (Q,) long, are found here, where it needs no wait for the device.
+        """
+        batch = YOLODataset.collate_fn(samples)
+        support = torch.tensor(batch["support"])
+        return {**batch, "way": torch.tensor(batch["way"]), "support": support, "query": (~support).nonzero()[:, 0]}
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, transforms: Any) -> Iterator[None]:
+    """Seed what transforms draw from, and put the random state of the process back."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # the CPU's alone
+    for x in _own_random_state(transforms):
+        x.set_random_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+
+def _own_random_state(transforms: Any) -> Iterator[Any]:
+    """Yield the transforms that have a random state of their own, which are those of albumentations 1.4.21 and newer.
+
+    Ultralytics gives them the seed of the process when that is another one than theirs, so not for each picture.
+    """
+    if isinstance(transforms, Albumentations) and hasattr(transforms.transform, "set_random_seed"):
+        yield transforms.transform
+    for x in getattr(transforms, "transforms", None) or ():
+        yield from _own_random_state(x)

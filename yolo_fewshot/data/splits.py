@@ -1,0 +1,486 @@
+"""K-shot splits of any detection data set: base classes with all their labels, novel ones with K labelled objects."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter, defaultdict
+from itertools import islice, product
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ultralytics.data import utils
+from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, ops
+
+import yolo_fewshot
+from yolo_fewshot.class_names import repeated
+from yolo_fewshot.data.support import MIN_SIDE, list_pictures
+from yolo_fewshot.errors import few
+from yolo_fewshot.paths import cfg_dir
+
+
+class Picture(NamedTuple):
+    """A picture of the data set.
+
+    Attributes:
+        file (str): Where it is.
+        name (str): Its file name in the new folders.
+        shape (tuple[int, int]): Height and width in pixels.
+        digest (str): SHA-256 of its content.
+        rows (np.ndarray): Class, x, y, w, h, normalized, and 1 for a crowd, of its objects, (n, 6) float64.
+    """
+
+    file: str
+    name: str
+    shape: tuple[int, int]
+    digest: str
+    rows: np.ndarray
+
+
+Task = tuple[Any, ...]  # picture, label file, number of classes, keypoints, and rows where there is no label file
+View = list[tuple[Picture, np.ndarray]]  # the pictures of a folder, and which of their objects are labelled there
+
+
+def split(
+    data: str | Path,
+    novel: str | Path | list[str] | tuple[str, ...],
+    out: str | Path,
+    shots: str | int | list[int] | tuple[int, ...] = (1, 3, 5, 10),
+    seeds: int = 3,
+    val: str | Path | None = None,
+    images: str | Path | None = None,
+    val_images: str | Path | None = None,
+) -> Path:
+    """Split a detection data set into base classes and K shots of novel classes.
+
+    Everything is checked first, and the folder appears when it is complete. Pictures are linked, and copied only where
+    the system allows neither symbolic nor hard links.
+
+    Args:
+        data (str | Path): A YOLO data.yaml, or the COCO json of the train pictures.
+        novel (str | Path | list[str] | tuple[str, ...]): Names of the novel classes, also as a text with commas, or a
+            YAML file with a list `novel`, i.e. 'voc-split1.yaml'.
+        out (str | Path): Folder to write, new or empty.
+        shots (str | int | list[int] | tuple[int, ...]): Numbers of labelled objects of each novel class.
+        seeds (int): Number of draws.
+        val (str | Path, optional): COCO json of the val pictures.
+        images (str | Path, optional): Folder of the train pictures of a COCO json.
+        val_images (str | Path, optional): Folder of its val pictures, `images` if not given.
+
+    Returns:
+        (Path): The folder.
+
+    Raises:
+        FileNotFoundError: If a file, a split or a picture of a COCO json does not exist.
+        ValueError: If an argument is invalid, or the data set cannot give what is asked for.
+
+    Examples:
+        >>> split("VOC.yaml", "voc-split1.yaml", "voc1")
+    """
+    counts, target, chosen = shot_counts(shots), _new_folder(out), _novel_names(novel)
+    if type(seeds) is not int or seeds < 1:
+        raise ValueError(f"'seeds={seeds}' is an invalid value. It must be an int of at least 1, the number of draws.")
+    if Path(data).suffix.lower() == ".json":
+        old, tasks, channels = _read_coco(data, val, images, val_images or images)
+    elif val or images or val_images:
+        raise ValueError(f"val=, images= and val_images= are for a COCO json. '{data}' says itself where they are.")
+    else:
+        old, tasks, channels = _read_yolo(data)
+    names = _order(old, chosen, data)
+    n_base = len(names) - len(chosen)
+    train, test = _read_pictures(tasks, np.array([names.index(n) for n in old]))
+    candidates = _candidates(train, test, len(names))
+    _check_shots(candidates[n_base:], chosen, counts)
+    views = _views(train, test, n_base, data)
+    drawn = {seed: _shot_views(views, train, candidates, names, n_base, counts, seed) for seed in range(seeds)}
+    given = {"data": data, "novel": novel, "val": val, "images": images, "val_images": val_images}
+    manifest = {
+        "version": yolo_fewshot.__version__,
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in given.items()},
+        "base": names[:n_base],
+        "novel": chosen,
+        "seeds": list(range(seeds)),
+        "shots": counts,
+        "counts": {k: _count(v, names) for k, v in views.items()},
+        "drawn": drawn,
+    }
+    _save(target, views, _yamls(names, n_base, counts, seeds, channels), manifest)
+    LOGGER.info(
+        f"{n_base} base classes in {len(views['base_train'])} train pictures, {len(chosen)} novel classes in {seeds} "
+        f"draws of {', '.join(map(str, counts))} shots, {len(test)} val pictures. Results saved to {target}\n"
+        f"Train:   yolo train model=fewshot.yaml cfg=stage1.yaml data={target}/base.yaml\n"
+        f"Measure: yolo val model=best.pt data={target}/data.yaml support={target}/novel_{counts[-1]}shot_seed0.yaml"
+    )
+    return target
+
+
+def shot_counts(shots: Any) -> list[int]:
+    """Return numbers of shots, sorted.
+
+    Args:
+        shots (Any): Numbers, or a text with commas.
+
+    Returns:
+        (list[int]): The numbers.
+
+    Raises:
+        ValueError: If one is no int of at least 1.
+    """
+    values = [str(x).strip() for x in (shots if isinstance(shots, (list, tuple)) else str(shots).split(","))]
+    if not values or not all(x.isdecimal() and int(x) for x in values):
+        raise ValueError(f"'shots={shots}' is an invalid value. It must be ints of at least 1, i.e. shots=1,3,5,10.")
+    return sorted({int(x) for x in values})
+
+
+def _new_folder(out: str | Path) -> Path:
+    """Return the absolute path of the folder to write, which must be new or empty."""
+    path = Path(out).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"'out={out}' exists and is not empty. Name a new folder: nothing is overwritten.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"'out={out}' is in a folder that does not exist. Make {path.parent} first.")
+    return path
+
+
+def _novel_names(novel: Any) -> list[str]:
+    """Return the names of the novel classes from a list, a text with commas, or a YAML file, ours too."""
+    names = novel
+    if isinstance(novel, (str, Path)) and Path(novel).suffix.lower() in {".yaml", ".yml"}:
+        ours = cfg_dir() / "protocols"
+        file = next((x for x in (Path(novel), ours / novel) if x.is_file()), None)
+        if file is None:
+            known = few(sorted(x.name for x in ours.glob("*.yaml")))
+            raise FileNotFoundError(
+                f"'novel={novel}' does not exist. Give class names, a YAML file, or one of {known}."
+            )
+        names = YAML.load(file).get("novel")
+        if not isinstance(names, list):
+            raise ValueError(f"'novel={novel}' has no list of novel classes. Write one, i.e. 'novel: [bird, bus]'.")
+    elif not isinstance(novel, (list, tuple)):
+        names = str(novel).strip().removeprefix("[").removesuffix("]").split(",")
+    names = [x for x in (str(n).strip().strip("'\"") for n in names) if x]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice or not names:
+        text = f"names {few(twice)} more than once" if twice else "names no class"
+        raise ValueError(f"'novel={novel}' {text}. Name every novel class once, i.e. novel=bird,bus.")
+    return names
+
+
+def _read_yolo(data: str | Path) -> tuple[list[str], dict[str, list[Task]], int]:
+    """Return the class names, the pictures with their label files, and the channels of a data.yaml."""
+    try:
+        info = utils.check_det_dataset(data)
+    except SyntaxError as e:
+        raise ValueError(f"{e} A split needs all of 'train:', 'val:' and 'names:'.") from e
+    tasks = {}
+    for key in ("train", "val"):
+        paths = [Path(x) for x in (info[key] if isinstance(info[key], list) else [info[key]]) if x]
+        if not paths:
+            raise ValueError(f"'{key}:' of {data} is empty. A split needs labelled train and val pictures.")
+        missing = [str(x) for x in paths if not x.exists()]
+        if missing:
+            raise FileNotFoundError(f"'{key}:' of {data} does not exist: {few(missing)}. Correct it, or 'path:'.")
+        files = sorted({x for p in paths for x in list_pictures(p)})
+        keypoints = info.get("kpt_shape") or (0, 0)
+        tasks[key] = [(f, label, info["nc"], keypoints, None) for f, label in zip(files, utils.img2label_paths(files))]
+    return [info["names"][i] for i in range(info["nc"])], tasks, info["channels"]
+
+
+def _read_coco(data: Any, val: Any, images: Any, val_images: Any) -> tuple[list[str], dict[str, list[Task]], int]:
+    """Return the class names, the pictures with their rows, and the channels of two COCO jsons."""
+    if not (val and images):
+        raise ValueError(
+            "val= and images= must be given with a COCO json, i.e. data=instances_train.json images=train2017 "
+            "val=instances_val.json val_images=val2017."
+        )
+    names, tasks = [], {}
+    for key, file, folder in (("train", data, images), ("val", val, val_images)):
+        try:
+            shown, tasks[key] = _load_coco(Path(file), str(folder), names)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(
+                f"{file} is no COCO json of boxes: {e!r}. It needs 'images' with id, file_name, width and height, "
+                "'annotations' with image_id, category_id and bbox, and 'categories' with id and name."
+            ) from e
+        _check_unique(shown, file)
+        names = names or shown
+        unknown = sorted(set(shown) - set(names))
+        if unknown:
+            raise ValueError(f"{file} has categories that {data} does not have: {few(unknown)}. Correct their names.")
+        missing = [x[0] for x in tasks[key] if not os.path.isfile(x[0])]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(tasks[key])} pictures of {file} do not exist: {few(missing)}. Correct "
+                f"{'images' if key == 'train' else 'val_images'}=."
+            )
+    return names, tasks, 3
+
+
+def _load_coco(file: Path, folder: str, names: list[str]) -> tuple[list[str], list[Task]]:
+    """Return the class names, and the pictures with their rows, of a COCO json; classes count by `names` if given."""
+    content, objects = json.loads(file.read_text(encoding="utf-8")), defaultdict(list)
+    categories = {x["id"]: str(x["name"]) for x in sorted(content["categories"], key=lambda x: x["id"])}
+    index = {n: i for i, n in enumerate(names or categories.values())}
+    ids = {i: index.get(n, -1) for i, n in categories.items()}
+    for x in content["annotations"]:
+        left, top, w, h = x["bbox"]
+        objects[x["image_id"]].append((ids[x["category_id"]], left, top, w, h, bool(x.get("iscrowd"))))
+    tasks = []
+    for x in sorted(content["images"], key=lambda x: x["file_name"]):
+        rows = np.array(objects[x["id"]], float).reshape(-1, 6)
+        rows[:, 1:5] = ops.xyxy2xywhn(ops.ltwh2xyxy(rows[:, 1:5]), x["width"], x["height"], clip=True)
+        tasks.append((os.path.abspath(os.path.join(folder, x["file_name"])), "", 0, (0, 0), rows))
+    return list(categories.values()), tasks
+
+
+def _check_unique(names: list[str], data: Any) -> None:
+    """Raise an error if several classes have the same name."""
+    twice = repeated(names)
+    if twice:
+        raise ValueError(f"Several classes of {data} have the name {few(twice)}. Names must be unique.")
+
+
+def _order(names: list[str], novel: list[str], data: Any) -> list[str]:
+    """Return the class names, base ones first."""
+    _check_unique(names, data)
+    unknown = {n: difflib.get_close_matches(n, names) for n in novel if n not in names}
+    if unknown:
+        listed = few([f"{n} (similar: {', '.join(x)})" if x else n for n, x in unknown.items()])
+        raise ValueError(f"'novel=' names classes that {data} does not have: {listed}. It has {few(names, n=20)}.")
+    base = [n for n in names if n not in novel]
+    if not base:
+        raise ValueError(f"'novel=' names all classes of {data}. Leave base classes to learn from.")
+    return [*base, *novel]
+
+
+def _read_pictures(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Picture]]:
+    """Read the train and val pictures; those that Ultralytics leaves out are left out, with a warning."""
+    read, left_out = [], []
+    with ThreadPool(NUM_THREADS) as pool:
+        for key, items in tasks.items():
+            looks = TQDM(pool.imap(_read_picture, items), desc=f"{key}: Reading pictures...", total=len(items))
+            pictures, taken, copies = [], set(), Counter()
+            for (rows, shape, digest, reason), (file, *_) in zip(looks, items):
+                if reason:
+                    left_out.append(f"{file}: {reason}")
+                    continue
+                rows[:, 0] = ids[rows[:, 0].astype(int)]
+                rows = np.unique(rows[(rows[:, 3:5] > 0).all(1)], axis=0)  # also in an order that labels do not change
+                pictures.append(Picture(file, _unique_name(file, taken, copies), shape, digest, rows))
+            if not pictures:
+                raise ValueError(f"No usable picture in {key}: {few(left_out, '; ') or 'it lists none'}.")
+            read.append(pictures)
+    if left_out:
+        LOGGER.warning(f"{len(left_out)} pictures are left out, as in training: {few(left_out, '; ')}.")
+    return read
+
+
+def _read_picture(task: Task) -> tuple[Any, Any, str, str]:
+    """Return the rows, the shape and the SHA-256 of a picture, or why Ultralytics leaves it out."""
+    file, label_file, nc, keypoints, rows = task
+    ok, boxes, shape, *_, message = utils.verify_image_label((file, label_file, "", False, nc, *keypoints, False))
+    if not ok:
+        return None, None, "", message.rpartition("ignoring corrupt image/label: ")[2]
+    rows = np.pad(boxes.astype(float), ((0, 0), (0, 1))) if rows is None else rows
+    return rows.round(6), shape, _sha256(Path(file)), ""
+
+
+def _sha256(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _unique_name(file: str, taken: set[str], copies: Counter) -> str:
+    """Return the name of a picture, with a number if another one has taken its stem, which label files go by."""
+    stem, suffix = os.path.splitext(os.path.basename(file).lstrip("."))  # hidden pictures would not be found
+    name = stem
+    while name.casefold() in taken:
+        copies[stem] += 1
+        name = f"{stem}_{copies[stem] + 1}"
+    taken.add(name.casefold())
+    return name + suffix
+
+
+def _candidates(train: list[Picture], val: list[Picture], nc: int) -> list[dict[int, list[int]]]:
+    """Return, for each class, the train pictures with objects that can be shots, and the indices of these."""
+    seen = {p.digest for p in val}
+    copies = [p.file for p in train if p.digest in seen]
+    if copies:
+        LOGGER.warning(f"{len(copies)} train pictures are val pictures, too, and give no shots: {few(copies)}.")
+    found: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(nc)]
+    for i, p in enumerate(train):
+        if p.digest not in seen:
+            seen.add(p.digest)  # a picture that is there twice would give the same object twice
+            centre, side = p.rows[:, 1:3], p.rows[:, 3:5]
+            inside = (centre + side / 2).clip(max=1) - (centre - side / 2).clip(min=0)
+            usable = (inside * p.shape[::-1] >= MIN_SIDE).all(1) & (p.rows[:, 5] == 0)
+            for j in np.flatnonzero(usable):
+                found[int(p.rows[j, 0])][i].append(int(j))
+    return found
+
+
+def _check_shots(candidates: list[dict[int, list[int]]], novel: list[str], counts: list[int]) -> None:
+    """Raise an error if a novel class has too few objects."""
+    objects = {n: sum(map(len, x.values())) for n, x in zip(novel, candidates)}
+    scarce = [f"{n} ({k})" for n, k in objects.items() if k < counts[-1]]
+    if scarce:
+        enough = ",".join(str(k) for k in counts if k <= min(objects.values()))
+        raise ValueError(
+            f"{len(scarce)} novel classes have fewer than {counts[-1]} objects in usable train pictures: {few(scarce)}"
+            f". Label more, or {f'set shots={enough}' if enough else 'leave them out of novel='}."
+        )
+
+
+def _views(train: list[Picture], val: list[Picture], n_base: int, data: Any) -> dict[str, View]:
+    """Return the folders of base and query pictures."""
+    views: dict[str, View] = {"base_train": [], "base_val": [], "query": [], "novel_query": []}
+    for p in train:
+        base = (p.rows[:, 0] < n_base) & (p.rows[:, 5] == 0)
+        if base.any() or (p.rows[:, 0] < n_base).all():
+            views["base_train"].append((p, base))
+    for p in val:
+        objects = p.rows[:, 5] == 0
+        base, novel = objects & (p.rows[:, 0] < n_base), objects & (p.rows[:, 0] >= n_base)
+        views["query"].append((p, objects))
+        if base.any():
+            views["base_val"].append((p, base))
+        if novel.any():
+            views["novel_query"].append((p, objects))
+    for key, kind, part in (
+        ("base_train", "base", "train"),
+        ("base_val", "base", "val"),
+        ("novel_query", "novel", "val"),
+    ):
+        if not any(labelled.any() for _, labelled in views[key]):
+            raise ValueError(f"No {part} picture of {data} shows a {kind} class. Label some, or choose other classes.")
+    return views
+
+
+def _shot_views(
+    views: dict[str, View],
+    train: list[Picture],
+    candidates: list[dict[int, list[int]]],
+    names: list[str],
+    n_base: int,
+    counts: list[int],
+    seed: int,
+) -> dict[int, dict[str, dict[str, list[str]]]]:
+    """Add the folders of shots of a seed; return the files of each class by number of shots and kind of folder."""
+    draws = [_draw(x, (seed, c), counts[-1]) for c, x in enumerate(candidates)]
+    drawn: dict[int, dict[str, dict[str, list[str]]]] = {}
+    for k in counts:
+        drawn[k] = {"novel": {}, "all": {}}
+        for files, suffix, first in zip(drawn[k].values(), ("", "_all"), (n_base, 0)):
+            folder, labelled = f"shots/seed{seed}_{k}shot{suffix}", {}
+            for c in range(first, len(names)):
+                files[names[c]] = [f"images/{folder}/{train[i].name}" for i, _ in draws[c][:k]]
+                for i, j in draws[c][:k]:
+                    labelled.setdefault(i, np.zeros(len(train[i].rows), bool))[j] = True
+            views[folder] = [(train[i], x) for i, x in sorted(labelled.items())]
+    return drawn
+
+
+def _draw(candidates: dict[int, list[int]], seed: tuple[int, int], n: int) -> list[tuple[int, int]]:
+    """Draw objects of a class, (picture, object): one of each picture, then a second one of each, and so on."""
+    rng = np.random.default_rng(seed)
+    pictures = rng.permutation(np.array(list(candidates), int))[:n].tolist()
+    queues = [(i, rng.permutation(candidates[i]).tolist()) for i in pictures]
+    rounds = range(max((len(q) for _, q in queues), default=0))
+    return list(islice(((i, q[r]) for r in rounds for i, q in queues if r < len(q)), n))
+
+
+def _count(view: View, names: list[str]) -> dict[str, Any]:
+    """Return how many pictures, ignored boxes, and objects of each class a folder has."""
+    classes = np.concatenate([np.zeros(0), *(p.rows[labelled, 0] for p, labelled in view)]).astype(int)
+    objects = dict(zip(names, np.bincount(classes, minlength=len(names)).tolist()))
+    return {"pictures": len(view), "ignored": sum(int((~x).sum()) for _, x in view), "objects": objects}
+
+
+def _yamls(names: list[str], n_base: int, counts: list[int], seeds: int, channels: int) -> dict[str, tuple[str, dict]]:
+    """Return the comment and the content of each data.yaml; without 'path' its own folder is the root."""
+    rows = [
+        ("base", "Base classes", "base_train", "base_val", n_base),
+        ("data", "All classes, the novel ones labelled in val only", "base_train", "query", len(names)),
+    ]
+    for k, s in product(counts, range(seeds)):
+        folder, what = f"shots/seed{s}_{k}shot", f"{k} labelled objects of each"
+        rows.append((f"novel_{k}shot_seed{s}", f"{what} novel class", folder, "novel_query", len(names)))
+        rows.append((f"all_{k}shot_seed{s}", f"{what} class", f"{folder}_all", "query", len(names)))
+    files = {}
+    for stem, comment, train, val, nc in rows:
+        content = {"train": f"images/{train}", "val": f"images/{val}", "channels": channels}
+        section = {"novel": names[n_base:nc], "ignore": "ignore"}
+        files[f"{stem}.yaml"] = (comment, content | {"names": dict(enumerate(names[:nc])), "fewshot": section})
+    return files
+
+
+def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict]], manifest: dict[str, Any]) -> None:
+    """Write everything into a folder beside the target, and rename it when it is complete."""
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    files: dict[str, str] = {}
+    placed: Counter = Counter()
+    try:
+        for folder in views:
+            for kind in ("images", "labels", "ignore"):
+                (part / kind / folder).mkdir(parents=True)
+        tasks = [(part, folder, *x) for folder, view in views.items() for x in view]
+        with ThreadPool(NUM_THREADS) as pool:
+            try:
+                for x, how in TQDM(pool.imap(_save_picture, tasks), desc="Writing...", total=len(tasks)):
+                    files |= x
+                    placed[how] += 1
+            finally:
+                pool.terminate()
+                pool.join()  # after a failure others may still be writing
+        for name, (comment, content) in yamls.items():
+            YAML.save(part / name, content, f"# {comment}\n")
+            files[name] = _sha256(part / name)
+        text = json.dumps(manifest | {"files": files}, indent=1, ensure_ascii=False)
+        (part / "fewshot.json").write_text(text, encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    others = [f"{n} images are {how}" for how, n in placed.items() if how != "symbolic links"]
+    if others:
+        LOGGER.info(f"Symbolic links were refused by the system, so {', '.join(others)}.")
+
+
+def _place(file: str, target: Path) -> str:
+    """Put an image at another place without a copy if the system allows it; return how."""
+    for link, how in ((os.symlink, "symbolic links"), (os.link, "hard links")):  # Windows may refuse the first
+        try:
+            link(file, target)
+        except (NotImplementedError, OSError):
+            continue
+        return how
+    shutil.copyfile(file, target)
+    return "copies"
+
+
+def _save_picture(task: tuple[Path, str, Picture, np.ndarray]) -> tuple[dict[str, str], str]:
+    """Write a picture with its labels and what is to be ignored in it.
+
+    Args:
+        task (tuple[Path, str, Picture, np.ndarray]): Root, folder, picture, and which of its objects are labelled.
+
+    Returns:
+        files (dict[str, str]): SHA-256 of each file.
+        how (str): What the picture is there, see `_place`.
+    """
+    part, folder, p, labelled = task
+    image, stem = f"images/{folder}/{p.name}", os.path.splitext(p.name)[0]
+    how = _place(os.path.realpath(p.file), part / image)
+    boxes = [" ".join(f"{v:.6f}" for v in row[1:5]) for row in p.rows]
+    files = {f"labels/{folder}/{stem}.txt": [f"{row[0]:.0f} {b}" for row, b, x in zip(p.rows, boxes, labelled) if x]}
+    if not labelled.all():
+        files[f"ignore/{folder}/{stem}.txt"] = [b for b, x in zip(boxes, labelled) if not x]
+    for name, lines in files.items():
+        (part / name).write_bytes("".join(f"{x}\n" for x in lines).encode())
+    return {image: p.digest} | {name: _sha256(part / name) for name in files}, how

@@ -1,0 +1,416 @@
+"""Support sets: the labelled examples, or *shots*, from which classes are enrolled."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Collection
+from itertools import repeat
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ultralytics.data import utils
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.nn.autobackend import check_class_names
+from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, checks
+
+from yolo_fewshot.data.ignore import ignore_files, ignore_folder
+from yolo_fewshot.errors import few
+
+MIN_SIDE = 0.99  # least side of a box in pixels: 1, less the rounding of label files
+LAYOUTS = (
+    "A support set is a data.yaml, a .txt list of pictures with YOLO label files, or a folder with one sub-folder of "
+    "cropped pictures per class, i.e. 'shots/scooter/1.jpg'."
+)
+
+
+class Support(NamedTuple):
+    """A support set.
+
+    Attributes:
+        names (dict[int, str]): Class names by label index; not all of them need to have a box.
+        labels (list[dict]): Labels of every picture, as in `YOLODataset.labels`; pictures without a box are background.
+        crops (bool): Whether the pictures are crops, of which each box is the whole.
+        source (Path): File or folder that it was read from.
+        channels (int): Channels of the pictures.
+        ignore (str): Folder of boxes to ignore, see `MaskedDataset`; empty for none.
+    """
+
+    names: dict[int, str]
+    labels: list[dict[str, Any]]
+    crops: bool
+    source: Path
+    channels: int = 3
+    ignore: str = ""
+
+    @property
+    def shown(self) -> set[str]:
+        """Names of the classes that have a box."""
+        return {str(self.names[int(c)]) for x in self.labels for c in x["cls"].flat}
+
+
+class SupportDataset(YOLODataset):
+    """A data set of the pictures of a support set, not augmented; it scans nothing and writes no cache.
+
+    Examples:
+        >>> dataset = SupportDataset(read_support("shots.yaml"), imgsz=640)
+    """
+
+    def __init__(self, support: Support, imgsz: int):
+        """Initialize the data set.
+
+        Args:
+            support (Support): Support set.
+            imgsz (int): Picture size in pixels.
+        """
+        self.support = support
+        data = {"names": support.names, "channels": support.channels}
+        super().__init__(img_path=str(support.source), imgsz=imgsz, augment=False, data=data, prefix="support: ")
+
+    def get_img_files(self, img_path: str | list[str]) -> list[str]:
+        """Return the picture files of the support set."""
+        return [x["im_file"] for x in self.support.labels]
+
+    def get_labels(self) -> list[dict[str, Any]]:
+        """Return the labels of the support set."""
+        return list(self.support.labels)
+
+
+def read_support(support: str | Path, names: dict[int, str] | None = None, channels: int = 3) -> Support:
+    """Read a support set and check all of it.
+
+    A list takes its class names from `classes.txt` beside it, one name a line, or else from a data.yaml beside it whose
+    train or val split it is; without either its class indices are those of the model.
+
+    Args:
+        support (str | Path): A data.yaml, whose train split counts, or a folder with one; a .txt list of pictures with
+            YOLO label files; or a folder with one sub-folder of cropped pictures per class.
+        names (dict[int, str], optional): Class names of the model.
+        channels (int): Channels of the images of a support set that does not say.
+
+    Returns:
+        (Support): Pictures in the order of the list, or sorted in folders; each is read once.
+
+    Raises:
+        FileNotFoundError: If the support set, or a picture that it lists, does not exist.
+        ValueError: If there are no pictures or no boxes, a new class of a data.yaml has no box, or a picture, a label
+            file or a box is unusable.
+    """
+    known = {int(i): str(n) for i, n in (names or {}).items()}
+    source = _find(support)
+    if source.is_dir():
+        return _read_crops(source, channels)
+    data, files = _listed(source)
+    if not files:
+        raise ValueError(f"{source} names no pictures. Give at least one, labelled, per class.")
+    label_files = utils.img2label_paths(files)
+    labels = _verify(files, label_files, len(data.get("names", ())) or sys.maxsize, data.get("kpt_shape") or (0, 0))
+    ids = sorted({int(c) for x in labels for c in x["cls"].flat})
+    if not ids:
+        raise ValueError(
+            f"None of the {len(files)} pictures of {source} has a box. Label files are looked for as in training, i.e. "
+            f"{label_files[0]} for {files[0]}."
+        )
+    new = [] if "names" in data else [i for i in ids if i not in known]
+    if new:
+        LOGGER.warning(
+            f"{source} has class indices that the model does not have, named {few([f'class{i}' for i in new])}. To "
+            "give names, write them into classes.txt beside the list, one a line, or enrol from a data.yaml."
+        )
+    names = data.get("names") or known | {i: f"class{i}" for i in new}
+    _check_boxes(labels, label_files, names)
+    shown = [names[i] for i in ids]
+    twice = sorted({n for n in shown if shown.count(n) > 1})
+    if twice:
+        raise ValueError(f"Several class indices of {source} have the name {few(twice)}. Names must be unique.")
+    missing = [n for n in names.values() if n not in shown and n not in known.values()]
+    if missing and source.suffix.lower() != ".txt":
+        raise ValueError(
+            f"No box for {few(missing)} in {source.name}. Label at least one object of every new class, or leave the "
+            "class out of 'names'."
+        )
+    return Support(names, labels, False, source, data.get("channels") or channels, ignore_folder(data))
+
+
+def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what tells whether a support set is still the one that was read, without reading its images or labels.
+
+    Args:
+        support (str | Path): As for `read_support`.
+
+    Returns:
+        (tuple[tuple[str, int, int], ...]): Path, size and time of last change, in ns, of every file that counts: images
+            and label files, files of boxes to ignore, class names; size -1 for one that does not exist.
+
+    Raises:
+        FileNotFoundError: If the support set does not exist.
+        ValueError: If it names no images.
+    """
+    source = _find(support)
+    if source.is_dir():
+        files = [f for x in _crop_files(source).values() for f in x]
+    else:
+        data, images = _listed(source)
+        ignore, is_list = ignore_folder(data), source.suffix.lower() == ".txt"
+        names = [source.with_name("classes.txt"), *sorted(source.parent.glob("*.yaml"))] if is_list else []
+        ignored = filter(None, ignore_files(images, ignore)) if ignore else []
+        files = [source, *names, *images, *utils.img2label_paths(images), *ignored]
+    return tuple(_stat(str(f)) for f in files)
+
+
+def _stat(file: str) -> tuple[str, int, int]:
+    """Return path, size and time of last change of a file, -1 for one that does not exist."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return file, -1, -1
+    return file, found.st_size, found.st_mtime_ns
+
+
+def shown_beside(support: Support, names: Collection[str]) -> list[str]:
+    """Return those of some classes that a support set shows in pictures of other classes only, labelled by the way.
+
+    Args:
+        support (Support): Support set.
+        names (Collection[str]): Names of the classes.
+
+    Returns:
+        (list[str]): Names, in the order of `names`.
+    """
+    beside, own = set(), set()
+    for x in support.labels:
+        shown = {str(support.names[int(c)]) for c in x["cls"].flat}
+        (own if shown <= set(names) else beside).update(shown)
+    return [n for n in names if n in beside - own]
+
+
+def _find(support: str | Path) -> Path:
+    """Return the absolute path of a support set: a YAML file, a list, or a folder of crops."""
+    path = Path(support)
+    if not path.exists() and path.suffix.lower() in {".yaml", ".yml"}:
+        path = Path(checks.check_file(support, download=False, hard=False) or path)  # a bare name like 'coco8.yaml'
+    if not path.exists():
+        raise FileNotFoundError(f"support='{support}' does not exist. {LAYOUTS}")
+    path = Path(os.path.abspath(path))
+    yamls = sorted(path.glob("*.yaml")) if path.is_dir() else []
+    if yamls:
+        try:
+            return utils.find_dataset_yaml(path)
+        except AssertionError as e:
+            raise ValueError(f"{path} has several YAML files. Name the one to use, i.e. support='{yamls[0]}'.") from e
+    if path.is_file() and path.suffix.lower() not in {".yaml", ".yml", ".txt"}:
+        raise ValueError(f"support='{support}' is of an unknown type. {LAYOUTS}")
+    return path
+
+
+def _load_data(file: Path) -> dict[str, Any]:
+    """Load a data.yaml and check what a support set needs of it; unlike for training, val does not matter."""
+    data = YAML.load(file)
+    for key, what in (("train", "the pictures to enrol from"), ("names", "the class names")):
+        if not data.get(key) or not isinstance(data[key], utils.DATASET_KEY_TYPES[key]):
+            raise ValueError(f"{file} has no valid '{key}:', {what}. {LAYOUTS}")
+    return data | {"names": _class_names(file, data["names"])}
+
+
+def _class_names(file: Path, names: list | dict) -> dict[int, str]:
+    """Return class names by index; errors name the file."""
+    try:
+        return check_class_names(names)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"The class names in {file} are invalid: {e.args[0]}") from e
+
+
+def _data_beside(file: Path) -> dict[str, Any]:
+    """Return what is known of a list from the files beside it: class names, or all of a data.yaml."""
+    classes = file.with_name("classes.txt")
+    if classes.is_file():
+        return {"names": _class_names(classes, _lines(classes))}
+    for yaml in sorted(file.parent.glob("*.yaml")):
+        try:
+            data = YAML.load(yaml)
+            lists = [p for split in ("train", "val") for p in _split(yaml, data, split)]
+        except (TypeError, ValueError):  # another file that happens to lie here
+            continue
+        if file.resolve() in lists and isinstance(data.get("names"), (list, dict)):
+            return data | {"names": _class_names(yaml, data["names"])}
+    return {}
+
+
+def _split(file: Path, data: dict[str, Any], split: str) -> list[Path]:
+    """Resolve the paths of a split as Ultralytics does, without its demand for a val split and without downloads."""
+    root = Path(data.get("path") or file.parent)
+    if not root.exists() and not root.is_absolute():
+        root = utils.DATASETS_DIR / root
+    paths = data.get(split) or []
+    if isinstance(paths, str):
+        outside = paths.startswith("../") and not (root / paths).exists()
+        paths = [paths[3:] if outside else paths]
+    return [(root / x).resolve() for x in paths]
+
+
+def _train_paths(file: Path, data: dict[str, Any]) -> list[Path]:
+    """Return the paths of the train split, which must exist."""
+    paths = _split(file, data, "train")
+    if "download" in data and not all(p.exists() for p in paths):
+        utils.check_det_dataset(file)  # downloads the data set, or draws it
+    missing = [str(p) for p in paths if not p.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"The train split of {file} does not exist: {few(missing)}. Correct 'train:' or 'path:'."
+        )
+    return paths
+
+
+def _listed(source: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what a data.yaml, or a list and the files beside it, say: their content, and the images, each once."""
+    if source.suffix.lower() == ".txt":
+        data, files = _data_beside(source), list_pictures(source)
+    else:
+        data = _load_data(source)
+        files = [x for p in _train_paths(source, data) for x in list_pictures(p)]
+    return data, list(dict.fromkeys(files))
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a text file, without surrounding white space and empty last ones."""
+    return [x.strip() for x in file.read_text(encoding="utf-8-sig", errors="replace").rstrip().splitlines()]
+
+
+def _is_picture(file: str) -> bool:
+    """Return whether a file is a picture by its suffix."""
+    return file.rpartition(".")[-1].lower() in utils.IMG_FORMATS
+
+
+def list_pictures(path: Path) -> list[str]:
+    """Return the pictures in and below a folder, those of a list, or the picture itself.
+
+    Args:
+        path (Path): Folder, .txt list or picture.
+
+    Returns:
+        (list[str]): Picture files.
+    """
+    if path.is_dir():  # glob, unlike pathlib, leaves hidden files out
+        files = glob.glob(os.path.join(glob.escape(str(path)), "**", "*.*"), recursive=True)
+        return sorted(x for x in files if _is_picture(x))
+    if _is_picture(path.name):
+        return [str(path)]
+    files = []
+    for x in filter(None, _lines(path)):
+        here = os.path.join(path.parent, x)
+        # Absolute, since the label file is found by '/images/', which 'images/1.jpg' does not contain.
+        files.append(os.path.abspath(here if x.startswith("./") or os.path.exists(here) else x))
+    return files
+
+
+def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[int, int]) -> list[dict[str, Any]]:
+    """Read the labels of pictures; anything missing or corrupt is an error.
+
+    Args:
+        files (list[str]): Picture files.
+        label_files (list[str]): Their label files, empty for none; pictures without one are background.
+        nc (int): Number of classes.
+        kpt_shape (tuple[int, int]): Keypoints per object and their dimensions, which are dropped; zeros if none.
+    """
+    missing = [f for f in files if not os.path.isfile(f)]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(files)} pictures do not exist: {few(missing)}. Paths in a list are relative to "
+            "its folder, or else to the working directory."
+        )
+    args = zip(files, label_files, repeat(""), repeat(False), repeat(nc), *map(repeat, kpt_shape), repeat(False))
+    labels, corrupt, notes, unlabeled = [], [], [], []
+    with ThreadPool(NUM_THREADS) as pool:
+        results = pool.imap(utils.verify_image_label, args)
+        results = TQDM(results, desc="support: Scanning pictures...", total=len(files))
+        for file, label_file, (ok, boxes, shape, _, _, _, found, _, _, msg) in zip(files, label_files, results):
+            msg = msg.removeprefix(f"{file}: ").replace("ignoring corrupt image/label: ", "")
+            if not ok:
+                corrupt.append(f"{label_file if found else file}: {msg}")
+                continue
+            if msg:
+                notes.append(f"{file}: {msg}")
+            if label_file and not found:
+                unlabeled.append((file, label_file))
+            labels.append(_label(file, shape, boxes[:, :1], boxes[:, 1:]))
+    if corrupt:
+        text = f"{len(corrupt)} of {len(files)} pictures or their label files are corrupt"
+        raise ValueError(f"{text}: {few(corrupt, '; ')}. Correct or remove them.")
+    if notes:
+        LOGGER.warning("\n".join(notes))
+    if unlabeled:
+        LOGGER.warning(_no_label_files(unlabeled, len(files)))
+    return labels
+
+
+def _no_label_files(unlabeled: list[tuple[str, str]], n: int) -> str:
+    """Return what to say of images without a label file, and of files that look like one but are not found.
+
+    Args:
+        unlabeled (list[tuple[str, str]]): These images, and the label file that each should have.
+        n (int): Number of all images.
+    """
+    misplaced = []
+    for image, label in unlabeled:
+        beside = os.path.splitext(image)[0]
+        likely = (f"{stem}{suffix}" for stem in (label[:-4], beside) for suffix in (".txt", ".TXT"))
+        misplaced += [f"{x} should be {label}" for x in likely if os.path.isfile(x)][:1]
+    text = (
+        f"{len(unlabeled)} of {n} support images have no label file and count as background: "
+        f"{few([image for image, _ in unlabeled])}."
+    )
+    if misplaced:
+        return f"{text} Label files are not where they are looked for: {few(misplaced, '; ')}."
+    return f"{text} Label files are looked for as in training, i.e. {unlabeled[0][1]}; background has an empty one."
+
+
+def _label(file: str, shape: tuple[int, int], cls: np.ndarray, bboxes: np.ndarray) -> dict[str, Any]:
+    """Return the labels of a picture as a `YOLODataset` holds them."""
+    boxes = {"cls": cls, "bboxes": bboxes, "segments": [], "keypoints": None, "normalized": True, "bbox_format": "xywh"}
+    return {"im_file": file, "shape": shape, **boxes}
+
+
+def _check_boxes(labels: list[dict[str, Any]], label_files: list[str], names: dict[int, str]) -> None:
+    """Raise an error if a box covers less than a pixel of its picture."""
+    bad = []
+    for x, file in zip(labels, label_files):
+        centre, side = x["bboxes"][:, :2], x["bboxes"][:, 2:]
+        inside = (centre + side / 2).clip(max=1) - (centre - side / 2).clip(min=0)
+        for c, (w, h) in zip(x["cls"].flat, (inside * x["shape"][::-1]).clip(min=0)):
+            if min(w, h) < MIN_SIDE:
+                bad.append(f"{file}: {names[int(c)]} ({w:.3g} x {h:.3g} pixels)")
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of the boxes cover less than a pixel of their picture in width or height: {few(bad)}. "
+            "Correct or remove them."
+        )
+
+
+def _crop_files(folder: Path) -> dict[str, list[str]]:
+    """Return the images of every sub-folder of a folder of crops, by its name."""
+    return {
+        x.name: sorted(str(f) for f in x.iterdir() if _is_picture(f.name) and not f.name.startswith("."))
+        for x in sorted(folder.iterdir())
+        if x.is_dir() and not x.name.startswith(".")
+    }
+
+
+def _read_crops(folder: Path, channels: int) -> Support:
+    """Read a folder with one sub-folder of cropped pictures per class, named after it."""
+    classes = _crop_files(folder)
+    if not classes:
+        raise ValueError(f"{folder} has neither a data.yaml nor sub-folders. {LAYOUTS}")
+    if "images" in classes:  # not a class but the pictures of a data set
+        raise ValueError(f"{folder} looks like a data set with labels, and has no data.yaml. {LAYOUTS}")
+    empty = [name for name, files in classes.items() if not files]
+    if empty:
+        raise ValueError(f"No pictures in the sub-folders {few(empty)} of {folder}. {LAYOUTS}")
+    files = [f for x in classes.values() for f in x]
+    ids = np.repeat(np.arange(len(classes), dtype=np.float32), [len(x) for x in classes.values()])
+    labels = _verify(files, [""] * len(files), len(classes), (0, 0))
+    whole = np.array([[0.5, 0.5, 1, 1]], dtype=np.float32)
+    labels = [x | {"cls": i.reshape(1, 1), "bboxes": whole.copy()} for x, i in zip(labels, ids)]
+    return Support(dict(enumerate(classes)), labels, True, folder, channels)

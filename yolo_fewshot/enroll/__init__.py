@@ -1,0 +1,1 @@
+"""Enrollment: classifiers of new classes from their shots, without training."""

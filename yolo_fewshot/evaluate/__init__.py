@@ -1,0 +1,1 @@
+"""Evaluation: validation with base and novel AP, and the K-shot benchmark."""

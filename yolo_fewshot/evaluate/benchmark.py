@@ -1,0 +1,456 @@
+"""The K-shot protocol: stock fine-tuning, enrolment, adaptation and ablations on the same draws of shots."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import ultralytics
+from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
+from ultralytics.data.utils import check_det_dataset
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
+from ultralytics.utils.torch_utils import get_cpu_info
+
+import yolo_fewshot
+from yolo_fewshot import args as table
+from yolo_fewshot.class_names import repeated
+from yolo_fewshot.data.splits import shot_counts
+from yolo_fewshot.data.support import list_pictures
+from yolo_fewshot.errors import few, no_head
+from yolo_fewshot.evaluate.metrics import harmonic_mean
+from yolo_fewshot.evaluate.report import FIGURES, FILES, LEAKAGE, Row, add_row, read_rows, report
+from yolo_fewshot.files import AtomicPath
+from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.paths import cfg_dir
+from yolo_fewshot.yolo import FewShotYOLO
+
+FREEZES = (0, 10, 22)  # of the stock fine-tuning: all is trained, the backbone is kept, only the head is trained
+STOCKS = ("stock", "stock_all")  # fine-tuning on the shots of the novel classes, and on shots of all classes
+ALL = "_all"  # how the names of methods end that see shots of all classes
+STOCK = {
+    "optimizer": "AdamW", "lr0": 0.002, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0, "val": False,
+    "save": False,
+}  # fmt: skip
+MIN_STEPS, MIN_EPOCHS = 300, 60  # of the stock fine-tuning
+ENROLMENTS = ("mean", "fit", "auto")
+ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 anew with the seed of the draw, as it is or with one change
+    "full": {},
+    "minus_supcon": {"supcon": 0.0},
+    "minus_cpe": {"cpe": 0.0},
+    "minus_triplet": {"triplet": 0.0},
+    "minus_contrast": {"supcon": 0.0, "cpe": 0.0, "triplet": 0.0},
+    "two_way": {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False},
+}
+# Stage 3 on the shots of the novel classes, with base pictures, to the trained weights, and on shots of all classes.
+ADAPTATIONS = ("adapt", "replay", "adapt_full", "adapt_all")
+DEFAULT_METHODS = (*STOCKS, *ENROLMENTS, *ADAPTATIONS)
+METHODS = (*DEFAULT_METHODS, "no_episodes", *ABLATIONS)
+
+STAGE2_ONLY = {"epochs", "episodes", "lr0", "lrf", "val", "patience"}
+VAL_KEYS = ("imgsz", "device", "workers", "max_det", "iou", "conf", "half")
+OURS = {  # keys that the protocol itself sets
+    "base_replay", "cfg", "enroll", "exist_ok", "mode", "name", "pretrained", "project", "resume", "save_dir", "seed",
+    "stage", "support", "task",
+}  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What is to be measured.
+
+    Attributes:
+        folder (Path): Folder of the data.
+        out (Path): Folder of the results.
+        files (dict[str, Path | None]): Checkpoints `model`, `stock` and `stage1`.
+        shots (dict[tuple[int, int], Path]): data.yaml of each number of shots and seed.
+        balanced (dict[tuple[int, int], Path]): The same with as many shots of the base classes, if a method needs it.
+        methods (tuple[str, ...]): Methods, stock fine-tuning once for each `freeze`.
+        novel (tuple[str, ...]): Names of the novel classes.
+        settings (dict[str, Any]): Further arguments of training.
+        save (bool): Whether to keep the training runs.
+    """
+
+    folder: Path
+    out: Path
+    files: dict[str, Path | None]
+    shots: dict[tuple[int, int], Path]
+    balanced: dict[tuple[int, int], Path]
+    methods: tuple[str, ...]
+    novel: tuple[str, ...]
+    settings: dict[str, Any]
+    save: bool
+
+    @property
+    def tasks(self) -> list[tuple[str, int, int]]:
+        """Method, number of shots and seed of each row, a seed after the other."""
+        counts, seeds = ({x[i]: None for x in self.shots} for i in (0, 1))
+        return [(m, k, s) for s, m, k in product(seeds, self.methods, counts)]
+
+
+def benchmark(
+    data: str | Path,
+    model: str | Path,
+    stock: str | Path | None = None,
+    stage1: str | Path | None = None,
+    shots: str | int | Iterable[int] = (1, 3, 5, 10),
+    seeds: int = 3,
+    methods: str | Iterable[str] = DEFAULT_METHODS,
+    out: str | Path = "benchmark",
+    save: bool = False,
+    **settings: Any,
+) -> Path:
+    """Measure methods with K shots of novel classes, over several draws of the shots.
+
+    Everything is checked first. Each result is a row of `rows.csv` at once, and a run that is started again with the
+    same `out` does what is missing. Nothing is chosen by results, except the best stock fine-tuning, in its favour.
+
+    Args:
+        data (str | Path): Folder that `yolo-fewshot split` wrote, or one with the same kinds of data.yaml.
+        model (str | Path): Few-shot checkpoint after stage 2.
+        stock (str | Path, optional): Stock detector trained on the base classes, `model` folded if not given.
+        stage1 (str | Path, optional): Few-shot checkpoint before episodes, which the ablations start from.
+        shots (str | int | Iterable[int]): Numbers of shots.
+        seeds (int): Number of draws.
+        methods (str | Iterable[str]): Some of `METHODS`; `stock-0` is `stock` with freeze=0 alone.
+        out (str | Path): Folder to write.
+        save (bool): Whether to keep the training runs.
+        **settings (Any): Further arguments of training, `imgsz` that of `model` if not given. `epochs`, `episodes`,
+            `lr0`, `lrf`, `patience` and `val` go to the stage 2 of ablations alone.
+
+    Returns:
+        (Path): The folder with `rows.csv`, `benchmark.json`, `results.md` and `results.png`.
+
+    Raises:
+        FileNotFoundError: If a file or a draw of shots does not exist.
+        SyntaxError: If an argument of training is misspelt.
+        TypeError: If a model is of the wrong kind, or an argument has a wrong type.
+        ValueError: If an argument is invalid, or `out` has results of other models or settings.
+
+    Examples:
+        >>> benchmark("voc1", "best.pt", stock="stock.pt", shots=(1, 5), device=0)
+    """
+    folder, target = Path(data).resolve(), Path(out).resolve()
+    files = {k: _file(k, x) for k, x in zip(FILES, (model, stock, stage1))}
+    chosen = _methods(methods, files["stage1"])
+    counts = shot_counts(shots if isinstance(shots, (str, int)) else list(shots))
+    if type(seeds) is not int or seeds < 1:
+        raise ValueError(f"'seeds={seeds}' is an invalid value. It must be an int of at least 1, the number of draws.")
+    _check_settings(settings)
+    novel = _novel(folder)
+    found = _find_shots(folder, counts, seeds, "novel")
+    of_all = any(m.partition("-")[0].endswith(ALL) for m in chosen)
+    balanced = _find_shots(folder, counts, seeds, "all") if of_all else {}
+    settings = {"imgsz": _check_models(files), **settings}  # which recipes would set to 640
+    record = _record(folder, files, settings, {"shots": counts, "seeds": seeds, "methods": chosen, "save": save})
+    record["leakage"] = _leakage([x for x in (files["model"], files["stock"]) if x], novel)
+    _compare(target, record)
+    target.mkdir(parents=True, exist_ok=True)
+    AtomicPath(target / "benchmark.json").write_bytes(json.dumps(record, indent=1, ensure_ascii=False).encode())
+    described = ({key: _describe(target, *sources) for key, sources in x.items()} for x in (found, balanced))
+    plan = Plan(folder, target, files, *described, tuple(chosen), novel, settings, save)
+    _do_missing(plan, record)
+    report(target, record, len(novel))
+    LOGGER.info(f"Results saved to {target}")
+    return target
+
+
+# Checks
+
+
+def _file(key: str, file: str | Path | None) -> Path | None:
+    """Return the absolute path of a checkpoint, which must exist if it is given."""
+    if file is not None and not Path(file).is_file():
+        raise FileNotFoundError(f"{key}={file} does not exist.")
+    return file if file is None else Path(file).resolve()
+
+
+def _methods(methods: str | Iterable[str], stage1: Path | None) -> list[str]:
+    """Return the names of the methods, each of them once, and stock fine-tuning once for each `freeze`."""
+    listed = methods.split(",") if isinstance(methods, str) else methods
+    chosen = list(dict.fromkeys(x for x in (str(x).strip() for x in listed) if x))
+    valid = {*METHODS, *(f"{m}-{f}" for m, f in product(STOCKS, FREEZES))}
+    unknown = {m: difflib.get_close_matches(m, METHODS) for m in chosen if m not in valid}
+    if unknown or not chosen:
+        named = [f"{m} (similar: {', '.join(x)})" if x else m for m, x in unknown.items()]
+        raise ValueError(f"'methods=' names {few(named) or 'nothing'}. Valid methods are {', '.join(METHODS)}.")
+    need = [m for m in chosen if m == "no_episodes" or m in ABLATIONS]
+    if need and not stage1:
+        raise ValueError(f"stage1= must be given for {', '.join(need)}: the few-shot checkpoint before episodes.")
+    every = (x for m in chosen for x in ([f"{m}-{f}" for f in FREEZES] if m in STOCKS else [m]))
+    return list(dict.fromkeys(every))
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Check the further arguments of training, as Ultralytics does, and that the protocol leaves them free."""
+    taken = sorted(OURS & settings.keys())
+    if taken:
+        raise ValueError(f"{', '.join(f'{k}=' for k in taken)} cannot be set: the protocol sets it itself.")
+    table.check(vars(get_cfg({**DEFAULT_CFG_DICT, "save_dir": ""}, settings)))
+    for k in ("batch", "imgsz"):
+        v = settings.get(k, 1)
+        if type(v) is not int or v < 1:  # neither a list nor to be found by trials, which differ between methods
+            raise ValueError(f"'{k}={v}' is an invalid value. It must be an int of at least 1 here.")
+
+
+def _novel(folder: Path) -> tuple[str, ...]:
+    """Return the names of the novel classes: those of data.yaml that base.yaml does not have."""
+    for name in ("base.yaml", "data.yaml"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} does not exist. data= must be a folder of yolo-fewshot split.")
+    base, every = (list(check_det_dataset(folder / x)["names"].values()) for x in ("base.yaml", "data.yaml"))
+    novel = tuple(str(n) for n in every if n not in base)
+    if not novel or not set(base) <= set(every):
+        raise ValueError(f"{folder / 'data.yaml'} must have the classes of base.yaml and novel ones.")
+    twice = repeated(novel)
+    if twice:  # shots are matched by name
+        raise ValueError(f"Several novel classes of {folder / 'data.yaml'} have the name {few(twice)}. Rename them.")
+    return novel
+
+
+def _find_shots(
+    folder: Path, counts: list[int], seeds: int, kind: str
+) -> dict[tuple[int, int], tuple[Path, Path | None]]:
+    """Return the data.yaml of each number of shots and seed, and the list that takes the place of its train split."""
+    found, missing = {}, []
+    for k, s in product(counts, range(seeds)):
+        own, shared, listed = (folder / f"{kind}_{k}shot{x}" for x in (f"_seed{s}.yaml", ".yaml", f"_seed{s}.txt"))
+        if own.is_file():
+            found[k, s] = own, None
+        elif shared.is_file() and listed.is_file():
+            found[k, s] = shared, listed
+        else:
+            missing.append(own.name)
+    if missing:
+        there = {x.stem for x in folder.iterdir() if re.fullmatch(kind + r"_\d+shot_seed\d+\.(yaml|txt)", x.name)}
+        listed = sorted(there, key=lambda x: [int(n) for n in re.findall(r"\d+", x)])
+        has = f"It has {few(listed, n=20)}" if listed else "It has none"
+        raise FileNotFoundError(f"{folder} has no {few(missing)}. {has}: set shots= and seeds= to what is there.")
+    names = check_det_dataset(folder / "data.yaml")["names"]
+    for file in dict.fromkeys(x for x, _ in found.values()):
+        if check_det_dataset(file)["names"] != names:  # stock Ultralytics matches classes by their numbers
+            raise ValueError(f"{file} must have the classes of data.yaml, in the same order.")
+    return found
+
+
+def _check_models(files: dict[str, Path | None]) -> int:
+    """Raise an error if a checkpoint is of the wrong kind; return the picture size that `model` was trained with."""
+    for key, file in files.items():
+        if file:
+            yolo = YOLO(file)
+            few_shot = isinstance(yolo.model, FewShotDetectionModel)
+            if key != "stock" and not few_shot:
+                raise TypeError(no_head(yolo, "yolo-fewshot benchmark"))
+            if key == "stock" and (few_shot or yolo.task != "detect"):
+                raise TypeError(f"stock={file} must be a stock detector. Without stock= it is model= folded.")
+    return YOLO(files["model"]).overrides.get("imgsz", 640)
+
+
+def _leakage(files: list[Path], novel: tuple[str, ...]) -> list[str]:
+    """Return the novel classes that checkpoints, or those that they were trained from and that are here, have known."""
+    known, seen = set(), set()
+    while files:
+        file = files.pop().resolve()
+        if file.suffix == ".pt" and file.is_file() and file not in seen:
+            seen.add(file)
+            yolo = YOLO(file)
+            known |= {str(n).casefold() for n in yolo.names.values()}
+            training = (yolo.ckpt or {}).get("train_args") or {}
+            files += [Path(str(training.get(k))) for k in ("model", "pretrained")]
+    names = [n for n in novel if n.casefold() in known]
+    if names:
+        LOGGER.warning(f"{LEAKAGE} {', '.join(names)}")
+    return names
+
+
+def _record(folder: Path, files: dict[str, Path | None], settings: Row, more: Row) -> dict[str, Any]:
+    """Return what benchmark.json says."""
+    record = {
+        "data": str(folder),
+        "files": {k: str(f) if f else None for k, f in files.items()},
+        "sha256": {k: hashlib.sha256(f.read_bytes()).hexdigest() if f else None for k, f in files.items()},
+        "settings": dict(sorted(settings.items())),
+        **more,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {m.__name__: m.__version__ for m in (yolo_fewshot, ultralytics, torch)},
+        "machine": {
+            "platform": f"{platform.platform()}, Python {platform.python_version()}",
+            "processor": get_cpu_info(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        },
+    }
+    return json.loads(json.dumps(record, default=str))
+
+
+def _compare(target: Path, record: dict[str, Any]) -> None:
+    """Raise an error if the folder has results of other data, models or settings."""
+    file = target / "benchmark.json"
+    if not file.is_file():
+        return
+    old = json.loads(file.read_text(encoding="utf-8"))
+    changed = [k for k in ("data", "settings") if old.get(k) != record[k]]
+    changed += [k for k, x in record["sha256"].items() if old.get("sha256", {}).get(k) != x]
+    if changed:
+        raise ValueError(f"{target} has results of another {', '.join(changed)}. Set another out=, or what it was.")
+
+
+def _describe(target: Path, file: Path, listed: Path | None) -> Path:
+    """Return a data.yaml, written into `target` if its train split is to be a list beside it."""
+    if listed is None:
+        return file
+    read = check_det_dataset(file)
+    content = {k: v for k, v in YAML.load(file).items() if k not in {"download", "test", "minival", "nc"}}
+    content |= {"path": str(read["path"]), "train": str(listed), "val": read["val"], "names": read["names"]}
+    YAML.save(target / f"{listed.stem}.yaml", content)
+    return target / f"{listed.stem}.yaml"
+
+
+# One method, number of shots and seed
+
+
+def _run_method(plan: Plan, method: str, shots: int, seed: int) -> Row:
+    """Train or enrol, then measure; return the figures, and the seconds of the training or enrolment.
+
+    An ablation's seconds are those of the enrolment, as for the model whose ablation it is.
+    """
+    data, folder = plan.shots[shots, seed], plan.out / "runs" / f"{method}_{shots}shot_seed{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
+    name, _, freeze = method.partition("-")
+    train = plan.balanced[shots, seed] if name.endswith(ALL) else data
+    if name in STOCKS:
+        file, seconds = _fine_tune(plan, folder, train, int(freeze), seed)
+    elif method in ADAPTATIONS:
+        own = {"replay": {"base_replay": str(plan.folder / "base.yaml")}, "adapt_full": {"blend": 1.0}}
+        keys = {**_settings_for("stage3", plan.settings), **own.get(method, {})}
+        trainer, seconds = _train(plan.files["model"], folder, cfg=_recipe(3), data=str(train), seed=seed, **keys)
+        file = Path(trainer.last)
+    else:
+        start = plan.files["stage1" if method == "no_episodes" else "model"]
+        start = _ablated(plan, method, seed) if method in ABLATIONS else start
+        file, seconds = _enrol(plan, folder, start, data, method if method in ENROLMENTS else "auto")
+    figures = {"seconds": round(seconds, 2)}
+    few_shot, every = (_measure(plan, folder, file, x) for x in (data, plan.folder / "data.yaml"))
+    figures |= dict(zip(FIGURES["FSOD"], few_shot["novel"]))
+    means = [harmonic_mean(b, n) for b, n in zip(every["base"], every["novel"])]
+    parts = (every["base"], every["novel"], means)
+    figures |= dict(zip(FIGURES["G-FSOD"], [x[i] for i in (0, 1) for x in parts]))
+    if not plan.save:
+        shutil.rmtree(folder, ignore_errors=True)
+    return figures
+
+
+def _settings_for(what: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the further arguments that concern one kind of run."""
+    if what == "val":
+        return {k: v for k, v in settings.items() if k in VAL_KEYS}
+    known = {
+        "stock": (),
+        "stage2": [k for k in table.KEYS if k not in table.ADAPTING],
+        "stage3": (*table.ADAPTING, *table.EVERY_STAGE, "grad_clip"),
+    }[what]
+    alien = {k for k in table.KEYS if k not in known} | ({"batch"} if what == "stage2" else STAGE2_ONLY)
+    return {"plots": False, "verbose": False, **{k: v for k, v in settings.items() if k not in alien}}
+
+
+def _recipe(stage: int) -> str:
+    """Return the recipe of a stage, ours even if the working directory has a file of that name."""
+    return str(cfg_dir() / f"stage{stage}.yaml")
+
+
+def _train(start: Path, folder: Path, **arguments: Any) -> tuple[Any, float]:
+    """Train with Ultralytics; return the trainer, and the seconds until the last epoch was over."""
+    began, ends, yolo = time.perf_counter(), [], YOLO(start)
+    yolo.add_callback("on_train_epoch_end", lambda _: ends.append(time.perf_counter()))
+    yolo.train(project=str(folder.parent), name=folder.name, exist_ok=True, **arguments)
+    return yolo.trainer, (ends or [time.perf_counter()])[-1] - began
+
+
+def _fine_tune(plan: Plan, folder: Path, data: Path, freeze: int, seed: int) -> tuple[Path, float]:
+    """Fine-tune the stock detector on shots, as Ultralytics does."""
+    start = plan.files["stock"] or plan.out / "stock.pt"
+    if not start.exists():
+        FewShotYOLO(plan.files["model"]).fold().save(start)
+    keys, train = _settings_for("stock", plan.settings), check_det_dataset(data)["train"]
+    pictures = sum(len(list_pictures(Path(x))) for x in (train if isinstance(train, list) else [train]))
+    epochs = _epochs_for(pictures, keys.get("batch", DEFAULT_CFG_DICT["batch"]))
+    keys |= {**STOCK, "data": str(data), "freeze": freeze, "seed": seed, "epochs": epochs}
+    trainer, seconds = _train(start, folder, **keys)
+    return Path(trainer.last), seconds
+
+
+def _epochs_for(pictures: int, batch: int) -> int:
+    """Return the epochs of the stock fine-tuning: enough for both `MIN_STEPS` and `MIN_EPOCHS`."""
+    batches, per_step = -(-pictures // batch), max(round(STOCK["nbs"] / batch), 1)
+    return max(MIN_EPOCHS, -(-MIN_STEPS * per_step // batches))
+
+
+def _ablated(plan: Plan, method: str, seed: int) -> Path:
+    """Return the checkpoint of stage 2 with a change, trained if it is not there yet."""
+    file = plan.out / "runs" / f"{method}_seed{seed}.pt"
+    if not file.exists():  # it appears when its training is over
+        keys = {**_settings_for("stage2", plan.settings), **ABLATIONS[method], "seed": seed}
+        folder = file.with_suffix("")
+        shutil.rmtree(folder, ignore_errors=True)
+        trainer, _ = _train(plan.files["stage1"], folder, cfg=_recipe(2), data=str(plan.folder / "base.yaml"), **keys)
+        shutil.copy2(Path(trainer.best), f"{file}.part")
+        os.replace(f"{file}.part", file)
+        if not plan.save:
+            shutil.rmtree(folder, ignore_errors=True)
+    return file
+
+
+def _enrol(plan: Plan, folder: Path, start: Path, data: Path, method: str) -> tuple[Path, float]:
+    """Enrol shots, and save the model."""
+    yolo, keys = FewShotYOLO(start), _settings_for("val", plan.settings)
+    began = time.perf_counter()
+    yolo.enroll(data, imgsz=keys.get("imgsz"), method=method, device=keys.get("device"))
+    seconds = time.perf_counter() - began
+    folder.mkdir(parents=True)
+    yolo.save(folder / "enrolled.pt")
+    return folder / "enrolled.pt", seconds
+
+
+def _measure(plan: Plan, folder: Path, file: Path, data: Path) -> dict[str, list[float]]:
+    """Validate with Ultralytics."""
+    keys = {"batch": 32, "plots": False, "verbose": False, **_settings_for("val", plan.settings)}
+    metrics = YOLO(file).val(data=str(data), project=str(folder), name="val", exist_ok=True, **keys)
+    box, means = metrics.box, {}
+    novel = np.array([str(metrics.names[int(c)]) in plan.novel for c in box.ap_class_index], bool)
+    for name, rows in (("base", ~novel), ("novel", novel)):
+        both = [np.asarray(box.ap50)[rows], np.asarray(box.ap)[rows]]
+        means[name] = [float(x.mean()) if rows.any() else float("nan") for x in both]
+    return means
+
+
+# All of them
+
+
+def _do_missing(plan: Plan, record: dict[str, Any]) -> None:
+    """Do what `rows.csv` does not have, and add a row at once."""
+    file, tasks = plan.out / "rows.csv", plan.tasks
+    fixed = {k: (x or ("folded" if k == "stock" else ""))[:12] for k, x in record["sha256"].items()}
+    for i, (method, shots, seed) in enumerate(tasks):
+        if (method, shots, seed) not in read_rows(file):
+            LOGGER.info(f"\nBenchmark {i + 1}/{len(tasks)}: {method}, {shots} shots, seed {seed}")
+            figures = _run_method(plan, method, shots, seed)
+            row = {"method": method, "shots": shots, "seed": seed, **figures, **fixed}
+            add_row(file, row | {"version": yolo_fewshot.__version__})
+        last = (method, seed) not in {(m, s) for m, _, s in tasks[i + 1 :]}
+        if last and method in ABLATIONS and not plan.save:
+            (plan.out / "runs" / f"{method}_seed{seed}.pt").unlink(missing_ok=True)
+    if not plan.save:
+        shutil.rmtree(plan.out / "runs", ignore_errors=True)

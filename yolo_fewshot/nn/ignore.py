@@ -1,0 +1,60 @@
+"""Boxes to ignore in a batch: their anchors are neither objects nor background."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+IGNORED = -1.0  # class of such an object between loading and loss
+
+
+def without_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Divide the objects of a batch.
+
+    Args:
+        batch (dict): Collated batch.
+
+    Returns:
+        batch (dict): The batch with the labelled objects only.
+        ignored (torch.Tensor): Picture index, x, y, w, h, normalized, of the others, (n, 5).
+    """
+    drop = batch["cls"].view(-1) == IGNORED
+    ignored = torch.cat([batch["batch_idx"].view(-1, 1), batch["bboxes"]], 1)[drop]
+    return {**batch, **{k: batch[k][~drop] for k in ("cls", "bboxes", "batch_idx")}}, ignored
+
+
+def blank_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Divide the objects of a batch as `without_ignored` does, but without a wait for the device.
+
+    Args:
+        batch (dict): Collated batch.
+
+    Returns:
+        batch (dict): The batch in which the objects to ignore have boxes of zeros, which the loss takes for padding.
+        ignored (torch.Tensor): Picture index, x, y, w, h, normalized, of all objects, (N, 5); labelled ones have boxes
+            of zeros, in which there is no anchor.
+    """
+    drop = batch["cls"].view(-1, 1) == IGNORED
+    boxes, cls = batch["bboxes"], batch["cls"]
+    ignored = torch.cat([batch["batch_idx"].view(-1, 1), torch.where(drop, boxes, 0)], 1)
+    return {**batch, "bboxes": torch.where(drop, 0, boxes), "cls": cls.masked_fill(drop.view_as(cls), 0)}, ignored
+
+
+def outside(ignored: torch.Tensor, anchors: torch.Tensor, size: torch.Tensor | tuple[int, int], n: int) -> torch.Tensor:
+    """Return which anchors have their centre outside all boxes to ignore.
+
+    Args:
+        ignored (torch.Tensor): Picture index, x, y, w, h, normalized, (n, 5).
+        anchors (torch.Tensor): Centres in pixels, (A, 2).
+        size (torch.Tensor | tuple[int, int]): Width and height of the pictures in pixels.
+        n (int): Number of pictures B.
+
+    Returns:
+        (torch.Tensor): (B, A) bool.
+    """
+    (b, *centre, w, h), (width, height) = ignored.unbind(1), size  # numbers that are on the CPU need no copy
+    inside = (anchors[:, 0] - centre[0][:, None] * width).abs() < w[:, None] * width / 2
+    inside &= (anchors[:, 1] - centre[1][:, None] * height).abs() < h[:, None] * height / 2
+    count = inside.new_zeros(n, len(anchors), dtype=torch.int).index_add(0, b.long(), inside.int())
+    return count == 0

@@ -1,0 +1,157 @@
+"""The few-shot detection model: a stock network whose head has been upgraded."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.nn.modules.head import Detect
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import LOGGER
+from ultralytics.utils.loss import E2ELoss
+from ultralytics.utils.torch_utils import initialize_weights
+
+from yolo_fewshot.class_names import UNKNOWN, match_classes
+from yolo_fewshot.nn.criterion import FewShotLoss
+from yolo_fewshot.nn.head import Embedding, FewShotDetect
+
+FEWSHOT = {"embed": 128, "proj": 128}  # defaults of the YAML's `fewshot` section
+
+
+class FewShotDetectionModel(DetectionModel):
+    """YOLO detection model with a few-shot head.
+
+    Built from any detection YAML; the section `fewshot: {embed: 128, proj: 128}` sets the size of the embedding and of
+    the projection for the contrastive terms.
+
+    Attributes:
+        transferred (list[int]): Classes whose prototypes the last `load` took from its source.
+        enrolled (dict[str, dict]): What is known of every enrolled class, see `yolo_fewshot.enroll.enroll.Shots`.
+        pull (float | None): Pull of one shot under enrolment `auto`, chosen when training ended, see `choose_pull`.
+        memory (list): Anchors of base pictures, kept when training ended, see `yolo_fewshot.enroll.replay`.
+        loss_class (type[FewShotLoss]): Loss to train with; copies and checkpoints have ours.
+
+    Examples:
+        >>> model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=20)
+        >>> model.load(YOLO("yolo11n.pt").model)  # backbone, neck, box branch and class stems
+    """
+
+    loss_class: type[FewShotLoss] = FewShotLoss
+
+    def __init__(self, cfg: str | dict = "fewshot.yaml", ch: int = 3, nc: int | None = None, verbose: bool = True):
+        """Initialize the model.
+
+        Args:
+            cfg (str | dict): Model YAML or its content.
+            ch (int): Channels of the pictures.
+            nc (int, optional): Number of classes, overriding the YAML.
+            verbose (bool): Whether to log the layers.
+
+        Raises:
+            TypeError: If the head is not `Detect`.
+        """
+        super().__init__(cfg, ch=ch, nc=nc, verbose=verbose)
+        self.transferred: list[int] = []
+        self.enrolled: dict[str, dict] = {}
+        self.pull: float | None = None
+        self.memory: list = []
+        self.yaml["fewshot"] = {**FEWSHOT, **(self.yaml.get("fewshot") or {})}
+        self.model[-1] = FewShotDetect.upgrade(self.model[-1], **self.yaml["fewshot"])
+        if verbose:
+            size = self.yaml["fewshot"]
+            LOGGER.info(f"Upgraded head: Detect -> FewShotDetect(embed={size['embed']}, proj={size['proj']})\n")
+
+    def fold(self) -> DetectionModel:
+        """Return a stock model with the same outputs, whose head is a stock `Detect`; this model stays as it is.
+
+        Returns:
+            (DetectionModel): The model, which loads where this package is not installed.
+        """
+        memo = {id(getattr(self, "criterion", None)): None}  # the loss is of no use to the copy
+        folded = deepcopy(self, memo)
+        for name in ("criterion", "transferred", "pull", "memory"):
+            folded.__dict__.pop(name, None)
+        folded.__class__ = DetectionModel
+        folded.model[-1] = folded.model[-1].fold()
+        folded.yaml.pop("fewshot")
+        return folded
+
+    def fuse(self, verbose: bool = True, imgsz: int = 640) -> DetectionModel:
+        """Return a folded copy with Conv and BatchNorm layers fused, as prediction, validation and export use it.
+
+        Args:
+            verbose (bool): Whether to log a summary.
+            imgsz (int): Picture size for the summary.
+
+        Returns:
+            (DetectionModel): The stock model; this one stays as it is.
+        """
+        return self.fold().fuse(verbose=verbose, imgsz=imgsz)
+
+    def init_criterion(self) -> FewShotLoss | E2ELoss:
+        """Return the loss, one for each branch of the head."""
+        return E2ELoss(self, self.loss_class) if len(self.model[-1].branches) > 1 else self.loss_class(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and saved: not the class of a loss, which may not be there when it is loaded."""
+        return {k: v for k, v in self.__dict__.items() if k != "loss_class"}
+
+    def load(self, weights: dict | nn.Module, verbose: bool = True) -> None:
+        """Load the weights of a stock or few-shot model; prototypes follow their class by name.
+
+        Where the class names of either model are placeholders, prototypes follow their index if the class counts agree.
+
+        Args:
+            weights (dict | nn.Module): Model or checkpoint.
+            verbose (bool): Whether to log what was transferred.
+        """
+        source = (weights.get("ema") or weights["model"]) if isinstance(weights, dict) else weights
+        head, src_head = self.model[-1], getattr(source, "model", [None])[-1]
+        if isinstance(src_head, Detect):
+            self._adopt_stems(head, src_head)
+        super().load(weights, verbose)
+        self.transferred = []
+        if isinstance(src_head, FewShotDetect) and src_head.embed == head.embed:
+            self.transferred = self._copy_prototypes(source, src_head, verbose)
+
+    @staticmethod
+    def _adopt_stems(head: FewShotDetect, src_head: Detect) -> None:
+        """Give the class stems the widths of the source's, which depend on its class count, so that they transfer."""
+        widths, src_widths = ([m[0].conv.in_channels for m in h.cv2 or h.one2one_cv2] for h in (head, src_head))
+        if widths != src_widths:  # another model scale
+            return
+        for branch in head.branches:
+            src_stems = getattr(src_head, f"{branch}cv3", None) or []
+            for stem, src_stem in zip(getattr(head, f"{branch}cv3"), src_stems):
+                if src_stem[-1].in_channels != stem[-1].in_channels:
+                    for i in range(len(stem) - 1):
+                        stem[i] = deepcopy(src_stem[i]).requires_grad_(True)
+                    stem[-1] = Embedding(src_stem[-1].in_channels, head.embed)
+        initialize_weights(head)
+
+    def _copy_prototypes(self, source: Any, src_head: FewShotDetect, verbose: bool) -> list[int]:
+        """Copy the rows of the prototypes whose class the source has too, and return them."""
+        names, src_names = ({i: str(n).strip() for i, n in m.names.items()} for m in (self, source))
+        if any(all(str(i) == n for i, n in x.items()) for x in (names, src_names)):
+            index = {i: i for i in names} if len(names) == len(src_names) else {}
+        else:
+            found = match_classes(names, src_names)
+            lower = match_classes(*({i: n.lower() for i, n in x.items()} for x in (names, src_names)))
+            found = {i: lower[i] if j == UNKNOWN else j for i, j in found.items()}
+            index = {i: j for i, j in found.items() if j >= 0}
+        if not index:
+            return []
+        dst, src = list(index), list(index.values())
+        for bank, src_bank in zip(self.model[-1].banks, src_head.banks):
+            # Where the counts agree, all rows were copied by index: classes new to the source must not inherit them.
+            fresh = torch.randn_like(bank.weight)
+            rest = [i for i in range(len(bank.weight)) if i not in index]
+            bank.weight.data[rest] = fresh[rest] / fresh[rest].norm(dim=1, keepdim=True)
+            bank.frozen[rest], bank.gain[rest], bank.offset[rest] = 0, 1, 0
+            for name in ("weight", "frozen", "gain", "offset"):
+                getattr(bank, name).data[dst] = getattr(src_bank, name).data[src].to(bank.weight)
+        if verbose:
+            LOGGER.info(f"Transferred {len(index)}/{len(names)} prototypes by class name")
+        return dst

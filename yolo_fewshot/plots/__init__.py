@@ -1,0 +1,1 @@
+"""Images that a run leaves to look at, and the results of prediction."""

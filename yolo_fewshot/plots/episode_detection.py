@@ -1,0 +1,46 @@
+"""Detection by the prototypes of an episode, as stage 2 trains it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.utils.nms import non_max_suppression
+from ultralytics.utils.ops import xyxy2xywh
+
+from yolo_fewshot.nn.assign import BoxAssignment
+from yolo_fewshot.nn.predictions import branch_predictions
+from yolo_fewshot.nn.prototypes import class_means, pool_objects
+
+
+@torch.no_grad()
+def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, iou: float = 0.7) -> list[torch.Tensor]:
+    """Detect in the query pictures of an episode, with the prototypes of its support objects for classifiers.
+
+    Args:
+        model (nn.Module): Few-shot model in eval mode, with the run's arguments attached as `args`.
+        batch (dict): Preprocessed episode, with `support` (B,) bool.
+        conf (float): Least confidence.
+        iou (float): IoU from which NMS takes two boxes of a class for one object.
+
+    Returns:
+        (list[torch.Tensor]): Detections of each query picture, (n, 6): corners in pixels, confidence, class.
+    """
+    preds, bank = branch_predictions(model, batch["img"])[0], model.model[-1].banks[0]
+    fg, gt_idx, weight, n_max, boxes = BoxAssignment.of_branches(model)[0](preds, batch)
+    embeds, support = preds["embeds"].transpose(1, 2).float(), batch["support"]
+    objects, valid = pool_objects(embeds, fg, gt_idx, weight, n_max)
+    # Objects of a picture are numbered in the order of the labels.
+    picture, cls = batch["batch_idx"].long().view(-1), batch["cls"].long().view(-1)
+    place = torch.arange(len(picture), device=picture.device) - torch.searchsorted(picture, picture)
+    y = cls.new_full((len(objects),), -1)
+    y[picture * n_max + place] = cls
+    y = torch.where(valid & support.repeat_interleave(n_max), y, -1)
+    prototypes, counts = class_means(objects, y, model.model[-1].nc)
+    ways = counts.nonzero()[:, 0]
+    sizes = [x.shape[2] * x.shape[3] for x in preds["feats"]]
+    scale, bias = (torch.cat([v.expand(n) for v, n in zip(x.float(), sizes)]) for x in (bank.logit_scale, bank.bias))
+    scores = (embeds[~support] @ prototypes[ways].t() * scale[:, None] + bias[:, None]).sigmoid()
+    found = non_max_suppression(torch.cat([xyxy2xywh(boxes[~support]), scores], 2).transpose(1, 2), conf, iou)
+    return [torch.cat([x[:, :5], ways[x[:, 5:6].long()].float()], 1) for x in found]

@@ -1,0 +1,1 @@
+"""Training: the trainer, what each stage adds to it, and the guard that keeps it finite."""

@@ -1,0 +1,218 @@
+"""Why a step was not finite: the batch is run again, and the first thing that is not finite is named."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from yolo_fewshot.errors import few
+from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_key, part_gradients
+from yolo_fewshot.train.guard import nonfinite
+
+FAR = 2.0  # a normalized box coordinate beyond this is a corrupt label, not one that an augmentation moved
+
+
+class Diagnosis(NamedTuple):
+    """What is known of a step that was not finite.
+
+    Attributes:
+        what (str): The first parameter whose gradient is not finite, with figures, or what else is not.
+        where (str): Classes and picture files of the batch.
+        terms (list[str]): Names of the loss terms whose value or gradient is not finite.
+        cause (str): Likely cause.
+        advice (str): What to change, with the key.
+        certain (bool): Whether it was seen again when the batch was run again.
+        overflow (bool): Whether only the scale of AMP was too large, which AMP corrects by itself.
+    """
+
+    what: str
+    where: str
+    terms: list[str]
+    cause: str
+    advice: str
+    certain: bool = True
+    overflow: bool = False
+
+    def __str__(self) -> str:
+        """Return all of it in a few sentences."""
+        terms = f" Loss terms not finite: {', '.join(self.terms)}." if self.terms else ""
+        return f"{self.what}.{terms} {self.where} Likely cause: {self.cause}. {self.advice}"
+
+
+class _Rerun(NamedTuple):
+    """A second pass of a batch: terms and first layer that are not finite, and whether all gradients are finite."""
+
+    terms: list[str]
+    layer: str
+    finite: bool
+
+
+def diagnose(
+    model: nn.Module,
+    batch: dict[str, Any],
+    names: dict[int, str],
+    autocast: Callable[[], contextlib.AbstractContextManager],
+    float16: bool,
+    scaled: bool,
+) -> Diagnosis:
+    """Find out why a batch gave a loss or gradient that is not finite.
+
+    The gradients of the model and the random state stay as they are; the statistics of BatchNorm move.
+
+    Args:
+        model (nn.Module): Model in training, not wrapped, with the gradients of the step.
+        batch (dict): The last batch of the step, preprocessed.
+        names (dict[int, str]): Class names.
+        autocast (Callable): Returns the context of the forward pass.
+        float16 (bool): Whether that is mixed precision with float16.
+        scaled (bool): Whether the loss was scaled for AMP, and finite.
+
+    Returns:
+        (Diagnosis): What was found.
+    """
+    what, where = describe_gradients(model), describe_batch(batch, names)
+    weights = nonfinite(dict(model.named_parameters()))
+    files = _files(batch)
+    pictures = [f for f, ok in zip(files, torch.isfinite(batch["img"]).flatten(1).all(1).tolist()) if not ok]
+    labels = []
+    if "bboxes" in batch:
+        corrupt = ~(batch["bboxes"][:, :4].float().abs() <= FAR).all(1)  # true for NaN, too; a fifth number is an angle
+        labels = sorted({files[int(i)] for i in batch["batch_idx"][corrupt]})
+    run = _rerun(model, batch, autocast)
+    if run and run.finite and scaled:
+        cause, advice = "the gradient times the scale of AMP overflows float16", "AMP halves the scale."
+        return Diagnosis(what, where, [], cause, advice, certain=False, overflow=True)
+    if weights:
+        cause, advice = f"the weights of {few(weights)} are not finite", "If it happens again, set a smaller lr0."
+    elif pictures:
+        cause = f"pixels of {few(pictures)} are not finite"
+        advice = "Repair or remove them, or look at augmentations."
+    elif labels:
+        cause = f"labels of {few(labels)} are not finite or lie far outside the picture"
+        advice = "Correct them; 'yolo-fewshot doctor' looks for such labels."
+    elif run is None:
+        cause, advice = "unknown, for there is no memory left to run the batch again", "Set a smaller lr0."
+        return Diagnosis(what, where, [], cause, advice, certain=False)
+    elif run.finite:
+        cause, advice = "unknown, for the last batch run again is finite", "If it goes on, set a smaller lr0."
+        return Diagnosis(what, where, [], cause, advice, certain=False)
+    elif float16 and (full := _rerun(model, batch, contextlib.nullcontext)) and full.finite:
+        cause, advice = f"float16 cannot hold what {run.layer or 'the loss'} computes", "Set amp=bf16 or amp=False."
+    elif run.layer:
+        cause, advice = f"the output of {run.layer} is not finite", "Set a smaller lr0 or grad_clip."
+    elif run.terms:
+        keys = [k for k in dict.fromkeys(map(gain_key, run.terms)) if hasattr(model.args, k)]  # not of own terms
+        cause = f"{few(run.terms)} {'is' if len(run.terms) == 1 else 'are'} not finite for finite predictions"
+        without = f"Set {', '.join(f'{k}=0' for k in keys)} to train without" if keys else "Look at what computes it"
+        advice = f"{without}, or set a smaller lr0."
+    else:
+        cause, advice = "the gradient overflows on its way through the network", "Set a smaller lr0 or grad_clip."
+    return Diagnosis(what, where, run.terms if run else [], cause, advice)
+
+
+def describe_gradients(model: nn.Module) -> str:
+    """Name the first parameter whose gradient has a NaN or Inf.
+
+    Args:
+        model (nn.Module): Model with gradients.
+
+    Returns:
+        (str): Name, minimum, maximum and mean of its gradient; another text if all are finite.
+    """
+    grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    bad = nonfinite(grads)
+    if not bad:
+        return "loss, statistics or norm of the gradient"
+    g = grads[bad[0]].float()
+    return f"gradient in {bad[0]}: min={g.min():.4g}, max={g.max():.4g}, mean={g.mean():.4g}"
+
+
+def describe_batch(batch: dict[str, Any], names: dict[int, str]) -> str:
+    """Say what is in a batch: the classes that an episode was drawn for, or those labelled, and its picture files.
+
+    Args:
+        batch (dict): Collated batch of any task.
+        names (dict[int, str]): Class names.
+
+    Returns:
+        (str): The text.
+    """
+    drawn = batch["way"] if "way" in batch else batch.get("cls", torch.zeros(0)).flatten()
+    classes = [str(names.get(c, c)) for c in sorted({int(c) for c in drawn.tolist() if c >= 0})]
+    kind = "Episode" if "way" in batch else "Batch"
+    return f"{kind} of {', '.join(classes) or 'no class'}: {', '.join(_files(batch))}."
+
+
+def _files(batch: dict[str, Any]) -> list[str]:
+    """Return the image files of a batch, or places in it where it does not know them, as in classification."""
+    return list(batch.get("im_file") or (f"image {i}" for i in range(len(batch["img"]))))
+
+
+def _rerun(
+    model: nn.Module, batch: dict[str, Any], autocast: Callable[[], contextlib.AbstractContextManager]
+) -> _Rerun | None:
+    """Run a batch again without a trace in gradients and random state; None if there is no memory for it."""
+    losses = [x for x in branch_losses(model) if isinstance(x, FewShotLoss)]  # none in a stock model
+    terms: list[str] = []
+
+    def watch(loss: Any, preds: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
+        outputs = [preds[k] for k in ("boxes", "scores", "embeds") if k in preds]
+        for name, part in loss.parts(preds, batch).items():
+            grads = [g for g in part_gradients(part, outputs) if g is not None]
+            if nonfinite(dict(enumerate((part, *grads)))) and name not in terms:
+                terms.append(name)
+
+    devices = [batch["img"].device] if batch["img"].device.type == "cuda" else []
+    with contextlib.ExitStack() as stack, torch.enable_grad(), torch.random.fork_rng(devices):
+        for loss in losses:
+            stack.enter_context(loss.aside())
+            stack.callback(setattr, loss, "watch", loss.watch)
+            loss.watch = watch
+        layers = stack.enter_context(_nonfinite_layers(model))
+        try:
+            with autocast():
+                total, items = model.loss(batch)
+                total = total.sum()
+            parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
+            grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        except RuntimeError as e:
+            if "out of memory" not in str(e).lower():
+                raise
+            return None
+    terms += [] if losses else nonfinite(items)
+    bad = nonfinite({"loss": total, **{k: g for k, g in zip(parameters, grads) if g is not None}})
+    return _Rerun(terms, layers[0] if layers else "", not bad and not terms)
+
+
+@contextlib.contextmanager
+def _nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
+    """Collect the names of the layers whose output, seen while the context is open, is not finite."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, _: Any, output: Any) -> None:
+            if not all(torch.isfinite(t).all() for t in _tensors(output)):
+                found.append(f"layer {name} ({type(layer).__name__})")
+
+        return hook
+
+    layers = getattr(model, "student_model", model).model  # of a distillation, the part that is trained
+    handles = [m.register_forward_hook(look(f"model.{i}")) for i, m in enumerate(layers)]
+    try:
+        yield found
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """Yield the floating-point tensors of a layer's output, which is a dict for the head."""
+    if isinstance(output, torch.Tensor):
+        yield from [output] if output.is_floating_point() else []
+    elif isinstance(output, (dict, list, tuple)):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(part)

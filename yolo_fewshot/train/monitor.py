@@ -1,0 +1,164 @@
+"""How much each loss term pulls at the network, and what that says about a run."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_key, part_gradients
+
+AT_CHANCE = 0.95  # a term at or above this part of its chance level has taught nothing yet
+DOMINANT = 0.5  # share of the gradient above which a term dominates
+CLAMPED = 0.01  # part of the steps above which clamps of the mean DFL are worth a word
+COUNTS = ("clipped", "skipped", "overflows", "sides_clamped", "means_clamped")  # columns train/...
+UNTRAINED = "no better than those of an untrained model: train stage 1 first, or set a greater lr0"
+OWN = "it has taught nothing yet: set a greater lr0, or leave it out"  # of a term of the user's own
+REMEDIES = {
+    "box": f"boxes are {UNTRAINED}",
+    "cls": f"class scores are {UNTRAINED}",
+    "dfl": f"boxes are {UNTRAINED}",
+    "l1": f"boxes are {UNTRAINED}",
+    "epi": "prototypes do not tell the classes apart yet: train longer, or set a greater lr0",
+    "sup": "embeddings of objects do not cluster by class: raise n_way or k_shot, or set supcon=0 to save its time",
+    "cpe": "embeddings of anchors do not cluster by class: raise n_way, or set cpe=0 to save its time",
+    "tea": "the old classes are forgotten on the shots: set a smaller lr0 or blend",
+    "mem": "the old classes are forgotten: set a smaller lr0 or blend",
+    "tri": "objects are no closer to their own prototype than to others: train longer, or set triplet=0",
+}
+
+
+class LossDoctor:
+    """Measures every so many batches the gradient of each term at the neck's output, and the term's chance level.
+
+    The chance level is the value of the term for a head that knows nothing, see `FewShotLoss.chance`. Of models with
+    two branches, the one-to-many branch is the one that sends gradients to the neck, and the one-to-one branch the one
+    whose terms Ultralytics logs.
+
+    Attributes:
+        every (int): Batches from one measurement to the next; the first batch of an epoch is measured. 0 for none.
+        terms (list[str]): Names of the terms without `_loss`.
+        norms (list[torch.Tensor]): Gradient norms of the terms, (T,) for each measurement of the epoch.
+        chance (list[torch.Tensor]): Chance levels, (T,) for each, weighted by the gains as the terms are.
+    """
+
+    def __init__(self, every: int):
+        """Initialize the doctor.
+
+        Args:
+            every (int): Batches from one measurement to the next.
+        """
+        self.every, self.terms, self._hook = every, [], None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the measurements, as at the start of an epoch."""
+        self.batches = 0
+        self.norms: list[torch.Tensor] = []
+        self.chance: list[torch.Tensor] = []
+
+    def watch(self, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+        """Announce a batch, which is measured in its forward pass if it is its turn.
+
+        Args:
+            model (nn.Module): Few-shot model, not wrapped for several GPUs.
+            scaler (torch.amp.GradScaler): Scaler of the run, so that gradients do not vanish in float16.
+        """
+        if self.every and self.batches % self.every == 0:
+            losses, head = branch_losses(model), getattr(model, "student_model", model).model[-1]
+            self._hook = self._hook or head.register_forward_pre_hook(_separate)
+            losses[-1].watch = self._measure_chance
+            losses[0].watch = functools.partial(
+                self._measure_gradients, scale=scaler.get_scale(), one_branch=len(losses) == 1
+            )
+        self.batches += 1
+
+    def _measure_gradients(
+        self, loss: FewShotLoss, preds: dict[str, Any], batch: dict[str, Any], scale: float, one_branch: bool
+    ) -> None:
+        """Measure the norm of the gradient of every term with respect to the feature maps of the neck."""
+        loss.watch, self._hook = None, self._hook.remove()
+        norms = []
+        for part in loss.parts(preds, batch).values():
+            grads = part_gradients(part * scale, preds["feats"])
+            norm = torch.nn.utils.get_total_norm([g.float() / scale for g in grads if g is not None])
+            norms.append(norm.float().to(part.device))
+        self.terms = [k.removesuffix("_loss") for k in loss.loss_names]
+        self.norms.append(torch.stack(norms))
+        if one_branch:
+            self._measure_chance(loss, preds, batch)
+
+    def _measure_chance(self, loss: FewShotLoss, preds: dict[str, Any], batch: dict[str, Any]) -> None:
+        """Measure the chance level of every term."""
+        loss.watch = None
+        self.chance.append(loss.chance(preds, batch))
+
+    def columns(self) -> dict[str, float]:
+        """Return the columns for results.csv: means of the epoch over the measurements that are finite.
+
+        Returns:
+            (dict[str, float]): `grad/<term>`, gradient norm of the weighted term; `share/<term>`, its part of the sum
+                over all terms; `chance/<term>`, its chance level in the units of `train/<term>_loss`.
+        """
+        if not self.every:
+            return {}
+        norms, chance = (torch.stack(x).cpu().double() if x else torch.zeros(0, 0) for x in (self.norms, self.chance))
+        ok = torch.isfinite(norms).all(1) & torch.isfinite(chance).all(1)
+        n = len(self.terms)
+        norms, chance = (x[ok].mean(0) if ok.any() else torch.zeros(n) for x in (norms, chance))
+        share = norms / norms.sum().clamp(min=1e-30)
+        tables = {"grad": norms, "share": share, "chance": chance}
+        return {f"{k}/{t}": float(f"{v:.5g}") for k, row in tables.items() for t, v in zip(self.terms, row.tolist())}
+
+
+def _separate(head: nn.Module, inputs: tuple[list[torch.Tensor], ...]) -> tuple[list[torch.Tensor], ...]:
+    """Give every feature map a node of its own, since one is computed from another, and a gradient, also if frozen."""
+    views = [x.view_as(x) for x in inputs[0]]
+    return ([x if x.requires_grad else x.requires_grad_() for x in views], *inputs[1:])
+
+
+def report(rows: list[dict[str, float]], args: Any) -> str:
+    """Say in words how the loss terms did: what dominates, what sits at chance, what was clamped and skipped.
+
+    Args:
+        rows (list[dict[str, float]]): Rows of results.csv, one for each epoch.
+        args (Any): Arguments of the run.
+
+    Returns:
+        (str): One paragraph; "" if nothing was measured.
+    """
+    terms = [k.removeprefix("share/") for k in rows[-1] if k.startswith("share/")] if rows else []
+    if not terms:
+        return ""
+    last = rows[-1]
+    shares = {t: last[f"share/{t}"] for t in terms}
+    top = max(shares, key=shares.get)
+    listed = ", ".join(f"{t} {v:.0%}" for t, v in sorted(shares.items(), key=lambda x: -x[1]))
+    says = [f"Gradient at the neck by term: {listed}."]
+    if shares[top] > DOMINANT:
+        gain = getattr(args, gain_key(top), None)  # a term of the user's own has none
+        what = f"{gain_key(top)}={gain} is the key to lower" if gain else "lower its gain"
+        says.append(f"{top} dominates; {what} if it should not.")
+    idle = [t for t in terms if last[f"chance/{t}"] > 0 and last[f"train/{t}_loss"] >= AT_CHANCE * last[f"chance/{t}"]]
+    for t in idle:
+        value, chance = last[f"train/{t}_loss"], last[f"chance/{t}"]
+        says.append(f"{t} sits at chance ({value:.4g}, chance {chance:.4g}): {REMEDIES.get(t, OWN)}.")
+    if not idle:
+        says.append("No term sits at chance.")
+    count = {k: int(sum(r[f"train/{k}"] for r in rows)) for k in COUNTS}
+    total = int(sum(r["train/steps"] for r in rows))
+    says.append(
+        f"Of {total} steps {count['clipped']} were clipped, {count['overflows']} skipped for an overflow of AMP and "
+        f"{count['skipped']} because something was not finite."
+    )
+    if count["skipped"]:
+        says.append("The warnings in the log name what it was and what to change.")
+    if count["means_clamped"] or count["sides_clamped"]:
+        says.append(
+            f"The DFL was clamped {count['means_clamped']} times in its mean and on {count['sides_clamped']} sides."
+        )
+    if count["means_clamped"] > total * CLAMPED and args.dfl_clamp_mode == "hard":
+        says.append("A hard clamp passes no gradient: set dfl_clamp_mode=rescale, or train stage 1 first.")
+    return " ".join(says)

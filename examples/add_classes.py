@@ -1,8 +1,8 @@
-"""Teach a few-shot detector new classes from a few labelled examples, and measure how well it finds them.
+"""Teach a few-shot detector new classes from a few labeled examples, and measure how well it finds them.
 
     python examples/add_classes.py best.pt shots.yaml
 
-`shots.yaml` is a YOLO data.yaml: its train split holds the labelled examples, its val split pictures to measure on.
+`shots.yaml` is a YOLO data.yaml: its train split holds the labeled examples, its val split images to measure on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from yolo_fewshot import FewShotYOLO
 
 
 def main(weights: str, support: str) -> float:
-    """Enrol the classes of `support` and validate on its val split.
+    """Enroll the classes of `support` and validate on its val split.
 
     Args:
         weights (str): Few-shot checkpoint.

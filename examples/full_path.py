@@ -1,4 +1,4 @@
-"""The full path on the built-in data: base training, episodes, enrolment, adaptation, ONNX.
+"""The full path on the built-in data: base training, episodes, enrollment, adaptation, ONNX.
 
     python examples/full_path.py
 
@@ -42,7 +42,7 @@ def main(base: str = "fewshot-demo.yaml", novel: str = "fewshot-demo-novel.yaml"
     few_shot = str(model.trainer.best)
     found["episodes, enrolled"] = measure(few_shot, novel)
 
-    # 3: some steps on the shots, from the enrolment. The result knows the novel classes.
+    # 3: some steps on the shots, from the enrollment. The result knows the novel classes.
     model = FewShotYOLO(few_shot)
     model.train(data=novel, **{"cfg": "stage3.yaml", **common})
     adapted = FewShotYOLO(model.trainer.best)

@@ -24,7 +24,7 @@ def main(data: str = "fewshot-demo.yaml", novel: str = "gear,key,tree", out: str
     """Split a data set, and say what to do with it.
 
     Args:
-        data (str): data.yaml, or COCO json of the train pictures.
+        data (str): data.yaml, or COCO json of the train images.
         novel (str): Names of the novel classes.
         out (str): Folder to write.
         **more (Any): Further arguments of `split`; with a COCO json `images`, `val` and `val_images`.

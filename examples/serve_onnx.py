@@ -23,7 +23,7 @@ class Detection(NamedTuple):
     Attributes:
         name (str): Class name.
         score (float): Confidence, 0 to 1.
-        box (tuple[float, ...]): Corners x1, y1, x2, y2 in pixels of the picture.
+        box (tuple[float, ...]): Corners x1, y1, x2, y2 in pixels of the image.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Detection(NamedTuple):
 
 
 class Detector:
-    """A YOLO detector in an ONNX file of a fixed picture size, exported without `nms=True`."""
+    """A YOLO detector in an ONNX file of a fixed image size, exported without `nms=True`."""
 
     def __init__(self, file: str):
         """Load it.
@@ -45,42 +45,42 @@ class Detector:
         self.names: dict[int, str] = ast.literal_eval(metadata["names"])
         self.height, self.width = ast.literal_eval(metadata["imgsz"])
 
-    def __call__(self, picture: np.ndarray, conf: float = 0.25, iou: float = 0.7) -> list[Detection]:
+    def __call__(self, image: np.ndarray, conf: float = 0.25, iou: float = 0.7) -> list[Detection]:
         """Detect.
 
         Args:
-            picture (np.ndarray): BGR picture, (h, w, 3) uint8.
+            image (np.ndarray): BGR image, (h, w, 3) uint8.
             conf (float): Least confidence.
             iou (float): Overlap above which the weaker of two boxes of a class goes.
 
         Returns:
             (list[Detection]): Detections, the best first.
         """
-        pixels, scale, margin = self.letterbox(picture)
+        pixels, scale, margin = self.letterbox(image)
         rows = self.session.run(None, {self.session.get_inputs()[0].name: pixels})[0][0].T  # (anchors, 4 + classes)
         scores, classes = rows[:, 4:].max(1), rows[:, 4:].argmax(1)
         rows, scores, classes = (x[scores > conf] for x in (rows, scores, classes))
-        centre, size = (rows[:, :2] - margin) / scale, rows[:, 2:4] / scale
-        corners = np.concatenate([centre - size / 2, centre + size / 2], 1)
+        center, size = (rows[:, :2] - margin) / scale, rows[:, 2:4] / scale
+        corners = np.concatenate([center - size / 2, center + size / 2], 1)
         kept = cv2.dnn.NMSBoxesBatched(
             np.concatenate([corners[:, :2], size], 1).tolist(), scores.tolist(), classes.tolist(), conf, iou
         )
-        limit = np.tile(picture.shape[1::-1], 2)
+        limit = np.tile(image.shape[1::-1], 2)
         found = [
             Detection(self.names[classes[i]], float(scores[i]), tuple(corners[i].clip(0, limit).tolist())) for i in kept
         ]
         return sorted(found, key=lambda x: -x.score)
 
-    def letterbox(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-        """Return a picture for the network, (1, 3, H, W) float32 in 0..1 RGB, its scale and margin in x and y."""
-        h, w = picture.shape[:2]
+    def letterbox(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+        """Return a image for the network, (1, 3, H, W) float32 in 0..1 RGB, its scale and margin in x and y."""
+        h, w = image.shape[:2]
         scale = min(self.height / h, self.width / w)
         size = round(w * scale), round(h * scale)
         left, top = (round((m - s) / 2 - 0.1) for m, s in zip((self.width, self.height), size))
         canvas = np.full((self.height, self.width, 3), 114, np.uint8)
         if size != (w, h):
-            picture = cv2.resize(picture, size, interpolation=cv2.INTER_LINEAR)
-        canvas[top : top + size[1], left : left + size[0]] = picture
+            image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+        canvas[top : top + size[1], left : left + size[0]] = image
         return (
             np.ascontiguousarray(canvas[..., ::-1].transpose(2, 0, 1)[None], np.float32) / 255,
             np.divide(size, (w, h)),
@@ -88,18 +88,18 @@ class Detector:
         )
 
 
-def main(file: str, picture: str, conf: str = "0.25") -> list[Detection]:
-    """Print what is in a picture.
+def main(file: str, image: str, conf: str = "0.25") -> list[Detection]:
+    """Print what is in a image.
 
     Args:
         file (str): ONNX file.
-        picture (str): Picture.
+        image (str): Image.
         conf (str): Least confidence.
 
     Returns:
         (list[Detection]): Detections.
     """
-    found = Detector(file)(cv2.imread(picture), float(conf))
+    found = Detector(file)(cv2.imread(image), float(conf))
     for name, score, box in found:
         print(f"{name:<16}{score:.3f}  " + " ".join(f"{x:.1f}" for x in box))
     return found

@@ -3,7 +3,7 @@
     yolo track model=best.pt source=street.mp4 support=shots.yaml
     python examples/track_video.py best.pt fewshot-demo-novel.yaml street.mp4
 
-Without a video of yours one is made of the built-in data: a picture that moves.
+Without a video of yours one is made of the built-in data: a image that moves.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(weights: str, support: str = "fewshot-demo-novel.yaml", video: str = ""
     Returns:
         (dict[str, int]): How many objects of each class were followed.
     """
-    video = video or str(moving_picture(next(Path(check_det_dataset(support)["val"]).glob("*")), Path("moving.mp4")))
+    video = video or str(moving_image(next(Path(check_det_dataset(support)["val"]).glob("*")), Path("moving.mp4")))
     model, tracks = FewShotYOLO(weights), {}
     for frame in model.track(video, support=support, stream=True, **{"save": True, "verbose": False, **settings}):
         if frame.boxes.is_track:
@@ -42,23 +42,23 @@ def main(weights: str, support: str = "fewshot-demo-novel.yaml", video: str = ""
     return counts
 
 
-def moving_picture(picture: Path, video: Path, frames: int = 30) -> Path:
-    """Write a video in which a picture moves to the right and down.
+def moving_image(image: Path, video: Path, frames: int = 30) -> Path:
+    """Write a video in which a image moves to the right and down.
 
     Args:
-        picture (Path): Picture.
+        image (Path): Image.
         video (Path): MP4 file to write.
         frames (int): Number of frames.
 
     Returns:
         (Path): The file.
     """
-    image = cv2.imread(str(picture))
-    h, w = image.shape[:2]
+    pixels = cv2.imread(str(image))
+    h, w = pixels.shape[:2]
     writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"mp4v"), 10, (w, h))
     for i in range(frames):
         shift = np.float32([[1, 0, i / 2], [0, 1, i / 4]])
-        writer.write(cv2.warpAffine(image, shift, (w, h), borderMode=cv2.BORDER_REFLECT))
+        writer.write(cv2.warpAffine(pixels, shift, (w, h), borderMode=cv2.BORDER_REFLECT))
     writer.release()
     return video
 

@@ -2,7 +2,7 @@
 
     python examples/tune_gains.py best.pt base.yaml iterations=20
 
-The tuner keeps what gives the best mAP on the *base* val split. It knows nothing of novel classes, whose query pictures
+The tuner keeps what gives the best mAP on the *base* val split. It knows nothing of novel classes, whose query images
 must not choose anything; to tune for new classes, hold some base classes out as `yolo-fewshot split` does.
 """
 

@@ -44,23 +44,23 @@ def ultralytics_home() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def draw_tiny() -> Callable[[Path, int], Path]:
-    """A function that draws a data set of 4 classes, pictures of 64 px, and tiny models into a folder."""
+    """A function that draws a data set of 4 classes, images of 64 px, and tiny models into a folder."""
     import cv2
     import numpy as np
 
     from yolo_fewshot.paths import cfg_dir
 
-    def draw(root: Path, pictures: int) -> Path:
+    def draw(root: Path, images: int) -> Path:
         rng = np.random.default_rng(0)
         for split in ("train", "val"):
             (root / "images" / split).mkdir(parents=True)
             (root / "labels" / split).mkdir(parents=True)
-            for i in range(pictures):
-                picture = rng.integers(180, 220, (64, 64, 3), dtype=np.uint8)
+            for i in range(images):
+                image = rng.integers(180, 220, (64, 64, 3), dtype=np.uint8)
                 x, y, s = rng.integers((4, 4, 20), (28, 28, 32)).tolist()
-                colour = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)][i % 4]
-                cv2.rectangle(picture, (x, y), (x + s, y + s), colour, -1)
-                cv2.imwrite(str(root / f"images/{split}/{i:02}.png"), picture)
+                color = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)][i % 4]
+                cv2.rectangle(image, (x, y), (x + s, y + s), color, -1)
+                cv2.imwrite(str(root / f"images/{split}/{i:02}.png"), image)
                 box = [(x + s / 2) / 64, (y + s / 2) / 64, s / 64, s / 64]
                 (root / f"labels/{split}/{i:02}.txt").write_text(" ".join(map(str, [i % 4, *box])))
         (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [blue, green, red, black]\n")
@@ -97,20 +97,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def batch() -> dict[str, Any]:
-    """An episode of 2 ways: classes 0 and 1 were drawn, 2 and 3 happen to be in the pictures too."""
+    """An episode of 2 ways: classes 0 and 1 were drawn, 2 and 3 happen to be in the images too."""
     import torch
 
     g = torch.Generator().manual_seed(0)
-    per_picture = [[0, 2], [1], [0], [1, 3], [1, 2], [0, 3]]
-    cls = torch.tensor([c for p in per_picture for c in p]).float()[:, None]
-    index = torch.tensor([i for i, p in enumerate(per_picture) for _ in p]).float()
-    place = torch.tensor([j for p in per_picture for j, _ in enumerate(p)])
-    centre = torch.where(place[:, None] == 0, torch.tensor([[0.3, 0.3]]), torch.tensor([[0.7, 0.7]]))
+    per_image = [[0, 2], [1], [0], [1, 3], [1, 2], [0, 3]]
+    cls = torch.tensor([c for p in per_image for c in p]).float()[:, None]
+    index = torch.tensor([i for i, p in enumerate(per_image) for _ in p]).float()
+    place = torch.tensor([j for p in per_image for j, _ in enumerate(p)])
+    center = torch.where(place[:, None] == 0, torch.tensor([[0.3, 0.3]]), torch.tensor([[0.7, 0.7]]))
     size = 0.3 + 0.1 * torch.rand(len(cls), 2, generator=g)
     return {
-        "img": torch.rand(len(per_picture), 3, 96, 96, generator=g),
+        "img": torch.rand(len(per_image), 3, 96, 96, generator=g),
         "cls": cls,
-        "bboxes": torch.cat([centre, size], 1),
+        "bboxes": torch.cat([center, size], 1),
         "batch_idx": index,
         "support": torch.tensor([True] * 2 + [False] * 4),
         "way": torch.tensor([0, 1, 0, 1, 1, 0]),

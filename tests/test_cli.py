@@ -14,18 +14,18 @@ from ultralytics import YOLO
 from yolo_fewshot import FewShotYOLO, cli
 from yolo_fewshot.data.checks import Finding
 from yolo_fewshot.data.demo import BASE, draw_glyph
-from yolo_fewshot.enroll.enroll import enroll as enrolment
+from yolo_fewshot.enroll.enroll import enroll as enrollment
 
 
 @pytest.fixture(scope="module")
 def crops(tmp_path_factory):
-    """Three pictures each of two classes."""
+    """Three images each of two classes."""
     root, rng = tmp_path_factory.mktemp("crops"), np.random.default_rng(0)
     for name in ("hourglass", "umbrella"):
         (root / name).mkdir()
         for i in range(3):
-            picture = 220 - draw_glyph(name, 48, rng)[..., None] * np.array([180, 120, 60])
-            assert cv2.imwrite(str(root / name / f"{i}.png"), picture.astype(np.uint8))
+            image = 220 - draw_glyph(name, 48, rng)[..., None] * np.array([180, 120, 60])
+            assert cv2.imwrite(str(root / name / f"{i}.png"), image.astype(np.uint8))
     return root
 
 
@@ -156,8 +156,8 @@ def test_the_split_end_to_end(tmp_path, monkeypatch, caplog):
         for kind in ("images", "labels"):
             (tmp_path / kind / folder).mkdir(parents=True)
         for i in range(4):
-            picture = np.full((32, 32, 3), 10 * i + 100 * (folder == "val"), np.uint8)
-            assert cv2.imwrite(f"images/{folder}/{i}.png", picture)
+            image = np.full((32, 32, 3), 10 * i + 100 * (folder == "val"), np.uint8)
+            assert cv2.imwrite(f"images/{folder}/{i}.png", image)
             Path(f"labels/{folder}/{i}.txt").write_text(f"{i % 2} 0.5 0.5 0.5 0.5\n")
     Path("2024.yaml").write_text("train: images/train\nval: images/val\nnames: [bus, car]\n")
     cli.main(["split", "data=2024.yaml", "novel=bus", "out=7", "shots=1,2", "seeds=1"])
@@ -182,8 +182,8 @@ def test_the_help_is_a_table():
 
 
 def test_an_unknown_command(nothing_loaded):
-    text = text_of("enrol", "model=best.pt")
-    assert text.startswith("'enrol' is no command of yolo-fewshot.") and cli.usage() in text
+    text = text_of("enroll", "model=best.pt")
+    assert text.startswith("'enroll' is no command of yolo-fewshot.") and cli.usage() in text
 
 
 def test_an_unknown_key_gets_a_suggestion(nothing_loaded):
@@ -230,7 +230,7 @@ def test_enrolling_end_to_end(trained, crops, tmp_path, monkeypatch, caplog):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_picture_that_cannot_be_drawn_costs_nothing_but_the_picture(trained, crops, tmp_path, monkeypatch, caplog):
+def test_a_image_that_cannot_be_drawn_costs_nothing_but_the_image(trained, crops, tmp_path, monkeypatch, caplog):
     """Not even if the process ends there."""
     argv = ["enroll", f"model={trained[1].best}", f"support={crops}", f"save={tmp_path}/a.pt", "enroll=mean"]
     monkeypatch.setattr("yolo_fewshot.plots.support._table", lambda *_: 1 / 0)
@@ -263,7 +263,7 @@ def test_an_error_leaves_an_existing_file_untouched(trained, crops, tmp_path, mo
     ):
         text = text_of("enroll", *(f"{k}={v}" for k, v in {**argv, **change}.items()))
         assert re.match(error, text), text
-    monkeypatch.setattr(enrolment, "thresholds", lambda *_: 1 / 0)
+    monkeypatch.setattr(enrollment, "thresholds", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["enroll", *(f"{k}={v}" for k, v in argv.items())])
     assert (tmp_path / "site.pt").read_bytes() == b"old"

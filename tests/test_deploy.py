@@ -25,30 +25,30 @@ IMGSZ = 96
 
 
 @pytest.fixture(scope="module")
-def pictures(demo):
-    """Pictures of novel classes and of base classes."""
+def images(demo):
+    """Images of novel classes and of base classes."""
     return [*sorted((demo / "images/novel_query").glob("*.jpg"))[:6], *sorted((demo / "images/val").glob("*.jpg"))[:4]]
 
 
-def predict(model, pictures, **kwargs):
-    """Boxes, confidence and class of the detections of every picture."""
-    results = model.predict(pictures, **{"imgsz": IMGSZ, "verbose": False, "device": "cpu", **kwargs})
+def predict(model, images, **kwargs):
+    """Boxes, confidence and class of the detections of every image."""
+    results = model.predict(images, **{"imgsz": IMGSZ, "verbose": False, "device": "cpu", **kwargs})
     return [r.boxes.data.float().cpu() for r in results]
 
 
 @pytest.fixture(scope="module")
-def conf(enrolled, pictures):
+def conf(enrolled, images):
     """A confidence threshold to which no score is near, so that rounding changes no number of detections."""
-    scores = torch.cat(predict(FewShotYOLO(enrolled), pictures, conf=0.05))[:, 4]
+    scores = torch.cat(predict(FewShotYOLO(enrolled), images, conf=0.05))[:, 4]
     scores = scores[scores < 0.15].sort()[0]
     gap = scores.diff()
     return round(float(scores[gap.argmax()] + gap.max() / 2), 4)
 
 
 @pytest.fixture(scope="module")
-def expected(enrolled, pictures, conf):
+def expected(enrolled, images, conf):
     """What the few-shot model itself predicts."""
-    found = predict(FewShotYOLO(enrolled), pictures, conf=conf)
+    found = predict(FewShotYOLO(enrolled), images, conf=conf)
     classes = torch.cat(found)[:, 5]
     assert sum(len(x) > 0 for x in found) >= 8 and (classes < 24).sum() >= 5 and (classes >= 24).sum() >= 15
     return found
@@ -102,11 +102,11 @@ def float32_openvino(monkeypatch):
         monkeypatch.setattr(openvino.Core, "compile_model", compile_model)
 
 
-def test_an_exported_model_predicts_the_same(exported, pictures, expected, conf):
+def test_an_exported_model_predicts_the_same(exported, images, expected, conf):
     name, path, _ = exported
     model = YOLO(path, task="detect")
     assert type(model) is YOLO
-    same(predict(model, pictures, conf=conf), expected, scores=5e-3 if "fp16" in name else 1e-3)
+    same(predict(model, images, conf=conf), expected, scores=5e-3 if "fp16" in name else 1e-3)
 
 
 def metadata(path):
@@ -122,9 +122,9 @@ def metadata(path):
     return {x.key: x.value for x in onnx.load(path).metadata_props}
 
 
-def test_an_exported_model_is_a_stock_detector_that_knows_the_new_names(exported, pictures, conf):
+def test_an_exported_model_is_a_stock_detector_that_knows_the_new_names(exported, images, conf):
     _, path, _ = exported
-    (result,) = YOLO(path, task="detect").predict(pictures[0], imgsz=IMGSZ, conf=conf, device="cpu", verbose=False)
+    (result,) = YOLO(path, task="detect").predict(images[0], imgsz=IMGSZ, conf=conf, device="cpu", verbose=False)
     assert list(result.names.values()) == [*BASE, *NOVEL]
     assert {result.names[int(c)] for c in result.boxes.cls} & set(NOVEL)
     assert metadata(path)["head"] == "Detect" and metadata(path)["task"] == "detect"
@@ -132,24 +132,24 @@ def test_an_exported_model_is_a_stock_detector_that_knows_the_new_names(exported
         assert b"yolo_fewshot" not in file.read_bytes() and b"rototypes" not in file.read_bytes()
 
 
-def test_exporting_leaves_the_model_as_it_is(exported, enrolled, pictures, expected, conf):
+def test_exporting_leaves_the_model_as_it_is(exported, enrolled, images, expected, conf):
     _, _, model = exported
     assert type(model.model) is FewShotDetectionModel and not model.model.is_fused()
     before, after = FewShotYOLO(enrolled).model.state_dict(), model.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    same(predict(model, pictures, conf=conf), expected, boxes=0, scores=0)
+    same(predict(model, images, conf=conf), expected, boxes=0, scores=0)
 
 
-def test_a_dynamic_export_takes_other_sizes_and_batches(enrolled, pictures, expected, conf, tmp_path):
+def test_a_dynamic_export_takes_other_sizes_and_batches(enrolled, images, expected, conf, tmp_path):
     pytest.importorskip("onnxruntime")
     shutil.copy(enrolled, tmp_path / "site.pt")
     model = FewShotYOLO(tmp_path / "site.pt")
     exported = YOLO(model.export(format="onnx", dynamic=True, imgsz=IMGSZ), task="detect")
-    same(predict(exported, pictures, conf=conf), expected)
+    same(predict(exported, images, conf=conf), expected)
     settings = {"imgsz": 128, "conf": 0.2, "batch": 3}
-    expected = predict(model, pictures, **settings)
+    expected = predict(model, images, **settings)
     assert sum(map(len, expected)) > 10
-    same(predict(exported, pictures, **settings), expected)
+    same(predict(exported, images, **settings), expected)
 
 
 def test_a_failing_export_gives_the_model_back(enrolled):
@@ -202,12 +202,12 @@ def run(command, cwd, **env):
     )
 
 
-def test_a_folded_model_predicts_the_same_where_this_package_is_missing(enrolled, pictures, expected, conf, tmp_path):
+def test_a_folded_model_predicts_the_same_where_this_package_is_missing(enrolled, images, expected, conf, tmp_path):
     model = FewShotYOLO(enrolled).fold()
     assert type(model.model) is DetectionModel and type(model.model.model[-1]) is Detect
     model.save(tmp_path / "folded.pt")
     done = run(
-        [sys.executable, "-c", ALONE, IMGSZ, conf, *pictures],
+        [sys.executable, "-c", ALONE, IMGSZ, conf, *images],
         tmp_path,
         YOLO_FEWSHOT_DISABLE="1",
     )
@@ -220,17 +220,17 @@ def test_a_folded_model_predicts_the_same_where_this_package_is_missing(enrolled
 
 
 @pytest.fixture(scope="module")
-def site(trained, pictures, demo, tmp_path_factory):
-    """A folder with a checkpoint, a support set, data to validate on, pictures, and a stock model."""
+def site(trained, images, demo, tmp_path_factory):
+    """A folder with a checkpoint, a support set, data to validate on, images, and a stock model."""
     root = tmp_path_factory.mktemp("site")
     shutil.copy(trained[1].best, root / "best.pt")
-    (root / "val.txt").write_text("\n".join(map(str, pictures)))
+    (root / "val.txt").write_text("\n".join(map(str, images)))
     names = dict(enumerate((*BASE, *NOVEL)))
     YAML.save(root / "shots.yaml", {"path": str(demo), "train": "novel_5shot.txt", "names": names})
     YAML.save(root / "all.yaml", {"path": str(root), "train": "val.txt", "val": "val.txt", "names": names})
     (root / "frames").mkdir()
     for i in range(3):  # nothing moves
-        shutil.copy(pictures[0], root / f"frames/{i}.jpg")
+        shutil.copy(images[0], root / f"frames/{i}.jpg")
     thresholds = {"track_high_thresh": 0.05, "track_low_thresh": 0.01, "new_track_thresh": 0.05, "fuse_score": False}
     YAML.save(root / "tracker.yaml", {**YAML.load(ROOT / "cfg/trackers/bytetrack.yaml"), **thresholds})
     YOLO("yolo11n.yaml").save(root / "stock.pt")
@@ -245,9 +245,9 @@ def yolo(site, *args):
     return done.returncode, done.stdout + done.stderr
 
 
-def names_found(text, picture):
-    """The class names in the line of a picture."""
-    (line,) = (x for x in text.splitlines() if picture in x and x.startswith(("image ", "video ")))
+def names_found(text, image):
+    """The class names in the line of a image."""
+    (line,) = (x for x in text.splitlines() if image in x and x.startswith(("image ", "video ")))
     return {name for name in (*BASE, *NOVEL) if f" {name}" in line}
 
 

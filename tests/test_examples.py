@@ -76,7 +76,7 @@ def test_splits_of_yolo_folders_and_of_a_coco_json_are_the_same(example, base, t
 
 
 def shots(file):
-    """The labels of the shots by the names of their pictures."""
+    """The labels of the shots by the names of their images."""
     listed = check_det_dataset(file)["train"]
     files = sorted(x for x in Path(listed).rglob("*.*")) if Path(listed).is_dir() else Path(listed).read_text().split()
     labels = {Path(x).stem: Path(str(x).replace("/images/", "/labels/")).with_suffix(".txt") for x in files}
@@ -128,11 +128,11 @@ def test_serving_with_onnxruntime_alone(example, enrolled, demo):
     assert not any(f"import {x}" in source or f"from {x}" in source for x in ("ultralytics", "torch", "yolo_fewshot"))
     file = FewShotYOLO(enrolled).export(format="onnx", imgsz=96)
     detector, yolo = example("serve_onnx").Detector(file), YOLO(file, task="detect")
-    pictures = [cv2.imread(str(x)) for x in sorted((demo / "images" / "val").iterdir())[:3]]
-    pictures.append(np.ascontiguousarray(pictures[0][:, :103]))  # margins left and right
-    for picture in pictures:
-        want = yolo.predict(picture, imgsz=96, conf=0.2, verbose=False)[0].boxes
-        found = detector(picture, conf=0.2)
+    images = [cv2.imread(str(x)) for x in sorted((demo / "images" / "val").iterdir())[:3]]
+    images.append(np.ascontiguousarray(images[0][:, :103]))  # margins left and right
+    for image in images:
+        want = yolo.predict(image, imgsz=96, conf=0.2, verbose=False)[0].boxes
+        found = detector(image, conf=0.2)
         assert len(found) == len(want) > 0
         assert [x.name for x in found] == [yolo.names[int(c)] for c in want.cls]
         np.testing.assert_allclose([x.score for x in found], want.conf, atol=1e-4)

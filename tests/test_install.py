@@ -95,7 +95,7 @@ def install(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return make_install("editable", tmp_path_factory.mktemp("editable") / "env", None)
 
 
-def test_wheel_has_configs_start_up_files_and_licence_but_no_tests(wheel: Path):
+def test_wheel_has_configs_start_up_files_and_license_but_no_tests(wheel: Path):
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
     assert len(names) == len(set(names))
@@ -163,16 +163,16 @@ def test_disabled_by_the_environment(install: Install, tmp_path: Path):
 
 
 def make_data(root: Path) -> Path:
-    """Draw a data set of eight pictures, two classes of squares, and return its YAML."""
+    """Draw a data set of eight images, two classes of squares, and return its YAML."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         (root / "images" / split).mkdir(parents=True)
         (root / "labels" / split).mkdir(parents=True)
         for i in range(4):
-            picture = rng.integers(0, 80, (64, 64, 3), dtype=np.uint8)
+            image = rng.integers(0, 80, (64, 64, 3), dtype=np.uint8)
             x, y = rng.integers(0, 40, 2)
-            picture[y : y + 24, x : x + 24] = (255, 255, 255) if i % 2 else (0, 0, 255)
-            assert cv2.imwrite(str(root / "images" / split / f"{i}.png"), picture)
+            image[y : y + 24, x : x + 24] = (255, 255, 255) if i % 2 else (0, 0, 255)
+            assert cv2.imwrite(str(root / "images" / split / f"{i}.png"), image)
             box = f"{i % 2} {(x + 12) / 64} {(y + 12) / 64} {24 / 64} {24 / 64}\n"
             (root / "labels" / split / f"{i}.txt").write_text(box)
     data = {"path": str(root), "train": "images/train", "val": "images/val", "names": {0: "red", 1: "white"}}

@@ -36,13 +36,13 @@ def commands(file):
     return [words for x in parts if (words := shlex.split(x, comments=True))]
 
 
-def write_data(folder, names, pictures):
-    """Write a data set in which picture i of each split shows classes i and i + 7, and return its data.yaml."""
+def write_data(folder, names, images):
+    """Write a data set in which image i of each split shows classes i and i + 7, and return its data.yaml."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for kind in ("images", "labels"):
             (folder / kind / split).mkdir(parents=True)
-        for i in range(pictures):
+        for i in range(images):
             cv2.imwrite(str(folder / f"images/{split}/{i:04}.png"), rng.integers(0, 256, (48, 48, 3), np.uint8))
             rows = [[c % len(names), x, x, 0.4, 0.4] for c, x in ((i, 0.25), (i + 7, 0.75))]
             text = "".join(f"{c} {x} {y} {w} {h}\n" for c, x, y, w, h in rows)

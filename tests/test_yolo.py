@@ -17,7 +17,7 @@ from ultralytics.utils import YAML
 
 from yolo_fewshot import FewShotYOLO, files
 from yolo_fewshot.data.demo import BASE, NOVEL, SIZE, draw_glyph, draw_scene
-from yolo_fewshot.enroll.enroll import enroll as enrolment
+from yolo_fewshot.enroll.enroll import enroll as enrollment
 from yolo_fewshot.enroll.enroll import features
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
@@ -38,41 +38,41 @@ def queries(demo):
 @pytest.fixture(scope="module")
 def tensor(queries):
     """The queries as the network takes them."""
-    pictures = [cv2.resize(cv2.imread(str(f)), (96, 96))[..., ::-1].copy() for f in queries]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    images = [cv2.resize(cv2.imread(str(f)), (96, 96))[..., ::-1].copy() for f in queries]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Two pictures each of an hourglass and of a star, as a data.yaml."""
+    """Two images each of an hourglass and of a star, as a data.yaml."""
     return scenes(tmp_path_factory.mktemp("few"), [("hourglass", 0)] * 2 + [("star", 1)] * 2, ["hourglass", "star"])
 
 
 def scenes(root, objects, names, file="shots.yaml"):
-    """Write a picture for every (glyph, class index), with its label, and return the data.yaml."""
+    """Write a image for every (glyph, class index), with its label, and return the data.yaml."""
     rng = np.random.default_rng(0)
     for folder in ("images", "labels"):
         (root / folder).mkdir(parents=True)
     for i, (glyph, c) in enumerate(objects):
-        picture, boxes = draw_scene([glyph], rng)
+        image, boxes = draw_scene([glyph], rng)
         x1, y1, x2, y2 = boxes[0] / SIZE
-        assert cv2.imwrite(str(root / f"images/{i:02}.png"), picture)
+        assert cv2.imwrite(str(root / f"images/{i:02}.png"), image)
         (root / f"labels/{i:02}.txt").write_text(f"{c} {(x1 + x2) / 2} {(y1 + y2) / 2} {x2 - x1} {y2 - y1}\n")
     YAML.save(root / file, {"path": str(root), "train": "images", "names": names})
     return root / file
 
 
 def crops(demo, root):
-    """Cut the five shots of every novel class out of their pictures."""
-    for picture in (demo / "novel_5shot.txt").read_text().split():
-        image = cv2.imread(str(demo / picture))
-        rows = (demo / picture.replace("images", "labels")).with_suffix(".txt").read_text().splitlines()
+    """Cut the five shots of every novel class out of their images."""
+    for image in (demo / "novel_5shot.txt").read_text().split():
+        pixels = cv2.imread(str(demo / image))
+        rows = (demo / image.replace("images", "labels")).with_suffix(".txt").read_text().splitlines()
         for i, row in enumerate(rows):
             c, x, y, w, h = map(float, row.split())
             x1, y1, x2, y2 = (round(v * SIZE) for v in (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
-            file = root / ALL[int(c)] / f"{Path(picture).stem}-{i}.png"
+            file = root / ALL[int(c)] / f"{Path(image).stem}-{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            assert cv2.imwrite(str(file), image[y1:y2, x1:x2])
+            assert cv2.imwrite(str(file), pixels[y1:y2, x1:x2])
     return root
 
 
@@ -104,15 +104,15 @@ def novel_map50(model):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The (support set, imgsz, method) of every enrolment."""
-    seen, stock = [], enrolment.enroll
+    """The (support set, imgsz, method) of every enrollment."""
+    seen, stock = [], enrollment.enroll
 
     def enroll(*args, **kwargs):
         given = inspect.signature(stock).bind(*args, **kwargs).arguments
         seen.append((given["support"].source.name, given["imgsz"], given["method"]))
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(enrolment, "enroll", enroll)
+    monkeypatch.setattr(enrollment, "enroll", enroll)
     return seen
 
 
@@ -140,14 +140,14 @@ def test_a_yaml_and_a_stock_model():
     assert type(YOLO("yolo11n.yaml", verbose=False)) is YOLO
 
 
-# Enrolment ------------------------------------------------------------------------------------------------------------
+# Enrollment -------------------------------------------------------------------------------------------------------
 
 
 def test_a_yaml_and_a_list_enroll_the_same(model, demo, tmp_path):
     assert model.enroll(SHOTS, method="mean") == dict.fromkeys(NOVEL, 5)
     assert list(model.names.values()) == ALL and model.model.nc == model.model.yaml["nc"] == 32
-    for picture in (demo / "novel_5shot.txt").read_text().split():
-        for file in (picture, picture.replace("images", "labels").replace(".jpg", ".txt")):
+    for image in (demo / "novel_5shot.txt").read_text().split():
+        for file in (image, image.replace("images", "labels").replace(".jpg", ".txt")):
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(demo / file, tmp_path / file)
     (tmp_path / "list.txt").write_text((demo / "novel_5shot.txt").read_text())
@@ -158,7 +158,7 @@ def test_a_yaml_and_a_list_enroll_the_same(model, demo, tmp_path):
     assert all(equal(v, expected[k]) for k, v in classifiers(other).items()) and other.names == model.names
 
 
-def test_crops_enroll_about_as_well_as_labelled_pictures(model, demo, tmp_path):
+def test_crops_enroll_about_as_well_as_labeled_images(model, demo, tmp_path):
     assert model.enroll(crops(demo, tmp_path / "crops")) == dict.fromkeys(sorted(NOVEL), 5)
     assert list(model.names.values()) == [*BASE, *sorted(NOVEL)]
     ap = novel_map50(model)
@@ -184,7 +184,7 @@ def test_each_method_does_what_it_says(model):
     assert all(equal(found["auto"][n], found[used[i]][n]) for i, n in enumerate(NOVEL))
 
 
-def test_enrolment_changes_no_weight_and_no_logit_of_a_trained_class(model, tensor):
+def test_enrollment_changes_no_weight_and_no_logit_of_a_trained_class(model, tensor):
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     scores = logits(model, tensor)
     model.enroll(SHOTS)
@@ -218,7 +218,7 @@ def test_enrolling_again_replaces_and_adds_nothing(model, few):
     assert list(model.model.enrolled) == [*NOVEL, "star"]
 
 
-def test_enrolment_looks_at_mirrored_pictures_where_training_did(model, few, monkeypatch):
+def test_enrollment_looks_at_mirrored_images_where_training_did(model, few, monkeypatch):
     seen, stock = [], features.show
     monkeypatch.setattr(features, "show", lambda batch, view, stride: seen.append(view) or stock(batch, view, stride))
     model.enroll(few)
@@ -231,7 +231,7 @@ def test_enrolment_looks_at_mirrored_pictures_where_training_did(model, few, mon
     assert {v.flip for v in seen} == {False} and {v.gain for v in seen} == {1.0}
 
 
-def test_pictures_have_the_size_of_training_if_none_is_given(model, few, calls):
+def test_images_have_the_size_of_training_if_none_is_given(model, few, calls):
     model.enroll(few)
     model.enroll(few, imgsz=128, method="fit")
     model.predict(np.zeros((96, 96, 3), np.uint8), support=few, imgsz=(96, 160), verbose=False)
@@ -244,14 +244,14 @@ def test_devices_in_every_form_of_ultralytics(model, few):
         assert model.enroll(few, device=device, method="mean") == {"hourglass": 2, "star": 2}
 
 
-def test_a_support_set_of_a_few_hundred_small_pictures(model, tmp_path):
+def test_a_support_set_of_a_few_hundred_small_images(model, tmp_path):
     rng = np.random.default_rng(0)
     for name in ("hourglass", "umbrella", "hash"):
         (tmp_path / name).mkdir()
         for i in range(70):
             ink = draw_glyph(name, int(rng.integers(24, 44)), rng)
-            picture = 200 - ink[..., None] * rng.integers(100, 200, 3)
-            assert cv2.imwrite(str(tmp_path / name / f"{i}.png"), picture.astype(np.uint8))
+            image = 200 - ink[..., None] * rng.integers(100, 200, 3)
+            assert cv2.imwrite(str(tmp_path / name / f"{i}.png"), image.astype(np.uint8))
     assert model.enroll(tmp_path, imgsz=64, batch=64) == {"hash": 70, "hourglass": 70, "umbrella": 70}
     assert all(x["conf"] is not None for x in model.model.enrolled.values())
 
@@ -303,9 +303,9 @@ def test_a_trained_class_that_is_enrolled_anew_is_named(model, few, caplog):
     assert not warnings(caplog)
 
 
-def test_a_trained_class_that_is_labelled_beside_a_new_one_stays_as_it_is(model, tmp_path, tensor, caplog):
+def test_a_trained_class_that_is_labeled_beside_a_new_one_stays_as_it_is(model, tmp_path, tensor, caplog):
     shots, before = scenes(tmp_path, [("hourglass", 0)] * 3, ["hourglass", "star"]), logits(model, tensor)
-    for i in range(3):  # the picture shows no star, but its labels say so
+    for i in range(3):  # the image shows no star, but its labels say so
         with open(tmp_path / f"labels/{i:02}.txt", "a") as f:
             f.write("1 0.1 0.1 0.2 0.2\n")
     for _ in range(2):  # the second time hourglass is known, too
@@ -339,7 +339,7 @@ def without(shots, image):
     return shots
 
 
-def test_an_enrolled_class_that_is_labelled_beside_a_new_one_stays_as_it_is(model, few, later, tensor, caplog):
+def test_an_enrolled_class_that_is_labeled_beside_a_new_one_stays_as_it_is(model, few, later, tensor, caplog):
     model.enroll(few)
     before, record = logits(model, tensor), dict(model.model.enrolled["hourglass"])
     assert model.enroll(without(later, 3)) == {"clover": 3}
@@ -411,23 +411,23 @@ def test_new_classes_are_not_said_to_be_enrolled_anew(model, caplog):
     assert not any("anew" in text for text in warnings(caplog))
 
 
-def test_a_doubtful_shot_is_named(model, few, caplog, monkeypatch):
+def test_a_suspect_shot_is_named(model, few, caplog, monkeypatch):
     seen = []
 
     def agreement(features, labels, n):
         seen.append((labels.tolist(), n))
-        return stock(features, labels, n)._replace(doubtful=labels == 1)
+        return stock(features, labels, n)._replace(suspect=labels == 1)
 
-    stock = enrolment.agreement
-    monkeypatch.setattr(enrolment, "agreement", agreement)
+    stock = enrollment.agreement
+    monkeypatch.setattr(enrollment, "agreement", agreement)
     model.enroll(few)
     assert seen == [([0, 0, 1, 1], 2)]  # once
     a, b = (few.parent / f"images/{i}.png" for i in ("02", "03"))
     assert f"star: check {a}, {b}, which looks more like another class" in warnings(caplog)[-1]
-    assert model.shots.doubtful == {"star": [str(a), str(b)]}
+    assert model.shots.suspect == {"star": [str(a), str(b)]}
 
 
-# The picture of the shots ---------------------------------------------------------------------------------------------
+# The image of the shots ---------------------------------------------------------------------------------------------
 
 
 def test_enrolling_draws_the_shots_only_where_it_is_told(model, few, tmp_path, monkeypatch, caplog):
@@ -605,11 +605,11 @@ def test_an_unknown_method_is_refused_before_anything_else(model):
             call()
 
 
-def test_a_failing_enrolment_leaves_the_model_as_it_is(model, few, queries, monkeypatch):
+def test_a_failing_enrollment_leaves_the_model_as_it_is(model, few, queries, monkeypatch):
     before, names = {k: v.clone() for k, v in model.model.state_dict().items()}, dict(model.names)
     with pytest.raises(FileNotFoundError, match=r"support='missing.yaml' does not exist"):
         model.predict(queries, support="missing.yaml")
-    monkeypatch.setattr(enrolment, "thresholds", lambda *_: 1 / 0)
+    monkeypatch.setattr(enrollment, "thresholds", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.predict(queries, support=few)
     after = model.model.state_dict()
@@ -728,10 +728,10 @@ def test_tracking_with_a_support_set_frame_by_frame(model, queries, calls, tmp_p
 
 @pytest.fixture(scope="module")
 def both(demo, tmp_path_factory):
-    """Pictures of base classes and of novel ones to validate on."""
+    """Images of base classes and of novel ones to validate on."""
     root = tmp_path_factory.mktemp("both")
-    pictures = [x for split in ("val", "novel_query") for x in sorted((demo / "images" / split).glob("*.jpg"))[:12]]
-    (root / "val.txt").write_text("\n".join(map(str, pictures)))
+    images = [x for split in ("val", "novel_query") for x in sorted((demo / "images" / split).glob("*.jpg"))[:12]]
+    (root / "val.txt").write_text("\n".join(map(str, images)))
     YAML.save(root / "data.yaml", {"train": "val.txt", "val": "val.txt", "names": ALL, "path": str(root)})
     return root / "data.yaml"
 

@@ -13,7 +13,7 @@ class Key(NamedTuple):
         default (Any): Value in stage 2 where neither the recipe nor the user gives one.
         help (str): One line for the guide and the recipes.
         low (float): Least valid value of a number.
-        high (float): Greatest valid value of a number.
+        high (float): Maximum valid value of a number.
         above (bool): True where `low` itself is invalid.
         choices (tuple[str, ...]): Valid values of a str.
     """
@@ -30,8 +30,8 @@ class Key(NamedTuple):
 KEYS: dict[str, Key] = {
     "stage": Key(int, None, "1: ordinary training of the few-shot head; 2: episodes; 3: adapt to shots", 1, 3),
     "n_way": Key(int, 8, "classes drawn per episode", 1),
-    "k_shot": Key(int, 1, "support pictures per drawn class", 1),
-    "n_query": Key(int, 1, "query pictures per drawn class", 1),
+    "k_shot": Key(int, 1, "support images per drawn class", 1),
+    "n_query": Key(int, 1, "query images per drawn class", 1),
     "episodes": Key(int, 500, "episodes, each one optimizer step, per epoch", 1),
     "wide": Key(bool, True, "every class that has a support object is a way, not only the drawn ones"),
     "supcon": Key(float, 1.2, "gain of the supervised contrastive term"),
@@ -46,8 +46,8 @@ KEYS: dict[str, Key] = {
     "dfl_side_max": Key(float, 20.0, "clamp of the DFL of one side of a box", above=True),
     "dfl_mean_max": Key(float, 15.0, "clamp of the mean DFL of a batch, four sides summed", above=True),
     "dfl_clamp_mode": Key(str, "hard", "gradient above a clamp: zero, or scaled down", choices=("hard", "rescale")),
-    "grad_clip": Key(float, 5.0, "greatest gradient norm of the loss itself, not multiplied by batch size", above=True),
-    "base_replay": Key(str, None, "data.yaml whose train pictures are mixed into the shots of stage 3, half and half"),
+    "grad_clip": Key(float, 5.0, "maximum gradient norm of the loss itself, not multiplied by batch size", above=True),
+    "base_replay": Key(str, None, "data.yaml whose train images are mixed into the shots of stage 3, half and half"),
     "blend": Key(
         float,
         None,
@@ -57,9 +57,7 @@ KEYS: dict[str, Key] = {
     "teacher": Key(
         float, 0.5, "gain of the term of stage 3 by which the start of the run teaches the classes that have no label"
     ),
-    "memory": Key(
-        float, 0.5, "gain of the term of stage 3 that rehearses those classes on the memory of base pictures"
-    ),
+    "memory": Key(float, 0.5, "gain of the term of stage 3 that rehearses those classes on the memory of base images"),
     "steps": Key(int, None, "optimizer steps of stage 3; 300, or 60 passes over the shots if that is more", 1),
     "nonfinite": Key(
         str, "skip", "a step whose loss or gradient is NaN or Inf: skip it, or raise", choices=("skip", "raise")
@@ -184,12 +182,12 @@ def resolve(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def episode_size(args: dict[str, Any]) -> int:
-    """Return the pictures of an episode, n_way x (k_shot + n_query).
+    """Return the images of an episode, n_way x (k_shot + n_query).
 
     Args:
         args (dict[str, Any]): A resolved configuration of stage 2.
 
     Returns:
-        (int): Support and query pictures together.
+        (int): Support and query images together.
     """
     return args["n_way"] * (args["k_shot"] + args["n_query"])

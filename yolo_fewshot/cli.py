@@ -31,7 +31,7 @@ class Command(NamedTuple):
 
 
 def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: Any) -> None:
-    """Enrol the classes of a support set, save the model, and draw the shots beside it.
+    """Enroll the classes of a support set, save the model, and draw the shots beside it.
 
     Args:
         model (str): Few-shot checkpoint.
@@ -101,7 +101,7 @@ def benchmark(**kwargs: Any) -> None:
 COMMANDS = {
     "benchmark": Command(
         benchmark,
-        "measure stock fine-tuning, enrolment, adaptation and ablations on K shots, over several draws",
+        "measure stock fine-tuning, enrollment, adaptation and ablations on K shots, over several draws",
         {"data": "folder that yolo-fewshot split wrote", "model": "few-shot checkpoint after stage 2, i.e. best.pt"},
         {
             "stock": "stock detector trained on base.yaml (model= folded)",
@@ -126,16 +126,16 @@ COMMANDS = {
     ),
     "enroll": Command(
         enroll,
-        "teach a few-shot model new classes from a few labelled examples, and save it",
+        "teach a few-shot model new classes from a few labeled examples, and save it",
         {
             "model": "few-shot checkpoint, i.e. best.pt",
-            "support": "the examples: data.yaml, .txt list of pictures, or folder of crops by class",
+            "support": "the examples: data.yaml, .txt list of images, or folder of crops by class",
             "save": "checkpoint to write",
         },
         {
             "enroll": "auto (default), mean or fit",
-            "imgsz": "picture size, that of training if not given",
-            "batch": "pictures per forward pass (16)",
+            "imgsz": "image size, that of training if not given",
+            "batch": "images per forward pass (16)",
             "device": "device, i.e. 0 or cpu",
             "nms": "False if the model will predict so, for the suggested thresholds of YOLO26",
         },
@@ -143,18 +143,18 @@ COMMANDS = {
     ),
     "split": Command(
         split,
-        "split a data set into base classes and K shots of novel ones, linking its pictures",
+        "split a data set into base classes and K shots of novel ones, linking its images",
         {
-            "data": "data.yaml, or COCO json of the train pictures",
+            "data": "data.yaml, or COCO json of the train images",
             "novel": "names of the novel classes, i.e. bird,bus, or a YAML with a list of them, i.e. voc-split1.yaml",
             "out": "folder to write",
         },
         {
-            "shots": "numbers of labelled objects of each novel class (1,3,5,10)",
+            "shots": "numbers of labeled objects of each novel class (1,3,5,10)",
             "seeds": "number of draws (3)",
-            "val": "COCO json of the val pictures, if data= is one",
-            "images": "folder of its train pictures",
-            "val_images": "folder of its val pictures, images= if not given",
+            "val": "COCO json of the val images, if data= is one",
+            "images": "folder of its train images",
+            "val_images": "folder of its val images, images= if not given",
         },
         "yolo-fewshot split data=VOC.yaml novel=voc-split1.yaml out=voc1",
     ),

@@ -12,7 +12,7 @@ def few(items: list[str], sep: str = ", ", n: int = 5) -> str:
     Args:
         items (list[str]): Texts.
         sep (str): Separator.
-        n (int): Greatest number to name.
+        n (int): Maximum number to name.
 
     Returns:
         (str): The text.

@@ -1,4 +1,4 @@
-"""Hooks into Ultralytics: the only file that changes its behaviour, and the list of what the plugin relies on.
+"""Hooks into Ultralytics: the only file that changes its behavior, and the list of what the plugin relies on.
 
 A few small changes make the stock `yolo` command drive few-shot models: our configuration keys and their types are
 known (default None, so a stock run is untouched), bare names like `fewshot.yaml` resolve to the files that ship with

@@ -14,7 +14,7 @@ from ultralytics.utils.torch_utils import select_device
 
 from yolo_fewshot import args as table
 from yolo_fewshot.data.support import Support, fingerprint, read_support, shown_beside
-from yolo_fewshot.enroll.enroll import enroll as enrolment
+from yolo_fewshot.enroll.enroll import enroll as enrollment
 from yolo_fewshot.enroll.features import support_views
 from yolo_fewshot.errors import few, no_head
 from yolo_fewshot.files import save_checkpoint
@@ -43,7 +43,7 @@ class FewShotYOLO(YOLO):
         >>> model.export(format="onnx")
     """
 
-    shots: enrolment.Shots | None = None
+    shots: enrollment.Shots | None = None
     _undrawn = False
 
     def enroll(
@@ -63,15 +63,15 @@ class FewShotYOLO(YOLO):
         there are negatives. The same holds for classes of its training beside any that it was not trained on.
 
         Args:
-            support (str | Path): YOLO data.yaml, whose train split counts; .txt list of pictures with YOLO label files;
-                or folder with one sub-folder of cropped pictures per class.
-            imgsz (int, optional): Picture size in pixels, that of training if not given.
-            batch (int): Pictures per forward pass.
+            support (str | Path): YOLO data.yaml, whose train split counts; .txt list of images with YOLO label files;
+                or folder with one sub-folder of cropped images per class.
+            imgsz (int, optional): Image size in pixels, that of training if not given.
+            batch (int): Images per forward pass.
             method (str): 'mean': the mean embedding of the shots (Snell et al. 2017). 'fit': a classifier fitted on all
-                anchors of the support pictures, with a pull towards that mean. 'auto': 'fit', unless 'mean' is
+                anchors of the support images, with a pull towards that mean. 'auto': 'fit', unless 'mean' is
                 clearly better, see `yolo_fewshot.enroll.enroll.choose`.
             device (str, optional): Device, as in Ultralytics; that of the model if not given.
-            plot (str | Path, optional): Picture of the shots to write, i.e. 'support_check.png'; none if not given.
+            plot (str | Path, optional): Image of the shots to write, i.e. 'support_check.png'; none if not given.
             nms (bool, optional): As in `predict`: where it is False, suggested thresholds and `auto` are for the
                 NMS-free branch of dual heads. Both branches are enrolled anyway.
 
@@ -80,7 +80,7 @@ class FewShotYOLO(YOLO):
 
         Raises:
             TypeError: If the model has no few-shot head.
-            FileNotFoundError: If the support set, or a picture that it lists, does not exist.
+            FileNotFoundError: If the support set, or a image that it lists, does not exist.
             ValueError: If the support set is unusable, or an argument is invalid; the text says what to change.
         """
         with self._lock:
@@ -107,18 +107,18 @@ class FewShotYOLO(YOLO):
         model.eval().to(home if device in (None, "") else select_device(device, verbose=False))
         try:
             size = imgsz or self.overrides.get("imgsz", 640)
-            result = enrolment.enroll(model, shots, size, batch, method, views, kept, nms)
+            result = enrollment.enroll(model, shots, size, batch, method, views, kept, nms)
         finally:
             model.train(training).to(home)
         self._changed()
         self.shots = result
-        enrolment.log(result)
+        enrollment.log(result)
         if plot:
             plot_support(result, model.names, plot)
         return {name: record["shots"] for name, record in result.classes.items()}
 
     def forget(self, name: str) -> FewShotYOLO:
-        """Undo the enrolment of a class: remove it, or give a trained class its own classifier back.
+        """Undo the enrollment of a class: remove it, or give a trained class its own classifier back.
 
         Args:
             name (str): Class name.
@@ -131,7 +131,7 @@ class FewShotYOLO(YOLO):
             ValueError: If the class was not enrolled.
         """
         with self._lock:
-            enrolment.forget(self._few_shot_model("forget"), name)
+            enrollment.forget(self._few_shot_model("forget"), name)
             self._changed()
         return self
 
@@ -170,7 +170,7 @@ class FewShotYOLO(YOLO):
         """Predict as Ultralytics does, after enrolling the classes of `support`.
 
         Args:
-            source (Any): Pictures or videos.
+            source (Any): Images or videos.
             stream (bool): Whether to return a generator.
             predictor (Any): Predictor class.
             **kwargs (Any): Ultralytics' arguments, `support` and `enroll`.
@@ -182,7 +182,7 @@ class FewShotYOLO(YOLO):
             new, kwargs = kwargs.get("support"), self._enroll_from(kwargs)
             enrolled = getattr(self.model, "enrolled", None)
             if enrolled and not (self.predictor or new) and kwargs.get("verbose", True):
-                LOGGER.info(enrolment.table_of(enrolled))
+                LOGGER.info(enrollment.table_of(enrolled))
             results = super().predict(source, True, predictor, **kwargs)  # a generator: the predictor has a lock itself
             self.predictor.stream = stream
             if self._undrawn and self.predictor.args.save:
@@ -238,8 +238,8 @@ class FewShotYOLO(YOLO):
         for kind, (names, kept) in by_kind.items():
             if kept:
                 LOGGER.info(
-                    f"{few(kept)}: {kind} classes, which stay as they are, for only pictures of other classes show "
-                    "them. To enroll one anew, add a picture of it by itself."
+                    f"{few(kept)}: {kind} classes, which stay as they are, for only images of other classes show "
+                    "them. To enroll one anew, add a image of it by itself."
                 )
             again = [n for n in names if n in shots.shown and n not in kept]
             if again:

@@ -1,9 +1,9 @@
-"""How the cost of enrolment grows with the number of classes.
+"""How the cost of enrollment grows with the number of classes.
 
     python tests/benchmarks/enrolling.py shots=10 classes=10,30,100,300,1000
 
-Pictures of 64 px with one drawn object each, a YOLO11n that has not been trained, on one CPU core. Prints the processor
-seconds of the forward passes (four views of each picture) and of what each method adds to them, the most memory held,
+Images of 64 px with one drawn object each, a YOLO11n that has not been trained, on one CPU core. Prints the processor
+seconds of the forward passes (four views of each image) and of what each method adds to them, the most memory held,
 and the exponents.
 """
 
@@ -33,9 +33,9 @@ def draw(folder: Path, classes: int, shots: int) -> Path:
     for part in ("images", "labels"):
         (folder / part).mkdir(parents=True)
     for i in range(classes * shots):
-        picture = rng.integers(0, 255, (SIZE // 8, SIZE // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-        cv2.circle(picture, (32, 32), 16, (i % 255, 0, 255 - i % 255), -1)
-        cv2.imwrite(str(folder / f"images/{i}.png"), picture)
+        image = rng.integers(0, 255, (SIZE // 8, SIZE // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        cv2.circle(image, (32, 32), 16, (i % 255, 0, 255 - i % 255), -1)
+        cv2.imwrite(str(folder / f"images/{i}.png"), image)
         (folder / f"labels/{i}.txt").write_text(f"{i % classes} 0.5 0.5 0.5 0.5\n")
     names = "\n".join(f"  {i}: class{i}" for i in range(classes))
     (folder / "shots.yaml").write_text(f"train: images\nval: images\nnames:\n{names}\n")

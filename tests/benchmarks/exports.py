@@ -1,8 +1,8 @@
-"""Agreement of exported models with their checkpoint on real pictures.
+"""Agreement of exported models with their checkpoint on real images.
 
-    python tests/benchmarks/exports.py site-a.pt pictures 160
+    python tests/benchmarks/exports.py site-a.pt images 160
 
-Arguments: a checkpoint, a folder of pictures (the first 60 are used) and the picture size. The exports lie beside the
+Arguments: a checkpoint, a folder of images (the first 60 are used) and the image size. The exports lie beside the
 checkpoint.
 """
 
@@ -27,9 +27,9 @@ FORMATS = {
 }
 
 
-def detect(model: YOLO, pictures: list[Path], imgsz: int) -> list[torch.Tensor]:
-    """Return the detections of every picture, (n, 6) each."""
-    return [model.predict(p, imgsz=imgsz, rect=False, verbose=False)[0].boxes.data.cpu() for p in pictures]
+def detect(model: YOLO, images: list[Path], imgsz: int) -> list[torch.Tensor]:
+    """Return the detections of every image, (n, 6) each."""
+    return [model.predict(p, imgsz=imgsz, rect=False, verbose=False)[0].boxes.data.cpu() for p in images]
 
 
 def compare(found: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
@@ -46,11 +46,11 @@ def compare(found: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
 
 def main(weights: str, folder: str, imgsz: str) -> None:
     """Print the agreement of every format."""
-    pictures, size = sorted(Path(folder).iterdir())[:60], int(imgsz)
-    expected = detect(FewShotYOLO(weights), pictures, size)
+    images, size = sorted(Path(folder).iterdir())[:60], int(imgsz)
+    expected = detect(FewShotYOLO(weights), images, size)
     for name, settings in FORMATS.items():
         file = FewShotYOLO(weights).export(imgsz=size, **settings)
-        print(f"{name:<20}{compare(detect(YOLO(file, task='detect'), pictures, size), expected)}")
+        print(f"{name:<20}{compare(detect(YOLO(file, task='detect'), images, size), expected)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Speed of few-shot models against stock ones of the same family and class count, and of enrolment.
+"""Speed of few-shot models against stock ones of the same family and class count, and of enrollment.
 
     python tests/benchmarks/inference.py
 
@@ -52,14 +52,14 @@ def inference(family: str, imgsz: int = 320, nc: int = 100) -> None:
         "few-shot, neither fused nor folded": ours,
     }
     x = torch.rand(1, 3, imgsz, imgsz)
-    print(f"{family}, {nc} classes, one picture of {imgsz} x {imgsz}, {torch.get_num_threads()} threads")
+    print(f"{family}, {nc} classes, one image of {imgsz} x {imgsz}, {torch.get_num_threads()} threads")
     names = list(models)
     for pair in (names[:2], names[2:]):
         compare({name: lambda m=models[name]: m(x) for name in pair})
 
 
-def enrolment(classes: int = 20, shots: int = 5, imgsz: int = 320) -> None:
-    """Time the enrolment of classes of a shot a picture."""
+def enrollment(classes: int = 20, shots: int = 5, imgsz: int = 320) -> None:
+    """Time the enrollment of classes of a shot a image."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -82,4 +82,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     for family in ("yolo11n", "yolov8n", "yolo26n"):
         inference(family)
-    enrolment()
+    enrollment()

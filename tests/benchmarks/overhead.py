@@ -25,18 +25,18 @@ OBJECTS, CLASSES = 4, 80
 
 
 def episode(imgsz: int, device: str, n_way: int = 8, k_shot: int = 1) -> dict:
-    """Return an episode with noise for pictures, one query picture a way."""
+    """Return an episode with noise for images, one query image a way."""
     g = torch.Generator().manual_seed(0)
-    pictures, support = n_way * (k_shot + 1), n_way * k_shot
-    n = pictures * OBJECTS
+    images, support = n_way * (k_shot + 1), n_way * k_shot
+    n = images * OBJECTS
     batch = {
-        "img": torch.rand(pictures, 3, imgsz, imgsz, generator=g),
+        "img": torch.rand(images, 3, imgsz, imgsz, generator=g),
         "cls": torch.randint(min(n_way, CLASSES), (n, 1), generator=g).float(),
         "bboxes": torch.cat([0.3 + 0.4 * torch.rand(n, 2, generator=g), 0.1 + 0.2 * torch.rand(n, 2, generator=g)], 1),
-        "batch_idx": torch.arange(pictures).repeat_interleave(OBJECTS).float(),
-        "support": torch.arange(pictures) < support,
-        "query": torch.arange(support, pictures),
-        "way": torch.arange(pictures) % n_way,
+        "batch_idx": torch.arange(images).repeat_interleave(OBJECTS).float(),
+        "support": torch.arange(images) < support,
+        "query": torch.arange(support, images),
+        "way": torch.arange(images) % n_way,
     }
     return {k: v.to(device) for k, v in batch.items()}
 
@@ -74,7 +74,7 @@ def main() -> None:
                 else:
                     timed(name, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9))
     m = {k: statistics.median(v[2:]) for k, v in times.items()}
-    print(f"{cfg}, {len(batch['img'])} pictures of {imgsz} px on {device}: a step takes {m['plain'] * 1e3:.1f} ms")
+    print(f"{cfg}, {len(batch['img'])} images of {imgsz} px on {device}: a step takes {m['plain'] * 1e3:.1f} ms")
     print(f"clip of Ultralytics {m['stock clip'] * 1e3:.2f} ms, guard {m['guard'] * 1e3:.2f} ms: ", end="")
     print(f"{(m['guard'] - m['stock clip']) / m['plain']:+.2%} of a step")
     extra, every = m["measured"] - m["plain"], table.KEYS["doctor"].default

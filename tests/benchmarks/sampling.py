@@ -25,8 +25,8 @@ def held() -> float:
 def main() -> None:
     """Print the figures."""
     names = {i: str(i) for i in range(CLASSES)}
-    for pictures in (10_000, 100_000, 1_000_000):
-        cls = np.random.default_rng(0).integers(0, CLASSES, (pictures, OBJECTS, 1)).astype(np.float32)
+    for images in (10_000, 100_000, 1_000_000):
+        cls = np.random.default_rng(0).integers(0, CLASSES, (images, OBJECTS, 1)).astype(np.float32)
         labels = [{"cls": x} for x in cls]
         before, start = held(), time.perf_counter()
         sampler = EpisodeSampler(labels, names, n_way=8, k_shot=1, n_query=1, episodes=EPISODES)
@@ -34,7 +34,7 @@ def main() -> None:
         assert len(list(sampler)) == EPISODES * sampler.episode_size
         drawn = time.perf_counter()
         print(
-            f"{pictures:>9,} pictures, {CLASSES:,} classes: index {indexed - start:.3f} s, {EPISODES} episodes "
+            f"{images:>9,} images, {CLASSES:,} classes: index {indexed - start:.3f} s, {EPISODES} episodes "
             f"{drawn - indexed:.3f} s, {held() - before:.0f} MiB"
         )
 

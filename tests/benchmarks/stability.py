@@ -4,7 +4,7 @@
         [precision=fp32] [faults=logits,label,...] [arms=stock,before,after,unclamped,literal] [out=stability]
 
 `model` is a few-shot checkpoint or a few-shot YAML; the stock arm trains the same network with a stock head. Every arm
-takes `steps` optimizer steps on 16 pictures each; `literal` is the recipe with its 2-way episodes, of 4 pictures.
+takes `steps` optimizer steps on 16 images each; `literal` is the recipe with its 2-way episodes, of 4 images.
 `precision` is fp32, bf16 or fp16: on a GPU as Ultralytics' `amp`, on a CPU by autocast there, for fp16 with a scaler.
 Rows go to <out>/rows.jsonl as they come; those there are kept.
 """
@@ -27,7 +27,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
 
-PICTURES = 16  # in a step: stage2.yaml's episodes, Ultralytics' batch
+IMAGES = 16  # in a step: stage2.yaml's episodes, Ultralytics' batch
 UNCLAMPED = {"dfl_side_max": 1e9, "dfl_mean_max": 1e9}
 ARMS = {
     "stock": None,
@@ -65,7 +65,7 @@ def float16_overflow(trainer, batch):
     once(unwrap_model(trainer.model).model[9], lambda x: (x * 1e6).half().to(x.dtype))
 
 
-def nan_picture(trainer, batch):
+def nan_image(trainer, batch):
     batch["img"][0, :, :8, :8] = math.nan
 
 
@@ -74,7 +74,7 @@ def nan_weight(trainer, batch):
 
 
 FAULTS = {
-    "logits": extreme_logits, "label": corrupt_label, "float16": float16_overflow, "picture": nan_picture,
+    "logits": extreme_logits, "label": corrupt_label, "float16": float16_overflow, "image": nan_image,
     "weight": nan_weight,
 }  # fmt: skip
 
@@ -110,7 +110,7 @@ class Observed:
 
     def optimizer_step(self):
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads)) / PICTURES / self.scaler.get_scale()
+        norm = float(torch.nn.utils.get_total_norm(grads)) / IMAGES / self.scaler.get_scale()
         self.steps += 1
         if math.isfinite(norm):
             self.norms.append(norm)
@@ -133,8 +133,8 @@ class ObservedFewShot(Observed, FewShotTrainer):
         self.clamps += int(self.read_results_csv()["train/means_clamped"][-1])
 
 
-def count_pictures(source):
-    """Return the number of pictures of a split, a folder or a .txt list."""
+def count_images(source):
+    """Return the number of images of a split, a folder or a .txt list."""
     if source.suffix == ".txt":
         return len(source.read_text().split())
     return sum(f.suffix[1:].lower() in IMG_FORMATS for f in source.rglob("*"))
@@ -144,7 +144,7 @@ def run(arm, fault, steps, args):
     """Train one arm and return its row."""
     settings = {k: args[k] for k in ("model", "data", "imgsz", "device", "seed") if k in args}
     settings |= {"project": str(args["out"].resolve()), "name": f"{arm}-{fault or 'none'}", "exist_ok": True}
-    n = math.ceil(args["pictures"] / PICTURES)  # batches of an epoch
+    n = math.ceil(args["images"] / IMAGES)  # batches of an epoch
     if fault:
         n = min(n, max(steps // 3, 1))
     epochs = math.ceil(steps / n)
@@ -154,7 +154,7 @@ def run(arm, fault, steps, args):
     if arm == "stock":
         stock = args["out"] / "stock.pt"
         FewShotYOLO(args["model"]).fold().save(stock)
-        part = {"batch": PICTURES, "nbs": PICTURES, "fraction": min(n * PICTURES / args["pictures"], 1.0)}
+        part = {"batch": IMAGES, "nbs": IMAGES, "fraction": min(n * IMAGES / args["images"], 1.0)}
         trainer = ObservedStock(overrides={**settings, **part, "model": str(stock)})
     else:
         trainer = ObservedFewShot(
@@ -227,7 +227,7 @@ def main():
     args["out"] = Path(args["out"])
     args["out"].mkdir(parents=True, exist_ok=True)
     data = check_det_dataset(args["data"])
-    args["pictures"] = count_pictures(Path(data["train"]))
+    args["images"] = count_images(Path(data["train"]))
     file = args["out"] / "rows.jsonl"
     rows = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
     done = {(r["arm"], r["fault"], r["precision"]) for r in rows}

@@ -1,4 +1,4 @@
-"""What a training step costs against stock Ultralytics: time and memory for the same pictures.
+"""What a training step costs against stock Ultralytics: time and memory for the same images.
 
     python tests/benchmarks/training.py model=yolo11n imgsz=320 device=cpu
     python tests/benchmarks/training.py grow=True
@@ -7,7 +7,7 @@ One process for the times, in which the steps of stock, stage 1 and stage 2 (all
 ratios to the stock step beside them are printed, with the quartiles. On a CPU the time is that of the process, so that
 other jobs disturb it little, and the memory the most that a process of its own held; on a GPU time waits for it, and
 memory is that of the tensors. A step is forward pass, loss, backward pass, clip, optimizer and moving average.
-`grow=True` prints how the step of stage 2 grows with ways, shots, picture size and scale.
+`grow=True` prints how the step of stage 2 grows with ways, shots, image size and scale.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def in_a_process(arm: str, **settings: str) -> float:
 
 
 def grow(device: str) -> None:
-    """Print how the step of stage 2 grows: seconds, ratio to stock for the same pictures, and the exponent."""
+    """Print how the step of stage 2 grows: seconds, ratio to stock for the same images, and the exponent."""
     start = {"n_way": 8, "k_shot": 1, "imgsz": 160, "model": "yolo11n"}
     values = {"n_way": (2, 8, 20, 40, 80), "k_shot": (1, 2, 4, 8), "imgsz": (96, 160, 320, 640)}
     values["model"] = ("yolo11n", "yolo11s", "yolo11m")
@@ -123,7 +123,7 @@ def grow(device: str) -> None:
             sizes.append(value if key != "model" else len(costs) + 1)
             costs.append(ours)
             print(
-                f"{key}={value}: {len(batch['img'])} pictures, {ours:.3g} s a step, {ours / stock:.3f} x stock",
+                f"{key}={value}: {len(batch['img'])} images, {ours:.3g} s a step, {ours / stock:.3f} x stock",
                 flush=True,
             )
         if key != "model":
@@ -142,7 +142,7 @@ def main(model: str = "yolo11n", imgsz: str = "320", device: str = "cpu", amp: s
         return
     held = {arm: in_a_process(arm, **settings) for arm in ARMS}  # first: a process counts what its parent held
     times = compare(list(ARMS), model, batch, device, amp)
-    print(f"{model}, {len(batch['img'])} pictures of {imgsz} px on {device}, amp={amp}, {REPEATS} repeats")
+    print(f"{model}, {len(batch['img'])} images of {imgsz} px on {device}, amp={amp}, {REPEATS} repeats")
     print(f"stock: {statistics.median(times['stock']):.3g} s a step, {held['stock']:.0f} MiB")
     for arm in list(ARMS)[1:]:
         low, middle, high = statistics.quantiles([a / b for a, b in zip(times[arm], times["stock"])], n=4)

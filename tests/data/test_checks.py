@@ -27,27 +27,27 @@ GOOD = "0 0.5 0.5 0.2 0.2\n"
 
 
 def scene(seed, h=64, w=64):
-    """A picture with as much to see as a photograph: shapes of all sizes on a gradient."""
+    """A image with as much to see as a photograph: shapes of all sizes on a gradient."""
     rng = np.random.default_rng(seed)
-    picture = np.linspace(rng.integers(60, 120), rng.integers(130, 200), w)[None, :, None] * np.ones((h, 1, 3))
-    picture = np.ascontiguousarray(picture.astype(np.uint8))
+    image = np.linspace(rng.integers(60, 120), rng.integers(130, 200), w)[None, :, None] * np.ones((h, 1, 3))
+    image = np.ascontiguousarray(image.astype(np.uint8))
     for _ in range(25):
         x, y, r = int(rng.integers(w)), int(rng.integers(h)), int(rng.integers(2, 12) * min(h, w) // 64)
-        cv2.circle(picture, (x, y), r, rng.integers(0, 256, 3).tolist(), -1)
-    return picture
+        cv2.circle(image, (x, y), r, rng.integers(0, 256, 3).tolist(), -1)
+    return image
 
 
 def write(root, split, items, suffix="png"):
-    """Write pictures with label texts, None for no label file, and return their files."""
+    """Write images with label texts, None for no label file, and return their files."""
     for kind in ("images", "labels"):
         (root / kind / split).mkdir(parents=True, exist_ok=True)
     files = []
-    for i, (picture, text) in enumerate(items):
+    for i, (image, text) in enumerate(items):
         files.append(str(root / "images" / split / f"{i:03}.{suffix}"))
-        if isinstance(picture, bytes):
-            Path(files[-1]).write_bytes(picture)
+        if isinstance(image, bytes):
+            Path(files[-1]).write_bytes(image)
         else:
-            assert cv2.imwrite(files[-1], picture)
+            assert cv2.imwrite(files[-1], image)
         if text is not None:
             (root / "labels" / split / f"{i:03}.txt").write_text(text)
     return files
@@ -60,7 +60,7 @@ def read(root, split="train", **data):
 
 
 def split_of(cls, name="train"):
-    """A split of pictures with the given classes, one list each, in which nothing but the classes matters."""
+    """A split of images with the given classes, one list each, in which nothing but the classes matters."""
     boxes = [np.array([[c, 0.5, 0.5, 0.2, 0.2] for c in x], np.float32).reshape(-1, 5) for x in cls]
     files = [f"{name}{i}.png" for i in range(len(cls))]
     empty = sum(not x for x in cls)
@@ -71,10 +71,10 @@ def test_a_clean_split_is_reported_with_its_counts(tmp_path):
     items = [(scene(0), GOOD * 1 + "1 0.3 0.3 0.1 0.1\n"), (scene(1), GOOD), (scene(2), ""), (scene(3), None)]
     files = write(tmp_path, "train", items)
     split = read(tmp_path)
-    assert split.name == "train" and split.files == files and split.ignored == [] and split.unlabelled == 2
+    assert split.name == "train" and split.files == files and split.ignored == [] and split.unlabeled == 2
     assert split.shapes == [(64, 64)] * 4 and [len(b) for b in split.boxes] == [2, 1, 0, 0]
     assert split.details.shape == (4, 1024)
-    assert check_boxes(split) == [Finding("ok", "train: 3 boxes in 4 pictures, 2 of these without any.")]
+    assert check_boxes(split) == [Finding("ok", "train: 3 boxes in 4 images, 2 of these without any.")]
 
 
 def test_boxes_that_reach_outside_by_more_than_a_hundredth_of_the_side(tmp_path):
@@ -85,7 +85,7 @@ def test_boxes_that_reach_outside_by_more_than_a_hundredth_of_the_side(tmp_path)
     files = write(tmp_path, "train", items)
     split = read(tmp_path)
     assert split.ignored == []
-    text = f"train: 5 boxes reach outside the picture, in {files[1]}, {files[2]}. Correct or remove them."
+    text = f"train: 5 boxes reach outside the image, in {files[1]}, {files[2]}. Correct or remove them."
     assert check_boxes(split) == [Finding("warning", text)]
 
 
@@ -109,11 +109,11 @@ def test_a_box_may_be_both_outside_and_empty_and_long_lists_are_cut(tmp_path):
     assert [f.level for f in found] == ["warning"] * 2
     assert [f.text for f in found] == [
         f"val: 7 boxes {what}, in {listed}. Correct or remove them."
-        for what in ("reach outside the picture", "are less than a pixel wide or high")
+        for what in ("reach outside the image", "are less than a pixel wide or high")
     ]
 
 
-def test_pictures_that_ultralytics_leaves_out_are_listed_with_the_reason(tmp_path):
+def test_images_that_ultralytics_leaves_out_are_listed_with_the_reason(tmp_path):
     jpeg, png = (cv2.imencode(x, scene(20))[1].tobytes() for x in (".jpg", ".png"))
     items = {
         GOOD: None,
@@ -129,10 +129,10 @@ def test_pictures_that_ultralytics_leaves_out_are_listed_with_the_reason(tmp_pat
         GOOD + GOOD: None,  # the same object twice
         "": None,
     }
-    pictures = [(scene(i), x) for i, x in enumerate(items)]
-    broken = {jpeg[: len(jpeg) // 2]: "truncated", png[:50] + png[60:]: "broken PNG", b"no picture": ": ", b"": ": "}
-    pictures += [(x, GOOD) for x in broken] + [(scene(0, 9, 64), GOOD)]
-    files = write(tmp_path, "train", pictures)
+    images = [(scene(i), x) for i, x in enumerate(items)]
+    broken = {jpeg[: len(jpeg) // 2]: "truncated", png[:50] + png[60:]: "broken PNG", b"no image": ": ", b"": ": "}
+    images += [(x, GOOD) for x in broken] + [(scene(0, 9, 64), GOOD)]
+    files = write(tmp_path, "train", images)
     reasons = dict(zip(files, [*items.values(), *broken.values(), "image size (9, 64) <10 pixels"]))
 
     split = read(tmp_path)
@@ -149,7 +149,7 @@ def test_pictures_that_ultralytics_leaves_out_are_listed_with_the_reason(tmp_pat
 
     found = check_boxes(split)[0]
     assert found.level == "warning" and found.text.startswith(
-        f"train: 11 pictures are left out by training: {files[1]}: "
+        f"train: 11 images are left out by training: {files[1]}: "
     )
     assert found.text.count("; ") >= 4 and found.text.endswith(" and 6 more.")
     assert "ok" not in {f.level for f in check_boxes(split)}
@@ -168,13 +168,13 @@ def test_no_labels_at_all_is_an_error(tmp_path):
     files = write(tmp_path, "train", items)
     error, ignored = check_boxes(read(tmp_path))
     assert error == Finding(
-        "error", "train: no labelled object in 3 pictures. Label files belong beside 'images' in 'labels'."
+        "error", "train: no labeled object in 3 images. Label files belong beside 'images' in 'labels'."
     )
-    assert ignored.level == "warning" and f"1 pictures are left out by training: {files[2]}: " in ignored.text
+    assert ignored.level == "warning" and f"1 images are left out by training: {files[2]}: " in ignored.text
 
 
 def test_a_split_of_which_nothing_can_be_read(tmp_path):
-    write(tmp_path, "train", [(b"no picture", GOOD)])
+    write(tmp_path, "train", [(b"no image", GOOD)])
     split = read(tmp_path)
     assert split.files == [] and split.details.shape == (0, 1024)
     assert [f.level for f in check_boxes(split)] == ["error", "warning"]
@@ -182,18 +182,18 @@ def test_a_split_of_which_nothing_can_be_read(tmp_path):
     assert check_duplicates(split, other).level == check_duplicates(other, split).level == "ok"
 
 
-def test_classes_without_a_picture(tmp_path):
+def test_classes_without_a_image(tmp_path):
     everything = split_of([[0, 1], [2]])
-    assert check_classes(everything, NAMES) == Finding("ok", "train: all 3 classes have pictures.")
+    assert check_classes(everything, NAMES) == Finding("ok", "train: all 3 classes have images.")
     train, val = split_of([[1, 1], []]), split_of([[0, 1], [0]], "val")
     assert check_classes(train, NAMES) == Finding(
-        "warning", "train: no picture of blue, red, nothing is learned of them. Label some, or drop the classes."
+        "warning", "train: no image of blue, red, nothing is learned of them. Label some, or drop the classes."
     )
     assert check_classes(val, NAMES) == Finding(
-        "warning", "val: no picture of red, their AP is not measured. Label some, or drop the classes."
+        "warning", "val: no image of red, their AP is not measured. Label some, or drop the classes."
     )
     many = {i: f"c{i}" for i in range(9)}
-    assert "no picture of c3, c4, c5, c6, c7 and 1 more, nothing" in check_classes(everything, many).text
+    assert "no image of c3, c4, c5, c6, c7 and 1 more, nothing" in check_classes(everything, many).text
 
 
 def test_names_that_several_classes_have_are_found():
@@ -205,7 +205,7 @@ def test_names_that_several_classes_have_are_found():
 @pytest.mark.parametrize("size", [(64, 96), (640, 512)])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_copies_are_found_whatever_their_size_quality_and_brightness(tmp_path, size, suffix):
-    """Pictures of at least 512 px are decoded at a quarter of their size, their smaller copies in full."""
+    """Images of at least 512 px are decoded at a quarter of their size, their smaller copies in full."""
     scenes = [scene(i, *size) for i in range(12)]
     train = write(tmp_path, "train", [(x, GOOD) for x in scenes[:8]], suffix)
     dim = (scenes[5] * 0.6 + 10).astype(np.uint8)
@@ -214,10 +214,10 @@ def test_copies_are_found_whatever_their_size_quality_and_brightness(tmp_path, s
     quality = [cv2.IMWRITE_JPEG_QUALITY, 50]
     worst = cv2.imencode(".jpg", cv2.resize(dim, None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA), quality)[1]
     copies = [scenes[2], dim, bright, small, worst.tobytes()]
-    pictures = [scenes[8], *copies, *scenes[9:]]
-    val = write(tmp_path, "val", [(x, GOOD) for x in pictures], suffix)
+    images = [scenes[8], *copies, *scenes[9:]]
+    val = write(tmp_path, "val", [(x, GOOD) for x in images], suffix)
     found = check_duplicates(read(tmp_path), read(tmp_path, "val"))
-    assert found.level == "warning" and found.text.startswith("5 of 9 pictures of val have a near-duplicate in train, ")
+    assert found.level == "warning" and found.text.startswith("5 of 9 images of val have a near-duplicate in train, ")
     pairs = [f"{val[i]} and {train[j]}" for i, j in ((1, 2), (2, 5), (3, 6))]
     assert f"{'; '.join(pairs)} and 2 more. Split by" in found.text
 
@@ -226,19 +226,19 @@ def test_the_same_vignette_or_gradient_is_no_duplicate(tmp_path):
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
     backgrounds = [220 - 80 * (x**2 + y**2), 120 + 80 * x, 40 + 50 * (x + y + 2)]
     for split, seed in (("train", 0), ("val", 1)):
-        rng, pictures = random.Random(seed), []
+        rng, images = random.Random(seed), []
         for background in backgrounds * 6:
-            picture = np.clip(background, 0, 255).astype(np.uint8)[..., None].repeat(3, 2)
+            image = np.clip(background, 0, 255).astype(np.uint8)[..., None].repeat(3, 2)
             left, top, side = rng.randrange(40), rng.randrange(40), rng.randrange(10, 20)
             shade = (10, 250)[rng.randrange(2)]
-            cv2.rectangle(picture, (left, top), (left + side, top + side), (shade,) * 3, -1)
-            pictures.append((picture, GOOD))
-        write(tmp_path, split, pictures)
+            cv2.rectangle(image, (left, top), (left + side, top + side), (shade,) * 3, -1)
+            images.append((image, GOOD))
+        write(tmp_path, split, images)
     found = check_duplicates(read(tmp_path), read(tmp_path, "val"))
     assert found == Finding("ok", "No near-duplicates between train and val.")
 
 
-def test_blank_pictures_are_no_duplicates(tmp_path):
+def test_blank_images_are_no_duplicates(tmp_path):
     blank = [np.full((64, 64, 3), v, np.uint8) for v in (0, 128, 255)]
     rng = np.random.default_rng(0)
     noisy = [x // 2 + rng.integers(60, 62, x.shape, dtype=np.uint8) for x in blank]
@@ -247,13 +247,13 @@ def test_blank_pictures_are_no_duplicates(tmp_path):
     train, val = read(tmp_path), read(tmp_path, "val")
     assert check_duplicates(train, val).level == check_duplicates(val, train).level == "ok"
     write(tmp_path, "val", [(x, GOOD) for x in (*blank, scene(0))])
-    assert "1 of 6 pictures of val" in check_duplicates(train, read(tmp_path, "val")).text
+    assert "1 of 6 images of val" in check_duplicates(train, read(tmp_path, "val")).text
 
 
 @pytest.mark.parametrize(
     ("a", "b", "level"), [(20, 20, "warning"), (0.4, 20, "ok"), (20, 0.4, "ok"), (0.6, 0.6, "warning")]
 )
-def test_a_picture_in_which_hardly_anything_shows_is_like_no_other(a, b, level):
+def test_a_image_in_which_hardly_anything_shows_is_like_no_other(a, b, level):
     pattern = np.random.default_rng(0).normal(0, 1, (1, 1024)).astype(np.float32)
     pattern = (pattern - pattern.mean()) / pattern.std()
     a, b = (split_of([[0]], n)._replace(details=v * pattern) for n, v in (("train", a), ("val", b)))
@@ -268,7 +268,7 @@ def test_large_splits_are_compared_in_parts():
     for i, j in ((3, 7), (1030, 0), (2049, 49)):
         b.details[i] = a.details[j] * 2 + 5
     text = check_duplicates(a, b).text
-    assert text.startswith("3 of 2050 pictures of val") and "too good: val3.png and train7.png; " in text
+    assert text.startswith("3 of 2050 images of val") and "too good: val3.png and train7.png; " in text
     assert "val1030.png and train0.png; val2049.png and train49.png. Split" in text
 
 
@@ -282,7 +282,7 @@ def test_how_alike_near_duplicates_are(alike, level):
     assert check_duplicates(a, b).level == level
 
 
-def test_only_large_pictures_are_decoded_at_a_quarter_of_their_size(tmp_path, monkeypatch):
+def test_only_large_images_are_decoded_at_a_quarter_of_their_size(tmp_path, monkeypatch):
     sizes = [(512, 512), (511, 900), (900, 511)]
     write(tmp_path, "train", [(scene(i, *size), GOOD) for i, size in enumerate(sizes)])
     seen, imread = {}, data_check.imread
@@ -304,13 +304,13 @@ def test_only_large_pictures_are_decoded_at_a_quarter_of_their_size(tmp_path, mo
         512,
     ],
 )
-def test_colour_tiffs(tmp_path, side):
+def test_color_tiffs(tmp_path, side):
     (tmp_path / "images/train").mkdir(parents=True)
     Image.fromarray(scene(0, side, side)).save(tmp_path / "images/train/0.tif")
     assert read(tmp_path).details.astype(float).std() > 1
 
 
-def test_lists_of_pictures_and_lists_of_folders(tmp_path):
+def test_lists_of_images_and_lists_of_folders(tmp_path):
     a = write(tmp_path, "a", [(scene(i), GOOD) for i in range(3)])
     b = write(tmp_path, "b", [(scene(3 + i), "1 0.5 0.5 0.2 0.2") for i in range(2)])
     (tmp_path / "train.txt").write_text(f"./images/a/002.png\n{b[1]}\n./images/a/000.png\n./images/a/002.png\n")
@@ -325,10 +325,10 @@ def test_lists_of_pictures_and_lists_of_folders(tmp_path):
         assert read_split(data, "train").files == expected
         assert read_split(data, "val").files == a
         found = check_duplicates(read_split(data, "train"), read_split(data, "val"))
-        assert f"{len(set(expected) & set(a))} of 3 pictures of val" in found.text
+        assert f"{len(set(expected) & set(a))} of 3 images of val" in found.text
 
 
-def test_a_picture_of_a_list_that_does_not_exist_is_left_out(tmp_path):
+def test_a_image_of_a_list_that_does_not_exist_is_left_out(tmp_path):
     files = write(tmp_path, "a", [(scene(0), GOOD)])
     (tmp_path / "train.txt").write_text("./images/a/000.png\n./images/a/001.png\n")
     split = read(tmp_path, train=str(tmp_path / "train.txt"))
@@ -341,11 +341,11 @@ def args(stage=2, n_way=2, k_shot=1, n_query=1):
 
 
 def test_how_many_classes_have_enough_objects():
-    names = {**NAMES, 3: "black", 4: "grey"}
-    # Objects of the classes: 10, 5, 3, 1, 0; pictures: 4, 3, 3, 1, 0.
+    names = {**NAMES, 3: "black", 4: "gray"}
+    # Objects of the classes: 10, 5, 3, 1, 0; images: 4, 3, 3, 1, 0.
     split = split_of([[0] * 7, [0, 1], [0, 1, 2], [0, 2], [1, 1, 1], [2, 3], []])
     found = check_shots(split, names, args())
-    text = "Of 5 classes have enough labelled objects for K shots: 4 for K=1, 3 for K=3, 2 for K=5, 1 for K=10."
+    text = "Of 5 classes have enough labeled objects for K shots: 4 for K=1, 3 for K=3, 2 for K=5, 1 for K=10."
     assert found[0] == Finding("ok", text)
     text = "Episodes of n_way=2 k_shot=1 n_query=1 can be drawn, from 3 of 5 classes."
     assert found[1:] == [Finding("warning", text)]

@@ -22,14 +22,14 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def read_labels(root: Path, split: str) -> dict[str, np.ndarray]:
-    """Read the labels of a split by picture name."""
+    """Read the labels of a split by image name."""
     return {p.stem: np.loadtxt(p, ndmin=2) for p in sorted((root / "labels" / split).glob("*.txt"))}
 
 
 def to_pixels(rows: np.ndarray) -> np.ndarray:
     """Turn label rows into whole-pixel x1, y1, x2, y2."""
-    centre, half = rows[:, 1:3] * SIZE, rows[:, 3:5] * SIZE / 2
-    exact = np.concatenate((centre - half, centre + half), 1)
+    center, half = rows[:, 1:3] * SIZE, rows[:, 3:5] * SIZE / 2
+    exact = np.concatenate((center - half, center + half), 1)
     assert np.abs(exact - np.rint(exact)).max() < 0.01
     return np.rint(exact).astype(int)
 
@@ -40,8 +40,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("demo") / "data")
 
 
-def test_other_seed_other_pictures(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another seed draws other pictures, the same seed the same ones, and no picture occurs twice."""
+def test_other_seed_other_images(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another seed draws other images, the same seed the same ones, and no image occurs twice."""
     drawn: list[np.ndarray] = []
 
     def keep(path: str, image: np.ndarray, *args: object) -> bool:
@@ -59,9 +59,9 @@ def test_other_seed_other_pictures(root: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("split", SPLITS)
 def test_counts(root: Path, split: str) -> None:
     """Every class of a split occurs equally often, and no class of the other kind occurs."""
-    pictures, each = SPLITS[split]
+    images, each = SPLITS[split]
     labels = read_labels(root, split)
-    assert len(labels) == pictures
+    assert len(labels) == images
     assert {p.stem for p in (root / "images" / split).iterdir()} == set(labels)
     assert {len(v) for v in labels.values()} <= {2, 3, 4}
     ids, counts = np.unique(np.concatenate(list(labels.values()))[:, 0].astype(int), return_counts=True)
@@ -71,7 +71,7 @@ def test_counts(root: Path, split: str) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_boxes(root: Path, split: str) -> None:
-    """Boxes lie inside the picture, keep apart, and end where the ink ends."""
+    """Boxes lie inside the image, keep apart, and end where the ink ends."""
     for name, rows in read_labels(root, split).items():
         image = cv2.imread(str(root / "images" / split / f"{name}.jpg")).astype(float)
         assert image.shape == (SIZE, SIZE, 3)
@@ -98,7 +98,7 @@ def test_boxes(root: Path, split: str) -> None:
 
 
 def test_five_shot_list(root: Path) -> None:
-    """The list names pictures with exactly five objects of every novel class, part of the ten."""
+    """The list names images with exactly five objects of every novel class, part of the ten."""
     lines = (root / "novel_5shot.txt").read_text().splitlines()
     assert len(set(lines)) == len(lines) and all(line.startswith("./images/novel_support/") for line in lines)
     labels = read_labels(root, "novel_support")
@@ -126,7 +126,7 @@ def test_glyphs_differ() -> None:
 
 
 def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build that fails or is stopped midway leaves no folder; nor does a picture that cannot be written."""
+    """A build that fails or is stopped midway leaves no folder; nor does a image that cannot be written."""
     real, calls = cv2.imwrite, []
 
     def stop(*args: object) -> bool:

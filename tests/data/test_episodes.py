@@ -15,14 +15,14 @@ from yolo_fewshot.data.episodes import Draw, EpisodeSampler, EpisodicDataset
 pytestmark = pytest.mark.oldest
 
 
-def make_labels(per_picture):
-    """Labels as Ultralytics holds them, from a list of the classes in every picture."""
-    return [{"cls": np.array(c, dtype=np.float32).reshape(-1, 1)} for c in per_picture]
+def make_labels(per_image):
+    """Labels as Ultralytics holds them, from a list of the classes in every image."""
+    return [{"cls": np.array(c, dtype=np.float32).reshape(-1, 1)} for c in per_image]
 
 
-def random_labels(pictures=200, classes=10, seed=0):
+def random_labels(images=200, classes=10, seed=0):
     rng = np.random.default_rng(seed)
-    return make_labels([rng.integers(0, classes, rng.integers(0, 5)) for _ in range(pictures)])
+    return make_labels([rng.integers(0, classes, rng.integers(0, 5)) for _ in range(images)])
 
 
 NAMES = {i: f"class{i}" for i in range(10)}
@@ -47,7 +47,7 @@ def test_counts_are_exact_and_support_and_query_disjoint(n_way, k_shot, n_query)
             assert d.way in labels[d.index]["cls"]
 
 
-def test_no_picture_repeats_where_a_class_has_enough():
+def test_no_image_repeats_where_a_class_has_enough():
     labels = make_labels([[i % 4] for i in range(400)])
     sampler = EpisodeSampler(labels, NAMES, 4, 5, 5, episodes=20)
     for t in range(20):
@@ -101,11 +101,11 @@ def test_every_class_is_drawn_about_equally_often():
 
 def test_too_few_classes_is_an_error_that_names_those_left_out():
     labels = make_labels([[0], [0], [0], [1], [1], [1], [2], [2]])
-    with pytest.raises(ValueError, match=r"n_way=3.*3 pictures \(k_shot \+ 1\).*class2 \(2\).*n_way=2"):
+    with pytest.raises(ValueError, match=r"n_way=3.*3 images \(k_shot \+ 1\).*class2 \(2\).*n_way=2"):
         EpisodeSampler(labels, {i: f"class{i}" for i in range(3)}, 3, 2, 1, episodes=1)
 
 
-def test_classes_with_too_few_pictures_are_left_out_with_a_warning(caplog):
+def test_classes_with_too_few_images_are_left_out_with_a_warning(caplog):
     labels = make_labels([[0], [0], [1], [1], [2]])
     import logging
 
@@ -130,22 +130,22 @@ def test_empty_train_split_is_an_error():
         EpisodeSampler([], NAMES, 2, 1, 1, episodes=1)
 
 
-def test_query_pictures_repeat_where_a_class_has_too_few():
+def test_query_images_repeat_where_a_class_has_too_few():
     labels = make_labels([[0]] * 3 + [[1]] * 3)
     episode = EpisodeSampler(labels, NAMES, 2, 1, 5, episodes=1).episode(0, 0)
     query = [d for d in episode if not d.support]
     assert len(query) == 10 and len({d.index for d in query}) == 4
 
 
-def test_pictures_that_show_every_class_can_be_shared_by_ways():
-    labels = make_labels([[0, 1, 2, 3]] * 2)  # one support and one query picture is all there is
+def test_images_that_show_every_class_can_be_shared_by_ways():
+    labels = make_labels([[0, 1, 2, 3]] * 2)  # one support and one query image is all there is
     episode = EpisodeSampler(labels, {i: str(i) for i in range(4)}, 4, 1, 1, episodes=1).episode(0, 0)
     assert len({d.index for d in episode if d.support}) == 1
     assert len({d.index for d in episode}) == 2
 
 
 def test_impossible_episodes_are_an_error_before_training():
-    labels = make_labels([[0, 2], [0, 1], [1, 2]])  # whatever is support, one class has no query picture left
+    labels = make_labels([[0, 2], [0, 1], [1, 2]])  # whatever is support, one class has no query image left
     with pytest.raises(ValueError, match="divide into support and query"):
         EpisodeSampler(labels, {i: str(i) for i in range(3)}, 3, 1, 1, episodes=1)
 
@@ -154,15 +154,15 @@ def test_cost_of_an_episode_does_not_grow_with_the_data():
     def cost(n):
         sampler = EpisodeSampler(make_labels([[i % 10] for i in range(n)]), NAMES, 5, 1, 1, episodes=1)
         calls = []
-        pictures = sampler.pictures
+        images = sampler.images
 
         class Counting:
             def __getitem__(self, key):
-                got = pictures[key]
+                got = images[key]
                 calls.append(got.size)
                 return got
 
-        sampler.pictures = Counting()
+        sampler.images = Counting()
         for t in range(20):
             sampler.episode(0, t)
         return sum(calls)
@@ -183,7 +183,7 @@ def yolo_dataset(tmp_path):
     return YOLODataset(img_path=str(tmp_path / "images"), imgsz=64, hyp=hyp, data=data, batch_size=4)
 
 
-def test_batches_say_which_pictures_are_support_and_for_which_class(yolo_dataset):
+def test_batches_say_which_images_are_support_and_for_which_class(yolo_dataset):
     dataset = EpisodicDataset(yolo_dataset)
     sampler = EpisodeSampler(dataset.labels, yolo_dataset.data["names"], 3, 2, 1, episodes=2)
     loader = DataLoader(dataset, batch_size=sampler.episode_size, sampler=sampler, collate_fn=dataset.collate_fn)
@@ -226,13 +226,13 @@ class Noise:
 
 @pytest.fixture
 def noisy(yolo_dataset):
-    """Pictures of noise only, drawn by albumentations."""
+    """Images of noise only, drawn by albumentations."""
     (transform,) = (x for x in yolo_dataset.transforms.transforms if isinstance(x, Albumentations))
     transform.transform, transform.contains_spatial, transform.p = Noise(), False, 1.0
     return EpisodicDataset(yolo_dataset)
 
 
-def test_albumentations_draws_from_the_seed_of_the_picture_alone(noisy):
+def test_albumentations_draws_from_the_seed_of_the_image_alone(noisy):
     draws = [Draw(0, 0, True, 5), Draw(1, 1, True, 5), Draw(0, 0, True, 6)]
     first = [noisy[d]["img"] for d in draws]
     torch.manual_seed(7)  # another process
@@ -242,7 +242,7 @@ def test_albumentations_draws_from_the_seed_of_the_picture_alone(noisy):
     assert not torch.equal(first[0], first[2])
 
 
-def test_loading_a_picture_leaves_the_random_state_of_the_process_alone(noisy):
+def test_loading_a_image_leaves_the_random_state_of_the_process_alone(noisy):
     def numbers():
         return random.random(), np.random.rand(), torch.rand(1).item(), torch.initial_seed()
 

@@ -32,7 +32,7 @@ FAMILIES = ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 NC, B, HEIGHT, WIDTH = 4, 4, 64, 96
 
 
-def picture(file, boxes=((8, 8, 24, 24),)):
+def image(file, boxes=((8, 8, 24, 24),)):
     image = np.full((64, 64, 3), 200, np.uint8)
     for i, (x, y, w, h) in enumerate(boxes):
         cv2.rectangle(image, (x, y), (x + w, y + h), (0, 0, 255) if i else (255, 0, 0), -1)
@@ -47,7 +47,7 @@ def write(file, *lines):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two data sets of the same pictures: `all` labels both objects, `part` says of one to ignore it."""
+    """Two data sets of the same images: `all` labels both objects, `part` says of one to ignore it."""
     root = tmp_path_factory.mktemp("masked")
     rng = np.random.default_rng(0)
     for i in range(18):
@@ -56,7 +56,7 @@ def data(tmp_path_factory):
         xywh = [f"{(x + w / 2) / 64} {(y + h / 2) / 64} {w / 64} {h / 64}" for x, y, w, h in boxes]
         rows = [f"{(i + j) % 2} {box}" for j, box in enumerate(xywh)]
         for kind in ("all", "part"):
-            picture(root / kind / f"images/{split}/{i:02}.png", boxes)
+            image(root / kind / f"images/{split}/{i:02}.png", boxes)
         write(root / f"all/labels/{split}/{i:02}.txt", *rows)
         part = i % 3 > 0
         write(root / f"part/labels/{split}/{i:02}.txt", *rows[: 1 if part else 2])
@@ -78,7 +78,7 @@ def load(root, mode="train", **values):
 
 
 def items(dataset, seed=0):
-    """All pictures, augmented with one seed."""
+    """All images, augmented with one seed."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -89,21 +89,21 @@ def items(dataset, seed=0):
 
 
 def plain(tmp_path, files, ignore="ignore"):
-    """A data set of some pictures with a label each, whose boxes to ignore are read from a folder."""
+    """A data set of some images with a label each, whose boxes to ignore are read from a folder."""
     data = {"names": {0: "a"}, "nc": 1, "channels": 3, "fewshot": {"ignore": ignore}}
     for file in files:
-        picture(file)
+        image(file)
     (tmp_path / "list.txt").write_text("".join(f"{x}\n" for x in files))
     cfg = get_cfg(overrides={"imgsz": 64, "task": "detect", **STILL})
     return lambda: masked(build_yolo_dataset(cfg, str(tmp_path / "list.txt"), 8, data), data, "train")
 
 
 def test_boxes_are_read_from_a_folder_beside_the_labels(tmp_path):
-    build = plain(tmp_path, [tmp_path / f"images/train/{i}.png" for i in range(3)], "unlabelled")
+    build = plain(tmp_path, [tmp_path / f"images/train/{i}.png" for i in range(3)], "unlabeled")
     for i in range(3):
         write(tmp_path / f"labels/train/{i}.txt", "0 0.3 0.3 0.4 0.4")
-    write(tmp_path / "unlabelled/train/0.txt", "0.5 0.6 0.25 0.125", "", "0.25 0.25 0.5 0.5")
-    write(tmp_path / "unlabelled/train/1.txt", "")  # empty, and 2 has none
+    write(tmp_path / "unlabeled/train/0.txt", "0.5 0.6 0.25 0.125", "", "0.25 0.25 0.5 0.5")
+    write(tmp_path / "unlabeled/train/1.txt", "")  # empty, and 2 has none
     write(tmp_path / "ignore/train/1.txt", "0.5 0.5 0.1 0.1")  # another folder
     dataset = build()
     assert type(dataset) is MaskedDataset
@@ -124,16 +124,16 @@ def test_the_last_folder_of_labels_in_a_path_counts(tmp_path):
     assert boxes.tolist() == [[0.5, 0.5, 0.25, 0.25]]
 
 
-def test_pictures_in_a_folder_called_labels(tmp_path):
+def test_images_in_a_folder_called_labels(tmp_path):
     build = plain(tmp_path, [tmp_path / "images/labels/0.png"])
     write(tmp_path / "labels/labels/0.txt", "0 0.3 0.3 0.4 0.4")
     write(tmp_path / "ignore/labels/0.txt", "0.5 0.5 0.25 0.25")
     assert len(build().ignored) == 1
 
 
-def test_labels_beside_their_pictures_are_not_taken_for_boxes_to_ignore(tmp_path):
-    build = plain(tmp_path, [tmp_path / "pictures/0.png"])
-    write(tmp_path / "pictures/0.txt", "0 0.3 0.3 0.4 0.4")
+def test_labels_beside_their_images_are_not_taken_for_boxes_to_ignore(tmp_path):
+    build = plain(tmp_path, [tmp_path / "images/0.png"])
+    write(tmp_path / "images/0.txt", "0 0.3 0.3 0.4 0.4")
     assert not build().ignored
 
 
@@ -168,7 +168,7 @@ def test_data_that_names_no_folder_are_left_alone(data, section):
     assert masked(dataset, {}, "train") is dataset and not has_ignored(dataset)
 
 
-def test_validation_pictures_are_not_masked(data):
+def test_validation_images_are_not_masked(data):
     dataset = load(data / "part", "val")
     assert type(dataset) is not MaskedDataset
     assert all(IGNORED not in x["cls"] for x in items(dataset))
@@ -199,7 +199,7 @@ def test_data_sets_of_data_sets_know_whether_something_is_to_be_ignored(data):
     ],
     ids=lambda x: "-".join(x) or "none",
 )
-def test_boxes_follow_their_picture_as_labelled_ones_do(data, values):
+def test_boxes_follow_their_image_as_labeled_ones_do(data, values):
     some, whole = items(load(data / "part", **values), 3), items(load(data / "all", **values), 3)
     for a, b in zip(some, whole):
         assert torch.equal(a["img"], b["img"]) and torch.equal(a["bboxes"], b["bboxes"])
@@ -238,13 +238,13 @@ def test_labels_with_outlines_can_be_mixed_with_boxes_to_ignore(tmp_path):
 
 @pytest.fixture
 def outlined(tmp_path):
-    """Two data sets of the same pictures with outlines: `all` labels both objects, `part` says of one to ignore it.
+    """Two data sets of the same images with outlines: `all` labels both objects, `part` says of one to ignore it.
 
-    The object that both label is a triangle; the last picture has no label in `part`.
+    The object that both label is a triangle; the last image has no label in `part`.
     """
     for i in range(4):
         for kind in ("all", "part"):
-            picture(tmp_path / kind / f"images/train/{i}.png", [(6 + i, 6, 20, 20), (8, 36 + i, 18, 20)])
+            image(tmp_path / kind / f"images/train/{i}.png", [(6 + i, 6, 20, 20), (8, 36 + i, 18, 20)])
         x, first = (6 + i) / 64, i < 3
         triangle = f"0 {x} {6 / 64} {x + 20 / 64} {6 / 64} {x} {26 / 64}"
         box = [17 / 64, (46 + i) / 64, 18 / 64, 20 / 64]
@@ -285,7 +285,7 @@ def test_pasted_copies_of_boxes_to_ignore_are_to_be_ignored(outlined):
 
 
 @pytest.mark.parametrize("values", [{}, {"copy_paste": 1.0}, {"copy_paste": 1.0, "copy_paste_mode": "mixup"}])
-def test_pictures_without_a_label_can_be_mixed_with_outlined_ones(outlined, values):
+def test_images_without_a_label_can_be_mixed_with_outlined_ones(outlined, values):
     some = items(load(outlined / "part", mosaic=1.0, mixup=1.0, **values), 1)
     whole = items(load(outlined / "all", mosaic=1.0, mixup=1.0, **values), 1)
     for a, b in zip(some, whole):
@@ -333,16 +333,16 @@ def test_blanked_objects_are_padding_to_the_loss_and_boxes_to_ignore_to_the_mask
 @pytest.mark.parametrize("n", [0, 1, 40])
 def test_outside_equals_a_loop(n):
     g = torch.Generator().manual_seed(n)
-    pictures, w, h = 5, 96.0, 64.0
-    ignored = torch.cat([torch.randint(pictures - 1, (n, 1), generator=g), torch.rand(n, 4, generator=g)], 1)
+    images, w, h = 5, 96.0, 64.0
+    ignored = torch.cat([torch.randint(images - 1, (n, 1), generator=g), torch.rand(n, 4, generator=g)], 1)
     ignored[:, 3:] *= 0.4
     anchors = torch.rand(60, 2, generator=g) * torch.tensor([w, h])
-    expected = torch.ones(pictures, 60, dtype=torch.bool)
+    expected = torch.ones(images, 60, dtype=torch.bool)
     for b, x, y, bw, bh in ignored.tolist():
         for a, (ax, ay) in enumerate(anchors.tolist()):
             if (x - bw / 2) * w < ax < (x + bw / 2) * w and (y - bh / 2) * h < ay < (y + bh / 2) * h:
                 expected[int(b), a] = False
-    found = outside(ignored, anchors, torch.tensor([w, h]), pictures)
+    found = outside(ignored, anchors, torch.tensor([w, h]), images)
     assert found.dtype == torch.bool and torch.equal(found, expected)
     assert bool(found[-1].all()) and (n < 40 or 20 < int((~found).sum()) < 280)
 
@@ -351,7 +351,7 @@ def test_outside_equals_a_loop(n):
 
 
 def batch_of(ignored=True):
-    """An episode whose pictures are wider than high; of four boxes to ignore one covers a labelled object."""
+    """An episode whose images are wider than high; of four boxes to ignore one covers a labeled object."""
     g = torch.Generator().manual_seed(0)
     rows = [(0, 0, 0.3, 0.3), (0, 2, 0.7, 0.6), (1, 1, 0.4, 0.5), (2, 0, 0.3, 0.4), (3, 1, 0.6, 0.5), (3, 3, 0.2, 0.3)]
     rows = [(*r, 0.3, 0.4) for r in rows]
@@ -359,7 +359,7 @@ def batch_of(ignored=True):
         rows.insert(1, (0, IGNORED, 0.8, 0.2, 0.3, 0.3))
         rows.insert(4, (2, IGNORED, 0.35, 0.45, 0.6, 0.7))
         rows += [(2, IGNORED, 0.8, 0.8, 0.3, 0.3), (3, IGNORED, 0.85, 0.5, 0.25, 0.9)]
-    rows = torch.tensor(sorted(rows, key=lambda x: x[0]), dtype=torch.float)  # by picture, as they are collated
+    rows = torch.tensor(sorted(rows, key=lambda x: x[0]), dtype=torch.float)  # by image, as they are collated
     return {
         "img": torch.rand(B, 3, HEIGHT, WIDTH, generator=g),
         "batch_idx": rows[:, 0],
@@ -393,7 +393,7 @@ def branches(model, batch):
 
 
 def naive_outside(batch, preds):
-    """Which anchors are in no box to ignore, (B, A), by loops over pictures, levels, rows and columns."""
+    """Which anchors are in no box to ignore, (B, A), by loops over images, levels, rows and columns."""
     result = []
     for b in range(B):
         row = []
@@ -473,7 +473,7 @@ def test_a_teacher_knows_what_is_in_boxes_to_ignore(cfg):
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_other_terms_are_those_of_the_labelled_objects(cfg, stage):
+def test_other_terms_are_those_of_the_labeled_objects(cfg, stage):
     model = make(cfg, stage)
     for loss, preds in branches(model, batch_of()):
         plain = loss.loss(preds, batch_of(False))[1]
@@ -565,7 +565,7 @@ def test_a_batch_with_nothing_to_ignore_has_the_same_loss_bit_by_bit(cfg, stage,
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_a_picture_of_nothing_but_boxes_to_ignore_teaches_nothing_there():
+def test_a_image_of_nothing_but_boxes_to_ignore_teaches_nothing_there():
     batch, model = batch_of(), make()
     rows = torch.tensor([[b, IGNORED, 0.5, 0.5, 1.0, 1.0] for b in range(B)])
     batch = {**batch, "batch_idx": rows[:, 0], "cls": rows[:, 1:2], "bboxes": rows[:, 2:]}

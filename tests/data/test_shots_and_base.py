@@ -64,7 +64,7 @@ class Part:
 
 
 @pytest.mark.parametrize("sizes", [(3,), (3, 2), (1, 5)])
-def test_base_pictures_come_after_the_shots(sizes):
+def test_base_images_come_after_the_shots(sizes):
     parts = [Part(name, n) for name, n in zip("ab", sizes)]
     dataset = ShotsAndBase(parts)
     expected = [f"{name}{i}" for name, n in zip("ab", sizes) for i in range(n)]
@@ -75,7 +75,7 @@ def test_base_pictures_come_after_the_shots(sizes):
         dataset[sum(sizes)]
 
 
-def test_both_parts_stop_mixing_pictures_together():
+def test_both_parts_stop_mixing_images_together():
     parts = [Part("a", 3), Part("b", 2)]
     dataset, hyp = ShotsAndBase(parts), object()
     dataset.close_mosaic(hyp)
@@ -86,14 +86,14 @@ def test_both_parts_stop_mixing_pictures_together():
 
 
 @pytest.mark.parametrize(("batch", "base", "replayed"), [(8, 20, 4), (5, 20, 2), (8, 2, 4), (1, 20, 0), (6, 0, 0)])
-def test_batches_are_half_shots_and_half_base_pictures(batch, base, replayed):
+def test_batches_are_half_shots_and_half_base_images(batch, base, replayed):
     sampler = AdaptSampler(7, base, batch, 9)
     drawn = np.array(list(sampler)).reshape(9, batch)
     assert len(sampler) == drawn.size
     assert (drawn[:, : batch - replayed] < 7).all() and (drawn[:, batch - replayed :] >= 7).all()
     assert drawn.min() >= 0 and drawn.max() < 7 + base
     for n, stream in ((7, drawn[:, : batch - replayed].ravel()), (base, drawn[:, batch - replayed :].ravel() - 7)):
-        for start in range(0, len(stream), max(n, 1)):  # every picture comes before any comes again
+        for start in range(0, len(stream), max(n, 1)):  # every image comes before any comes again
             part = stream[start : start + n].tolist()
             assert len(set(part)) == len(part)
             if len(part) == n:

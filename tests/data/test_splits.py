@@ -22,11 +22,11 @@ NAMES = ["ant", "bee", "cat", "dog", "elk"]
 NOVEL = ["dog", "bee"]
 NEW = ["ant", "cat", "elk", "dog", "bee"]
 W, H = 64, 48
-FOLDERS = ("a", "b", "val")  # the first two are the train split, and their pictures have the same names
+FOLDERS = ("a", "b", "val")  # the first two are the train split, and their images have the same names
 
 
 def draw(n_classes, n=(10, 10, 12), seed=0):
-    """Boxes of random pictures, (class, left, top, w, h) in pixels, by folder/name; some pictures have none."""
+    """Boxes of random images, (class, left, top, w, h) in pixels, by folder/name; some images have none."""
     rng = np.random.default_rng(seed)
     boxes = {}
     for folder, count in zip(FOLDERS, n):
@@ -38,8 +38,8 @@ def draw(n_classes, n=(10, 10, 12), seed=0):
     return boxes
 
 
-def write_pictures(root, boxes):
-    """Write pictures, each of its own."""
+def write_images(root, boxes):
+    """Write images, each of its own."""
     rng = np.random.default_rng(0)
     for name in boxes:
         file = root / "images" / name
@@ -56,7 +56,7 @@ def text_of(rows):
 
 def write_yolo(root, boxes, names, **more):
     """Write a YOLO data set and return its data.yaml."""
-    write_pictures(root, boxes)
+    write_images(root, boxes)
     for name, rows in boxes.items():
         file = root / "labels" / Path(name).with_suffix(".txt")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def write_coco(root, boxes, names, ids, crowds=()):
 
 
 def labels(out, folder, kind="labels"):
-    """The lines of the label files of a folder, by the name of the picture."""
+    """The lines of the label files of a folder, by the name of the image."""
     return {x.stem: x.read_text().splitlines() for x in (out / kind / folder).iterdir()}
 
 
@@ -117,11 +117,11 @@ def out(data, tmp_path_factory):
 
 
 def stem_of(name):
-    """The name of a picture in the split: those of the second folder are taken."""
+    """The name of a image in the split: those of the second folder are taken."""
     return Path(name).stem + ("_2" if name.startswith("b/") else "")
 
 
-def test_base_pictures_have_base_labels_and_ignore_every_novel_object(out, boxes):
+def test_base_images_have_base_labels_and_ignore_every_novel_object(out, boxes):
     shown, ignored = {}, {}
     for name, rows in boxes.items():
         seen = {NAMES[c] for c, *_ in rows}
@@ -137,7 +137,7 @@ def test_base_pictures_have_base_labels_and_ignore_every_novel_object(out, boxes
     assert {x.stem for x in (out / "images/base_train").iterdir()} == shown.keys()
 
 
-def test_val_pictures_are_base_val_and_queries(out, boxes):
+def test_val_images_are_base_val_and_queries(out, boxes):
     val = {Path(k).stem: v for k, v in boxes.items() if k.startswith("val/")}
     expected = {
         "base_val": {k: wanted(v, NEW[:3]) for k, v in val.items() if wanted(v, NEW[:3])},
@@ -175,7 +175,7 @@ def test_shots_are_exactly_k_nested_and_everything_else_is_ignored(out, boxes, s
         before = chosen
 
 
-def test_shots_come_from_as_many_pictures_as_possible():
+def test_shots_come_from_as_many_images_as_possible():
     candidates = {3: [0, 1, 2], 5: [4], 9: [1, 2]}
     drawn = splits._draw(candidates, (0, 1), 10)
     assert [{i for i, _ in drawn[:3]}, {i for i, _ in drawn[3:5]}, drawn[5][0]] == [{3, 5, 9}, {3, 9}, 3]
@@ -187,7 +187,7 @@ def test_shots_come_from_as_many_pictures_as_possible():
     assert splits._draw({}, (0, 0), 3) == []
 
 
-def test_no_shot_is_a_query_picture_not_even_a_copy_of_one(boxes, tmp_path, caplog):
+def test_no_shot_is_a_query_image_not_even_a_copy_of_one(boxes, tmp_path, caplog):
     data = write_yolo(tmp_path, boxes, NAMES)
     copied = [k for k, v in boxes.items() if not k.startswith("val/") and wanted(v, NOVEL)][:3]
     for i, name in enumerate(copied):
@@ -196,7 +196,7 @@ def test_no_shot_is_a_query_picture_not_even_a_copy_of_one(boxes, tmp_path, capl
     for kind, suffix in (("images", ".png"), ("labels", ".txt")):
         shutil.copy(tmp_path / kind / Path(twice).with_suffix(suffix), tmp_path / kind / f"b/twice{suffix}")
     out = split(data, NOVEL, tmp_path / "out", shots=[1, 3], seeds=4)
-    text = "3 train pictures are val pictures, too, and give no shots: "
+    text = "3 train images are val images, too, and give no shots: "
     assert text in caplog.text and all(str(tmp_path / "images" / x) in caplog.text for x in copied)
     digests = [hashlib.sha256(x.read_bytes()).digest() for x in (out / "images/query").iterdir()]
     for folder in (out / "images/shots").iterdir():
@@ -239,7 +239,7 @@ def test_crowds_of_a_coco_json_are_ignored_and_boxes_are_clipped(tmp_path):
         "a/4.png": [[1, 4, 4, 0.5, 20], [1, 10, 10, 20, 20]],  # one thinner than a pixel
         "val/0.png": [[0, 1, 1, 9, 9], [1, 9, 9, 9, 9], [1, 1, 9, 9, 9]],
     }
-    write_pictures(tmp_path, boxes)
+    write_images(tmp_path, boxes)
     crowds = {("a/0.png", 1), ("a/2.png", 0), ("a/3.png", 0), ("val/0.png", 2)}
     args = write_coco(tmp_path, boxes, ["cat", "dog"], [5, 9], crowds)
     out = split(**args, novel="dog", out=tmp_path / "out", shots=2, seeds=1)
@@ -263,7 +263,7 @@ def test_crowds_of_a_coco_json_are_ignored_and_boxes_are_clipped(tmp_path):
         split(**args, novel="dog", out=tmp_path / "more", shots=3)
 
 
-def test_pictures_are_links_with_names_of_their_own(tmp_path, monkeypatch):
+def test_images_are_links_with_names_of_their_own(tmp_path, monkeypatch):
     boxes = draw(2, (4, 4, 4), seed=1) | {"b/00_2.png": [[0, 5, 5, 9, 9]], "b/.hidden.png": [[0, 5, 5, 9, 9]]}
     boxes["a/00.png"] = boxes["b/00.png"] = [[0, 5, 5, 9, 9], [1, 5, 5, 9, 9]]
     data = write_yolo(tmp_path, boxes, ["cat", "dog"], train="list.txt")
@@ -345,7 +345,7 @@ def test_the_manifest(data, out):
     assert counts.keys() == folders
     for folder, x in counts.items():
         lines = [y for v in labels(out, folder).values() for y in v]
-        assert x["pictures"] == len(labels(out, folder))
+        assert x["images"] == len(labels(out, folder))
         assert x["ignored"] == sum(map(len, labels(out, folder, "ignore").values()))
         assert x["objects"] == dict.fromkeys(NEW, 0) | Counter(NEW[int(y.split()[0])] for y in lines)
     for seed, k in ((s, k) for s in "01" for k in "135"):
@@ -357,7 +357,7 @@ def test_the_manifest(data, out):
             assert Counter(shown) == Counter((n, Path(x).stem) for n, v in shots.items() for x in v)
 
 
-def test_pictures_that_training_leaves_out_are_left_out(boxes, tmp_path, caplog):
+def test_images_that_training_leaves_out_are_left_out(boxes, tmp_path, caplog):
     data = write_yolo(tmp_path, boxes, NAMES)
     assert cv2.imwrite(str(tmp_path / "images/a/small.png"), np.zeros((9, 20, 3), np.uint8))
     shutil.copy(tmp_path / "images/a/00.png", tmp_path / "images/val/bad.png")
@@ -365,7 +365,7 @@ def test_pictures_that_training_leaves_out_are_left_out(boxes, tmp_path, caplog)
     out = split(data, NOVEL, tmp_path / "out", shots=1, seeds=1)
     assert sum(x.levelname == "WARNING" for x in caplog.records) == 1
     assert (
-        f"2 pictures are left out, as in training: {tmp_path}/images/a/small.png: image size (9, 20) <10 pixels; "
+        f"2 images are left out, as in training: {tmp_path}/images/a/small.png: image size (9, 20) <10 pixels; "
         in caplog.text
     )
     assert f"{tmp_path}/images/val/bad.png: Label class 9 exceeds" in caplog.text
@@ -378,7 +378,7 @@ def test_a_base_class_may_have_fewer_objects_than_shots(tmp_path):
     out = split(write_yolo(tmp_path, boxes, ["cat", "dog"]), "dog", tmp_path / "out", shots=(1, 5), seeds=1)
     counts = json.loads((out / "fewshot.json").read_text())["counts"]
     assert counts["shots/seed0_5shot_all"]["objects"] == {"cat": 1, "dog": 5}
-    assert counts["base_train"] == {"pictures": 1, "ignored": 1, "objects": {"cat": 1, "dog": 0}}
+    assert counts["base_train"] == {"images": 1, "ignored": 1, "objects": {"cat": 1, "dog": 0}}
 
 
 ERRORS = {
@@ -426,10 +426,10 @@ def test_an_error_comes_before_anything_is_written(case, data, tmp_path, monkeyp
         ({"val": ""}, ValueError, "'val:' of .* is empty"),
         ({"val": "images/none"}, FileNotFoundError, "images/none"),
         ({"train": "images/none"}, FileNotFoundError, "'train:' of .* does not exist: .*images/none"),
-        ({"train": "images/empty"}, ValueError, "No usable picture in train: it lists none"),
+        ({"train": "images/empty"}, ValueError, "No usable image in train: it lists none"),
         ({"names": ["dog", "bee", "cat", "dog", "elk"]}, ValueError, "Several classes of .* have the name dog"),
-        ({"val": "images/bare"}, ValueError, "No val picture of .* shows a base class"),
-        ({"val": "images/base"}, ValueError, "No val picture of .* shows a novel class"),
+        ({"val": "images/bare"}, ValueError, "No val image of .* shows a base class"),
+        ({"val": "images/base"}, ValueError, "No val image of .* shows a novel class"),
     ],
 )
 def test_errors_of_a_data_yaml(changes, error, text, boxes, tmp_path):
@@ -458,10 +458,10 @@ def test_errors_of_a_coco_json(boxes, data, tmp_path):
     fails(FileNotFoundError, "none.json", data=tmp_path / "none.json")
     fails(
         FileNotFoundError,
-        r"12 of 12 pictures of .*val.json do not exist: .* and 7 more\. Correct val_images=",
+        r"12 of 12 images of .*val.json do not exist: .* and 7 more\. Correct val_images=",
         val_images=tmp_path,
     )
-    fails(FileNotFoundError, r"20 of 20 pictures of .*train.json do not exist: .* Correct images=", images=tmp_path)
+    fails(FileNotFoundError, r"20 of 20 images of .*train.json do not exist: .* Correct images=", images=tmp_path)
     content = json.loads((tmp_path / "val.json").read_text())
     for change, text in (
         ({"categories": [*content["categories"], {"id": 1, "name": "fox"}]}, "has categories that .* not have: fox"),
@@ -476,7 +476,7 @@ def test_errors_of_a_coco_json(boxes, data, tmp_path):
     fails(ValueError, "val.json is no COCO json of boxes: JSONDecodeError")
 
 
-@pytest.mark.parametrize("name", ["_save_picture", "_sha256", "YAML.save", "json.dumps"])
+@pytest.mark.parametrize("name", ["_save_image", "_sha256", "YAML.save", "json.dumps"])
 @pytest.mark.parametrize("empty", [True, False])
 def test_a_failure_in_the_middle_leaves_nothing(name, empty, data, tmp_path, monkeypatch):
     if empty:
@@ -488,7 +488,7 @@ def test_a_failure_in_the_middle_leaves_nothing(name, empty, data, tmp_path, mon
 
     def fail(*args, **kwargs):
         calls.append(args)
-        if name != "_save_picture" or len(calls) > 3:
+        if name != "_save_image" or len(calls) > 3:
             raise OSError("disk full")
         return stock(*args, **kwargs)
 
@@ -538,7 +538,7 @@ def test_the_novel_classes_of_coco_are_those_of_voc():
 
 
 def of_every_class(n_classes):
-    """Boxes of pictures with two classes each, all of which are in every folder."""
+    """Boxes of images with two classes each, all of which are in every folder."""
     boxes = {}
     for folder in FOLDERS:
         for i in range(n_classes):
@@ -562,7 +562,7 @@ def test_a_stand_in_of_voc_is_split_with_its_protocols(i, tmp_path):
 def test_a_stand_in_of_coco_is_split_with_its_protocol(tmp_path):
     names = list(YAML.load(ROOT / "cfg/datasets/coco.yaml")["names"].values())
     boxes = of_every_class(80)
-    write_pictures(tmp_path, boxes)
+    write_images(tmp_path, boxes)
     gaps = sorted(np.random.default_rng(0).permutation(np.arange(1, 91))[:80].tolist())
     args = write_coco(tmp_path, boxes, names, gaps)
     out = split(**args, novel="coco-fewshot.yaml", out=tmp_path / "out", shots=2, seeds=1)

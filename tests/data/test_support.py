@@ -17,7 +17,7 @@ from yolo_fewshot.data.support import Support, SupportDataset, fingerprint, read
 NAMES = {0: "cat", 1: "dog"}  # of the model
 
 
-def picture(file, h=40, w=80, seed=0):
+def image(file, h=40, w=80, seed=0):
     file.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(file), np.random.default_rng(seed).integers(0, 255, (h, w, 3), dtype=np.uint8))
 
@@ -34,9 +34,9 @@ def data_yaml(file, **data):
 
 @pytest.fixture
 def root(tmp_path):
-    """Pictures b (a bird, a cat), a (a bird) and c (background) in this order in the list; no names beside it."""
+    """Images b (a bird, a cat), a (a bird) and c (background) in this order in the list; no names beside it."""
     for i, name in enumerate("abc"):
-        picture(tmp_path / f"images/{name}.png", seed=i)
+        image(tmp_path / f"images/{name}.png", seed=i)
     label(tmp_path / "labels/a.txt", "2 0.5 0.5 0.25 0.5")
     label(tmp_path / "labels/b.txt", "2 0.1 0.2 0.2 0.3", "0 0.75 0.5 0.5 1")
     label(tmp_path / "labels/c.txt")
@@ -94,9 +94,9 @@ def test_the_val_split_does_not_matter(root):
     assert files(read_support(file, NAMES)) == ["a", "b", "c"]
 
 
-def test_train_may_list_folders_lists_and_pictures_and_each_is_read_once(root):
-    picture(root / "more[1]/deep/images/z.png")
-    (root / "more[1]/deep/readme.md").write_text("pictures")
+def test_train_may_list_folders_lists_and_images_and_each_is_read_once(root):
+    image(root / "more[1]/deep/images/z.png")
+    (root / "more[1]/deep/readme.md").write_text("images")
     (root / "one.txt").write_text("./images/c.png")
     train = ["one.txt", "more[1]", "images/b.png", "list.txt"]
     support = read_support(data_yaml(root / "shots.yaml", train=train, names=["cat", "dog", "bird"]), NAMES)
@@ -120,7 +120,7 @@ def test_train_may_list_folders_lists_and_pictures_and_each_is_read_once(root):
 def test_paths_resolve_as_in_ultralytics(tmp_path, monkeypatch, data, cwd):
     root = tmp_path / "data"
     for folder in (root, root / "sub", tmp_path / "outside", tmp_path / "sets/sets", tmp_path / "sets/sub"):
-        picture(folder / "images/a.png")
+        image(folder / "images/a.png")
         label(folder / "labels/a.txt", "0 0.5 0.5 0.5 0.5")
 
     def fill(x):
@@ -167,7 +167,7 @@ def test_bare_names_resolve_as_in_ultralytics(shots, monkeypatch):
     assert asked == [(("shipped.yaml",), {"download": False, "hard": False})]
 
 
-def test_list_keeps_its_order_and_each_picture_is_read_once(root, warnings):
+def test_list_keeps_its_order_and_each_image_is_read_once(root, warnings):
     with open(root / "list.txt", "a") as f:
         f.write("images/a.png \n./images/../images/b.png\n")
     (root / "classes.txt").write_text("cat \ndog\nbird\n\n")
@@ -178,8 +178,8 @@ def test_list_keeps_its_order_and_each_picture_is_read_once(root, warnings):
 
 
 def test_lines_are_relative_to_the_list_or_else_to_the_working_directory(root, monkeypatch):
-    picture(root / "cwd/images/d.png")
-    picture(root / "cwd/images/a.png")
+    image(root / "cwd/images/d.png")
+    image(root / "cwd/images/a.png")
     label(root / "cwd/labels/d.txt", "1 0.5 0.5 0.5 0.5")
     monkeypatch.chdir(root / "cwd")
     (root / "list.txt").write_text(f"images/d.png\r\nimages/a.png\r\n{root}/images/b.png", encoding="utf-8-sig")
@@ -222,7 +222,7 @@ def test_list_without_names_has_the_indices_of_the_model(root, warnings):
 
 def test_folder_of_crops(tmp_path, monkeypatch):
     for i, name in enumerate(["fish/2.png", "fish/1.JPG", "bird/x.png", ".hidden/1.png", "bird/.2.png"]):
-        picture(tmp_path / name, h=30 + i, w=20)
+        image(tmp_path / name, h=30 + i, w=20)
     stock = Path.iterdir  # in the order of the file system
     monkeypatch.setattr(Path, "iterdir", lambda x: sorted(stock(x), reverse=True))
     monkeypatch.chdir(tmp_path)
@@ -240,7 +240,7 @@ def test_folder_of_crops(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["shots.yaml", "list.txt", "crops"])
 def test_channels_are_those_of_the_model_unless_it_says(root, shots, form):
-    picture(root / "crops/fish/1.png")
+    image(root / "crops/fish/1.png")
     assert read_support(root / form, NAMES).channels == 3 and read_support(root / form, NAMES, 1).channels == 1
     data_yaml(shots, train=["list.txt", "images"], names=["cat", "dog", "bird"], channels=4)
     assert read_support(root / form, NAMES, 1).channels == (1 if form == "crops" else 4)
@@ -264,7 +264,7 @@ CHANGES = {
         os.utime(root / "labels/a.txt", ns=(1, 1)),
     ),
     "a removed label file": lambda root: (root / "labels/a.txt").unlink(),
-    "another image of this name": lambda root: picture(root / "images/a.png", seed=9),
+    "another image of this name": lambda root: image(root / "images/a.png", seed=9),
     "other class names": lambda root: [rewrite(root / x) for x in ("shots.yaml", "classes.txt")],
     "other boxes to ignore": lambda root: label(root / "ignore/a.txt", "0.5 0.5 0.1 0.1"),
 }
@@ -286,7 +286,7 @@ def test_a_change_of_any_file_is_noticed(root, monkeypatch, form, change):
 
 def test_added_and_removed_images_are_noticed(root, shots):
     seen = {fingerprint(shots)}
-    picture(root / "images/deep/d.png")
+    image(root / "images/deep/d.png")
     seen.add(fingerprint(shots))
     (root / "images/c.png").unlink()
     seen.add(fingerprint(shots))
@@ -295,11 +295,11 @@ def test_added_and_removed_images_are_noticed(root, shots):
 
 def test_added_changed_and_removed_crops_are_noticed(tmp_path):
     for name in ("fish/1.png", "fish/2.png", "bird/1.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     seen = [fingerprint(tmp_path)]
     for change in (
-        lambda: picture(tmp_path / "bird/2.png"),
-        lambda: picture(tmp_path / "bird/2.png", h=50),
+        lambda: image(tmp_path / "bird/2.png"),
+        lambda: image(tmp_path / "bird/2.png", h=50),
         lambda: (tmp_path / "fish/2.png").unlink(),
         lambda: (tmp_path / "fish").rename(tmp_path / "carp"),
     ):
@@ -327,7 +327,7 @@ def test_a_support_set_that_is_gone_is_an_error(root, shots):
 
 
 def support_of(*classes):
-    """A support set whose pictures show these class indices; 2 and the number 4 are new."""
+    """A support set whose images show these class indices; 2 and the number 4 are new."""
     labels = [
         {"im_file": f"{i}.png", "cls": np.array(c, np.float32).reshape(-1, 1), "bboxes": np.full((len(c), 4), i / 10)}
         for i, c in enumerate(classes)
@@ -339,7 +339,7 @@ def support_of(*classes):
     ("classes", "expected"),
     [
         ([[2, 0], [0, 4, 0]], ["a"]),
-        ([[2, 0], [0]], []),  # a picture of its own
+        ([[2, 0], [0]], []),  # a image of its own
         ([[2, 0], [0, 1]], []),  # one with another old class
         ([[2, 0, 1], [3, 1], []], ["a"]),
         ([[4, 1, 0]], ["b", "a"]),
@@ -347,7 +347,7 @@ def support_of(*classes):
         ([[0, 1], [3]], []),
     ],
 )
-def test_classes_that_are_labelled_beside_others_only(classes, expected):
+def test_classes_that_are_labeled_beside_others_only(classes, expected):
     assert shown_beside(support_of(*classes), ["c", "b", "a", "unseen"]) == expected
 
 
@@ -365,40 +365,40 @@ def test_unknown_type(root):
         read_support(root / "images/a.png")
 
 
-def test_no_pictures(root, shots):
+def test_no_images(root, shots):
     (root / "list.txt").write_text("\n \n")
-    with fails(ValueError, f"{root / 'list.txt'} names no pictures"):
+    with fails(ValueError, f"{root / 'list.txt'} names no images"):
         read_support(root / "list.txt")
     (root / "empty").mkdir()
-    with fails(ValueError, f"{shots} names no pictures"):
+    with fails(ValueError, f"{shots} names no images"):
         read_support(data_yaml(shots, train="empty", names=["cat"]))
 
 
 def test_folders_without_classes(tmp_path):
-    picture(tmp_path / "loose/1.png")
+    image(tmp_path / "loose/1.png")
     with fails(ValueError, "loose has neither a data.yaml nor sub-folders", "shots/scooter/1.jpg"):
         read_support(tmp_path / "loose")
-    picture(tmp_path / "set/images/1.png")
+    image(tmp_path / "set/images/1.png")
     with fails(ValueError, "set looks like a data set with labels, and has no data.yaml"):
         read_support(tmp_path / "set")
-    picture(tmp_path / "crops/cat/1.png")
+    image(tmp_path / "crops/cat/1.png")
     for i in range(7):
         (tmp_path / f"crops/empty{i}").mkdir()
-    with fails(ValueError, "No pictures in the sub-folders empty0, ", "empty4 and 2 more of", "crops", "shots/scooter"):
+    with fails(ValueError, "No images in the sub-folders empty0, ", "empty4 and 2 more of", "crops", "shots/scooter"):
         read_support(tmp_path / "crops")
 
 
-def test_pictures_that_do_not_exist(root):
+def test_images_that_do_not_exist(root):
     with open(root / "list.txt", "a") as f:
         f.write("".join(f"./images/no{i}.png\n" for i in range(7)))
-    with fails(FileNotFoundError, "7 of 10 pictures do not exist", f"{root}/images/no0.png", "no4.png and 2 more"):
+    with fails(FileNotFoundError, "7 of 10 images do not exist", f"{root}/images/no0.png", "no4.png and 2 more"):
         read_support(root / "list.txt", NAMES)
     with pytest.raises(FileNotFoundError) as e:
         read_support(root / "list.txt", NAMES)
     assert "no5" not in str(e.value)
 
 
-def test_five_missing_pictures_are_all_named(root):
+def test_five_missing_images_are_all_named(root):
     (root / "list.txt").write_text("".join(f"./no{i}.png\n" for i in range(5)) + "x" * 300)
     with fails(FileNotFoundError, "no4.png and 1 more"):
         read_support(root / "list.txt")
@@ -407,19 +407,19 @@ def test_five_missing_pictures_are_all_named(root):
         read_support(root / "list.txt")
 
 
-def test_pictures_that_cannot_be_read(root, shots):
-    (root / "images/b.png").write_bytes(b"not a picture")
+def test_images_that_cannot_be_read(root, shots):
+    (root / "images/b.png").write_bytes(b"not a image")
     (root / "images/c.png").write_bytes((root / "images/a.png").read_bytes()[:200])
     with pytest.raises(ValueError) as e:
         read_support(shots, NAMES)
-    assert "2 of 3 pictures" in str(e.value) and f"{root}/images/b.png: " in str(e.value)
+    assert "2 of 3 images" in str(e.value) and f"{root}/images/b.png: " in str(e.value)
     assert f"{root}/images/c.png: " in str(e.value) and "ignoring" not in str(e.value)
 
 
 def test_crops_that_cannot_be_read(tmp_path):
-    picture(tmp_path / "cat/1.png", h=8)
-    picture(tmp_path / "cat/2.png")
-    with fails(ValueError, "1 of 2 pictures", "cat/1.png: image size (8, 80"):
+    image(tmp_path / "cat/1.png", h=8)
+    image(tmp_path / "cat/2.png")
+    with fails(ValueError, "1 of 2 images", "cat/1.png: image size (8, 80"):
         read_support(tmp_path)
 
 
@@ -437,7 +437,7 @@ def test_corrupt_labels(root, shots, row, reason):
     label(root / "labels/a.txt", "2 0.5 0.5 0.25 0.5", row)
     if "column" in reason:
         label(root / "labels/a.txt", row)
-    with fails(ValueError, "1 of 3 pictures", f"{root}/labels/a.txt: ", reason, "Correct"):
+    with fails(ValueError, "1 of 3 images", f"{root}/labels/a.txt: ", reason, "Correct"):
         read_support(shots, NAMES)
 
 
@@ -470,14 +470,14 @@ def test_label_files_where_none_is_looked_for_are_named(root, shots, warnings, l
 def test_misplaced_label_files_are_named_where_no_image_has_a_box(root, shots, warnings):
     for name in "ab":
         (root / f"labels/{name}.txt").rename(root / f"images/{name}.txt")
-    with fails(ValueError, "None of the 3 pictures"):
+    with fails(ValueError, "None of the 3 images"):
         read_support(shots, NAMES)
     assert f"{root}/images/a.txt should be {root}/labels/a.txt; {root}/images/b.txt should be" in warnings[0]
 
 
 def test_empty_label_files_and_crops_are_no_reason_to_warn(root, shots, warnings, tmp_path):
     read_support(shots, NAMES)
-    picture(tmp_path / "crops/fish/1.png")
+    image(tmp_path / "crops/fish/1.png")
     read_support(tmp_path / "crops")
     assert not warnings
 
@@ -493,7 +493,7 @@ def test_duplicate_boxes_are_dropped_with_a_warning(root, shots, warnings):
     [
         ("2 0.5 0.5 0 0.5", "0 x 20"),
         ("2 0.5 0.5 0.25 0", "20 x 0"),
-        ("2 1.009 0.5 0.01 0.5", "0 x 20"),  # right of the picture
+        ("2 1.009 0.5 0.01 0.5", "0 x 20"),  # right of the image
         ("2 0.5 1.01 0.25 0.01", "20 x 0"),  # below it
         ("2 0.99 0.5 0.0123 0.5", "0.984 x 20"),  # of 80 x 40 pixels
         ("2 0.5 0.5 0.25 0.0245", "20 x 0.98"),
@@ -509,7 +509,7 @@ def test_boxes_without_area(root, shots, row, size):
 
 def test_boxes_of_one_pixel_are_accepted(root, shots):
     """640 pixels, written with five digits: 0.00156 of them are 0.9984 pixels."""
-    picture(root / "images/a.png", 640, 640)
+    image(root / "images/a.png", 640, 640)
     label(root / "labels/a.txt", "2 0.5 0.5 0.00156 0.00156")
     assert len(boxes(read_support(shots, NAMES))[0]) == 1
 
@@ -545,14 +545,14 @@ def test_new_classes_need_a_box(root, shots):
     with fails(ValueError, "No box for dog, fish, crab in"):
         read_support(shots)
     assert len(read_support(shots, {**NAMES, 5: "fish", 8: "crab"}).names) == 5
-    (root / "classes.txt").write_text("cat\ndog\nbird\nfish")  # the predefined classes of a labelling tool
+    (root / "classes.txt").write_text("cat\ndog\nbird\nfish")  # the predefined classes of a labeling tool
     assert len(read_support(root / "list.txt").names) == 4
 
 
 def test_no_box_at_all(root, shots):
     (root / "labels").rename(root / "annotations")
     for support in (shots, root / "list.txt"):
-        with fails(ValueError, f"None of the 3 pictures of {support} has a box", f"{root}/labels/"):
+        with fails(ValueError, f"None of the 3 images of {support} has a box", f"{root}/labels/"):
             read_support(support, NAMES)
 
 
@@ -612,7 +612,7 @@ def load(dataset):
 @pytest.mark.parametrize("channels", [3, 1])
 def test_batches_are_those_of_a_yolo_dataset(root, channels):
     file = data_yaml(root / "shots.yaml", train="images", val="images", names=["cat", "dog", "bird"], channels=channels)
-    picture(root / "images/b.png", 70, 50, seed=3)
+    image(root / "images/b.png", 70, 50, seed=3)
     support = read_support(file, NAMES)
     dataset = SupportDataset(support, imgsz=64)
     assert not dataset.augment and not dataset.rect and dataset.labels is not support.labels
@@ -629,8 +629,8 @@ def test_batches_are_those_of_a_yolo_dataset(root, channels):
     assert torch.cat([x["cls"] for x in ours]).tolist() == [[2], [2], [0]]
 
 
-def test_crops_load_with_the_box_around_the_picture(tmp_path):
-    picture(tmp_path / "bird/1.png", 64, 32)
+def test_crops_load_with_the_box_around_the_image(tmp_path):
+    image(tmp_path / "bird/1.png", 64, 32)
     support = read_support(tmp_path)
     before = os.listdir(tmp_path / "bird")
     (batch,) = load(SupportDataset(support, imgsz=64))

@@ -16,13 +16,13 @@ from yolo_fewshot.enroll.fit import PULL
 from yolo_fewshot.nn.head import Prototypes
 
 INF = math.inf
-COLOURS = [(0, 0, 255), (255, 0, 0), (0, 255, 0), (0, 255, 255), (255, 255, 255), (0, 0, 0)]
+COLORS = [(0, 0, 255), (255, 0, 0), (0, 255, 0), (0, 255, 255), (255, 255, 255), (0, 0, 0)]
 
 
-def labels_of(split, pictures):
-    """Labels as a `YOLODataset` holds them; each picture is given by the classes that it shows, side by side."""
+def labels_of(split, images):
+    """Labels as a `YOLODataset` holds them; each image is given by the classes that it shows, side by side."""
     found = []
-    for i, classes in enumerate(pictures):
+    for i, classes in enumerate(images):
         boxes = [[(j + 0.5) / len(classes), 0.5 + i / 50, 0.8 / len(classes), 0.4] for j in range(len(classes))]
         found.append(
             {
@@ -47,11 +47,11 @@ VAL = labels_of("val", [[0, 7], [1, 2], [], [3, 4, 0], [5], [7], [4, 1, 1], [2, 
 def features_of(support):
     """Made-up features of a support set, without an anchor."""
     cls = torch.tensor([int(c) for x in support.labels for c in x["cls"].flat])
-    picture = torch.tensor([i for i, x in enumerate(support.labels) for _ in x["cls"]])
+    image = torch.tensor([i for i, x in enumerate(support.labels) for _ in x["cls"]])
     none = torch.zeros(0, dtype=torch.int64)
     anchors = Anchors(torch.zeros(0, 4), none, torch.zeros(0, 4), none, torch.zeros(0), none, none)
     boxes, files = torch.zeros(len(cls), 4), [x["im_file"] for x in support.labels]
-    return Features(cls, boxes, picture, files, [F.normalize(torch.ones(len(cls), 4), dim=1)], [anchors], 1)
+    return Features(cls, boxes, image, files, [F.normalize(torch.ones(len(cls), 4), dim=1)], [anchors], 1)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def classes_of(support):
     return {int(c) for x in support.labels for c in x["cls"].flat}
 
 
-def test_shots_are_training_pictures_and_are_looked_for_in_validation_pictures(extracted):
+def test_shots_are_training_images_and_are_looked_for_in_validation_images(extracted):
     originals = {x["im_file"]: x for x in TRAIN + VAL}
     for seed in range(4):
         extracted.clear()
@@ -131,11 +131,11 @@ def test_every_trial_has_shots_of_its_own_that_show_every_class(extracted, trial
         ((features, labels), queries, _), (second, same, _) = trials[i], trials[i + 1]
         assert torch.equal(labels, second[1]) and queries is same
         shown = set()
-        for p in features.picture[labels >= 0].unique().tolist():
-            own = features.picture == p
-            assert (labels[own] >= 0).all()  # whole pictures
+        for p in features.image[labels >= 0].unique().tolist():
+            own = features.image == p
+            assert (labels[own] >= 0).all()  # whole images
             new = set(labels[own].tolist()) - shown
-            assert new  # a picture that shows nothing new is no shot
+            assert new  # a image that shows nothing new is no shot
             shown |= new
             assert p not in used
             used.add(p)
@@ -144,20 +144,20 @@ def test_every_trial_has_shots_of_its_own_that_show_every_class(extracted, trial
     assert used == set(range(len(trials[0][0][0].files)))
 
 
-def test_a_trial_has_the_anchors_of_its_own_pictures_and_of_the_memory():
+def test_a_trial_has_the_anchors_of_its_own_images_and_of_the_memory():
     every = features_of(Support({}, TRAIN[:5], False, Path()))
-    picture = torch.tensor([4, 0, 2, -1, 3, 1, -1, 2])
+    image = torch.tensor([4, 0, 2, -1, 3, 1, -1, 2])
     parts = [
         torch.arange(8.0)[:, None],
-        picture * 0,
+        image * 0,
         torch.zeros(8, 4),
-        picture * 0,
+        image * 0,
         torch.ones(8),
-        picture,
-        picture * 0,
+        image,
+        image * 0,
     ]
     features, labels = module._only(every._replace(anchors=[Anchors(*parts)] * 2), every.cls % 3, 2, 4)
-    assert features.anchors[0].picture.tolist() == [2, -1, 3, -1, 2]
+    assert features.anchors[0].image.tolist() == [2, -1, 3, -1, 2]
     assert features.anchors[0].embeds[:, 0].tolist() == [2, 3, 4, 6, 7]
     assert labels.tolist() == [-1, -1, -1, -1, 2, 0, 0, 2, -1, -1]
 
@@ -250,19 +250,19 @@ def test_the_pull_is_divided_by_the_shots_of_each_class(monkeypatch):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """The training and validation pictures of the first four classes, drawn as rectangles of one colour each."""
+    """The training and validation images of the first four classes, drawn as rectangles of one color each."""
     root, splits = tmp_path_factory.mktemp("drawn"), []
     rng = np.random.default_rng(0)
     for split, n in (("train", 6), ("val", 5)):
         (root / split).mkdir()
         labels = labels_of(split, [[i % 4, (i + 1) % 4] for i in range(n)])
         for x in labels:
-            picture = rng.integers(100, 160, (64, 64, 3)).astype(np.uint8)
+            image = rng.integers(100, 160, (64, 64, 3)).astype(np.uint8)
             for c, (cx, cy, w, h) in zip(x["cls"].flat, x["bboxes"] * 64):
                 corners = [(round(float(cx + s * w / 2)), round(float(cy + s * h / 2))) for s in (-1, 1)]
-                cv2.rectangle(picture, *corners, COLOURS[int(c)], -1)
+                cv2.rectangle(image, *corners, COLORS[int(c)], -1)
             x["im_file"] = str(root / x["im_file"])
-            cv2.imwrite(x["im_file"], picture)
+            cv2.imwrite(x["im_file"], image)
         splits.append(labels)
     return splits
 

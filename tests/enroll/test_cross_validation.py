@@ -33,8 +33,8 @@ def bank():
 
 
 def features_of(objects, anchors=(), embeds=None):
-    """Features from objects (class, picture, box) and anchors (picture, view, level, box, embedding[, object])."""
-    cls, picture, boxes = zip(*objects)
+    """Features from objects (class, image, box) and anchors (image, view, level, box, embedding[, object])."""
+    cls, image, boxes = zip(*objects)
     rows = [(*a, -1)[:6] for a in anchors]
     kept = Anchors(
         torch.stack([torch.as_tensor(a[4]).float() for a in rows]) if rows else torch.zeros(0, D),
@@ -45,15 +45,15 @@ def features_of(objects, anchors=(), embeds=None):
         torch.tensor([a[0] for a in rows], dtype=torch.int64),
         torch.tensor([a[1] for a in rows], dtype=torch.int64),
     )
-    n = 1 + max([*picture, *(a[0] for a in rows)])
+    n = 1 + max([*image, *(a[0] for a in rows)])
     embeds = F.normalize(torch.ones(len(cls), D), dim=1) if embeds is None else embeds
     files = [f"{i}.png" for i in range(n)]
     boxes = torch.tensor(boxes).float()
-    return Features(torch.tensor(cls), boxes, torch.tensor(picture), files, [embeds], [kept], 2)
+    return Features(torch.tensor(cls), boxes, torch.tensor(image), files, [embeds], [kept], 2)
 
 
 def scene(seed=0, n=8, classes=3):
-    """Pictures with objects of some classes, and in two views good, poor and wrong anchors about them."""
+    """Images with objects of some classes, and in two views good, poor and wrong anchors about them."""
     rng = torch.Generator().manual_seed(seed)
 
     def rand(*size):
@@ -87,14 +87,14 @@ def iou(a, b):
     return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
 
 
-def detect_by_loops(features, labels, pictures, rows, bank, conf):
+def detect_by_loops(features, labels, images, rows, bank, conf):
     """Detections (class, confidence, hit) in descending order of confidence, and objects of every class."""
     anchors, found = features.anchors[0], []
     for p in range(len(features.files)):
-        for c in range(len(rows[0])) if pictures[p] else ():
+        for c in range(len(rows[0])) if images[p] else ():
             scored = []
             for a in range(len(anchors.embeds)):
-                if anchors.picture[a] == p and anchors.view[a] == 0:
+                if anchors.image[a] == p and anchors.view[a] == 0:
                     level = anchors.level[a]
                     logit = bank.logit_scale[level] * (anchors.embeds[a] @ rows[0][c]) + bank.bias[level] + rows[1][c]
                     score = logit.sigmoid().item()
@@ -104,7 +104,7 @@ def detect_by_loops(features, labels, pictures, rows, bank, conf):
             for score, box in sorted(scored, key=lambda x: -x[0]):
                 if all(iou(box, other) <= 0.7 for _, other in kept):
                     kept.append((score, box))
-            left = [o for o in range(len(labels)) if features.picture[o] == p and labels[o] == c]
+            left = [o for o in range(len(labels)) if features.image[o] == p and labels[o] == c]
             for score, box in kept:
                 best = max(left, key=lambda o: iou(box, features.boxes[o].tolist()), default=None)
                 hit = best is not None and iou(box, features.boxes[best].tolist()) >= 0.5
@@ -112,8 +112,8 @@ def detect_by_loops(features, labels, pictures, rows, bank, conf):
                     left.remove(best)
                 found.append((c, score, hit))
     truths = [0] * len(rows[0])
-    for c, p in zip(labels.tolist(), features.picture.tolist()):
-        if c >= 0 and pictures[p]:
+    for c, p in zip(labels.tolist(), features.image.tolist()):
+        if c >= 0 and images[p]:
             truths[c] += 1
     return sorted(found, key=lambda x: -x[1]), truths
 
@@ -125,9 +125,9 @@ def detect_by_loops(features, labels, pictures, rows, bank, conf):
 def test_detections_are_those_of_loops(bank, seed):
     features = scene(seed)
     labels = torch.where(torch.arange(len(features.cls)) % 5 == 4, -1, features.cls)
-    pictures = torch.arange(8) % 4 != 2
-    out = detect(features, labels, pictures, ROWS, bank, conf=0.2)
-    expected, truths = detect_by_loops(features, labels, pictures, ROWS, bank, 0.2)
+    images = torch.arange(8) % 4 != 2
+    out = detect(features, labels, images, ROWS, bank, conf=0.2)
+    expected, truths = detect_by_loops(features, labels, images, ROWS, bank, 0.2)
     assert out.cls.tolist() == [c for c, _, _ in expected] and out.hit.tolist() == [h for _, _, h in expected]
     assert out.conf.tolist() == pytest.approx([s for _, s, _ in expected], abs=1e-5)
     assert out.truths.tolist() == truths
@@ -177,7 +177,7 @@ def test_two_objects_are_found_by_the_detections_nearest_to_them(bank):
     assert hits(features, bank) == [True, True]
 
 
-def test_objects_of_another_picture_or_class_are_not_found(bank):
+def test_objects_of_another_image_or_class_are_not_found(bank):
     box, rows = [10, 10, 30, 30], (torch.eye(2, D), torch.zeros(2))
     features = features_of([(0, 0, box), (1, 1, box)], [(p, 0, 0, box, 4 * torch.eye(D)[0]) for p in (0, 1)])
     out = detect(features, features.cls, EVERY[:2], rows, bank, conf=0.5)
@@ -186,15 +186,15 @@ def test_objects_of_another_picture_or_class_are_not_found(bank):
 
 def test_selected_anchors_keep_all_their_parts():
     anchors = scene().anchors[0]
-    part = select(anchors, anchors.picture == 3)
-    index = [i for i, p in enumerate(anchors.picture.tolist()) if p == 3]
+    part = select(anchors, anchors.image == 3)
+    index = [i for i, p in enumerate(anchors.image.tolist()) if p == 3]
     assert all(torch.equal(x, y[index]) for x, y in zip(part, anchors)) and len(index) > 3
 
 
 # Folds ----------------------------------------------------------------------------------------------------------------
 
 
-def test_five_shots_in_five_pictures_are_in_five_folds():
+def test_five_shots_in_five_images_are_in_five_folds():
     box = [0, 0, 9, 9]
     objects = [(c, 5 * c + i, box) for c in range(3) for i in range(5)]
     fold = folds(features_of(objects), torch.tensor([c for c, _, _ in objects]))
@@ -210,7 +210,7 @@ def test_the_shots_of_a_class_are_spread_evenly(shots, expected):
     assert sorted(counts[counts > 0].tolist()) == expected and fold.max() < 5
 
 
-def test_the_classes_of_a_picture_decide_its_fold_and_not_how_full_it_is():
+def test_the_classes_of_a_image_decide_its_fold_and_not_how_full_it_is():
     box = [0, 0, 9, 9]
     objects = [(0, 0, box)] + [(1, p, box) for p in (1, 2, 3, 4) for _ in range(3)] + [(0, 5, box)]
     features = features_of(objects)
@@ -218,8 +218,8 @@ def test_the_classes_of_a_picture_decide_its_fold_and_not_how_full_it_is():
     assert fold[5] != fold[0]  # which holds the fewest objects
 
 
-def test_pictures_with_several_classes_are_spread_as_well_as_they_can():
-    """Each of five pictures shows both classes, the sixth, a seventh and an empty one only one or none."""
+def test_images_with_several_classes_are_spread_as_well_as_they_can():
+    """Each of five images shows both classes, the sixth, a seventh and an empty one only one or none."""
     box = [0, 0, 9, 9]
     objects = [(c, p, box) for p in range(5) for c in (0, 1)] + [(0, 5, box), (1, 6, box)]
     features = features_of(objects, [(7, 0, 0, box, torch.zeros(D))])
@@ -253,8 +253,8 @@ def test_the_suggested_confidence_has_the_greatest_f1(seed):
         return
     truths = int(hit.sum()) + int(torch.randint(0, 5, ()))
     best = best_conf(conf, hit, truths)
-    greatest = max(f1(conf, hit, truths, t) for t in torch.linspace(0, 1, 1001))
-    assert f1(conf, hit, truths, best) == greatest
+    maximum = max(f1(conf, hit, truths, t) for t in torch.linspace(0, 1, 1001))
+    assert f1(conf, hit, truths, best) == maximum
 
 
 def test_the_suggested_confidence_weighs_precision_and_recall_alike():
@@ -282,14 +282,14 @@ def test_without_a_hit_there_is_no_suggestion():
     assert best_conf(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 3) is None
 
 
-# Pictures that are left out -------------------------------------------------------------------------------------------
+# Images that are left out -------------------------------------------------------------------------------------------
 
 
-def labelled_scene():
-    """A scene of many pictures, and labels, of which class 2 is in one picture only."""
+def labeled_scene():
+    """A scene of many images, and labels, of which class 2 is in one image only."""
     features = scene(seed=5, n=12)
-    rare = features.picture[features.cls == 2][0]
-    return features, torch.where((features.cls == 2) & (features.picture != rare), -1, features.cls)
+    rare = features.image[features.cls == 2][0]
+    return features, torch.where((features.cls == 2) & (features.image != rare), -1, features.cls)
 
 
 def by_class(detections, c):
@@ -299,7 +299,7 @@ def by_class(detections, c):
 
 
 def test_left_out_detections_of_the_same_classifiers_are_those_of_one_pass(bank, monkeypatch):
-    features, labels = labelled_scene()
+    features, labels = labeled_scene()
     monkeypatch.setattr(module, "classifiers", lambda *args: ROWS)
     found = detect_left_out(features, labels, torch.ones(3), bank)
     detections, truths = detect_by_loops(features, labels, EVERY[:12], ROWS, bank, 0.01)
@@ -307,40 +307,40 @@ def test_left_out_detections_of_the_same_classifiers_are_those_of_one_pass(bank,
         conf, hit = by_class(detections, c)
         ours = by_class(zip(found.cls.tolist(), found.conf.tolist(), found.hit.tolist()), c)
         assert ours[0] == pytest.approx(conf, abs=1e-5) and ours[1] == hit and any(hit)
-    assert found.truths.tolist() == [*truths[:2], 0]  # all shots of the last class are in one picture
+    assert found.truths.tolist() == [*truths[:2], 0]  # all shots of the last class are in one image
     assert not found.hit[found.cls == 2].any()
 
 
-def test_a_picture_is_judged_by_classifiers_that_never_saw_it(bank, monkeypatch):
-    features, labels = labelled_scene()
+def test_a_image_is_judged_by_classifiers_that_never_saw_it(bank, monkeypatch):
+    features, labels = labeled_scene()
     fitted, judged, pull = [], [], torch.tensor([3.0, 2.0, 1.0])
 
     def fit(part, seen, *args):
         fitted.append((part, seen, args))
         return classifiers(part, seen, *args)
 
-    def look(part, truth, pictures, *args, **kwargs):
-        judged.append((truth, pictures))
-        return find(part, truth, pictures, *args, **kwargs)
+    def look(part, truth, images, *args, **kwargs):
+        judged.append((truth, images))
+        return find(part, truth, images, *args, **kwargs)
 
     classifiers, find = module.classifiers, module.detect
     monkeypatch.setattr(module, "classifiers", fit)
     monkeypatch.setattr(module, "detect", look)
     detect_left_out(features, labels, pull, bank)
     assert len(fitted) == len(judged) == 5
-    assert torch.equal(sum(pictures.int() for _, pictures in judged), torch.ones(12, dtype=torch.int32))
-    for (part, seen, args), (truth, pictures) in zip(fitted, judged):
-        out = pictures[features.picture]
+    assert torch.equal(sum(images.int() for _, images in judged), torch.ones(12, dtype=torch.int32))
+    for (part, seen, args), (truth, images) in zip(fitted, judged):
+        out = images[features.image]
         assert (seen[out] == -1).all() and torch.equal(seen[~out], labels[~out]) and torch.equal(truth, labels)
-        assert not pictures[part.anchors[0].picture].any()
-        assert len(part.anchors[0].picture) == (~pictures[features.anchors[0].picture]).sum()
+        assert not images[part.anchors[0].image].any()
+        assert len(part.anchors[0].image) == (~images[features.anchors[0].image]).sum()
         assert args[1] == 0 and args[2] is bank
-    assert set(features.anchors[0].picture.tolist()) == set(range(12))  # the features themselves stay complete
+    assert set(features.anchors[0].image.tolist()) == set(range(12))  # the features themselves stay complete
 
 
-def test_anchors_of_other_pictures_serve_every_fit_and_are_never_detected(bank, monkeypatch):
-    """Those that a model remembers have the picture and view -1."""
-    features, labels = labelled_scene()
+def test_anchors_of_other_images_serve_every_fit_and_are_never_detected(bank, monkeypatch):
+    """Those that a model remembers have the image and view -1."""
+    features, labels = labeled_scene()
     expected = detect_by_loops(features, labels, EVERY[:12], ROWS, bank, 0.01)[0]
     first = features.anchors[0]
     elsewhere = torch.full((40,), -1)
@@ -351,7 +351,7 @@ def test_anchors_of_other_pictures_serve_every_fit_and_are_never_detected(bank, 
     assert len(detect(features, labels, EVERY[:12], ROWS, bank).conf) == len(expected) > 20
     found = detect_left_out(features, labels, torch.ones(3), bank)
     assert (found.cls < 2).sum() == sum(c < 2 for c, _, _ in expected)
-    assert len(given) == 5 and all((x.picture < 0).sum() == 40 for x in given)
+    assert len(given) == 5 and all((x.image < 0).sum() == 40 for x in given)
 
 
 def test_separable_classes_are_found_and_get_a_threshold_between_hits_and_misses(bank):
@@ -414,20 +414,22 @@ def unit(v):
 
 
 def agreement_by_loops(embeds, labels, n):
-    """Of every object the likeness to its class, to the nearest other one, that class, and whether it is doubtful."""
+    """Of every object the similarity to its class, to the nearest other one, that class, and whether it is suspect."""
     embeds, found = embeds.double().numpy(), [[None, None, -1, False] for _ in labels]
     members = {c: [i for i, k in enumerate(labels) if k == c] for c in range(n)}
     members = {c: rows for c, rows in members.items() if rows}
-    centre = np.mean([unit(sum(embeds[i] for i in rows)) for rows in members.values()], axis=0)
-    centred = [unit(e - centre) for e in embeds]
+    center = np.mean([unit(sum(embeds[i] for i in rows)) for rows in members.values()], axis=0)
+    centered = [unit(e - center) for e in embeds]
     for c, rows in members.items():
         for i in rows:
-            rest = [centred[j] for j in rows if j != i]
-            found[i][0] = float(centred[i] @ unit(sum(rest))) if rest else None
-            likeness = [
-                (float(centred[i] @ unit(sum(centred[j] for j in other))), k) for k, other in members.items() if k != c
+            rest = [centered[j] for j in rows if j != i]
+            found[i][0] = float(centered[i] @ unit(sum(rest))) if rest else None
+            similarity = [
+                (float(centered[i] @ unit(sum(centered[j] for j in other))), k)
+                for k, other in members.items()
+                if k != c
             ]
-            found[i][1:3] = max(likeness)
+            found[i][1:3] = max(similarity)
         if len(rows) >= 3:
             usual = sorted(found[i][0] for i in rows)[(len(rows) - 1) // 2]
             for i in rows:
@@ -447,50 +449,50 @@ def test_agreement_is_that_of_loops(seed):
         values = [None if math.isnan(x) else x for x in figures.tolist()]
         assert values == [None if x[column] is None else pytest.approx(x[column], abs=1e-5) for x in expected]
     assert found.nearest.tolist() == [x[2] for x in expected]
-    assert found.doubtful.tolist() == [x[3] for x in expected] and any(found.doubtful)
+    assert found.suspect.tolist() == [x[3] for x in expected] and any(found.suspect)
     single = labels == 3
     assert found.own[single].isnan().all() and not found.other[single].isnan().any()
 
 
 def clouds(counts, noise=0.2, seed=0):
-    """Objects of classes, one to a picture, that lie about an axis each."""
+    """Objects of classes, one to a image, that lie about an axis each."""
     torch.manual_seed(seed)
     cls = torch.tensor([c for c, k in enumerate(counts) for _ in range(k)])
     embeds = F.normalize(torch.eye(D)[cls] + noise * torch.randn(len(cls), D), dim=1)
     return features_of([(int(c), i, [0, 0, 9, 9]) for i, c in enumerate(cls)], embeds=embeds)
 
 
-def doubtful(features, labels, n):
-    """The doubtful objects."""
-    return agreement(features, labels, n).doubtful.nonzero()[:, 0].tolist()
+def suspect(features, labels, n):
+    """The suspect objects."""
+    return agreement(features, labels, n).suspect.nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_shot_with_the_label_of_another_class_is_doubtful(seed):
+def test_a_shot_with_the_label_of_another_class_is_suspect(seed):
     features = clouds([5, 5, 5], noise=0.15, seed=seed)
-    assert doubtful(features, features.cls, 3) == []
+    assert suspect(features, features.cls, 3) == []
     swapped = features.cls.clone()
     swapped[7] = 2  # of class 1
-    assert doubtful(features, swapped, 3) == [7] and agreement(features, swapped, 3).nearest[7] == 1
+    assert suspect(features, swapped, 3) == [7] and agreement(features, swapped, 3).nearest[7] == 1
 
 
 def test_classes_of_fewer_than_three_shots_are_not_judged():
     features = clouds([5, 2, 2])
     swapped = features.cls.clone()
     swapped[[5, 7]] = torch.tensor([2, 1])  # one of either small class
-    assert doubtful(features, swapped, 3) == []
+    assert suspect(features, swapped, 3) == []
     features = clouds([5, 2])
     swapped = features.cls.clone()
     swapped[0] = 1  # the third of its class
-    assert doubtful(features, swapped, 2) == [0]
+    assert suspect(features, swapped, 2) == [0]
 
 
 def test_an_odd_shot_is_no_doubt_unless_it_looks_like_another_class():
     features = clouds([5, 5], noise=0.05)
     features.embeds[0][2] = torch.eye(D)[4]
-    assert doubtful(features, features.cls, 2) == []
+    assert suspect(features, features.cls, 2) == []
     features.embeds[0][2] = F.normalize(torch.eye(D)[0] * 0.7 + torch.eye(D)[1] * 0.75, dim=0)
-    assert doubtful(features, features.cls, 2) == []  # more like another, but like its own too
+    assert suspect(features, features.cls, 2) == []  # more like another, but like its own too
 
 
 def test_without_another_class_there_is_nothing_to_compare_with():
@@ -498,7 +500,7 @@ def test_without_another_class_there_is_nothing_to_compare_with():
     for labels, n in ((features.cls.clamp(max=0), 1), (torch.where(features.cls == 1, -1, 0), 2)):
         found = agreement(features, labels, n)
         assert found.own.isnan().all() and found.other.isnan().all()
-        assert (found.nearest == -1).all() and not found.doubtful.any()
+        assert (found.nearest == -1).all() and not found.suspect.any()
 
 
 def test_objects_that_are_left_out_are_neither_judged_nor_compared_with():
@@ -506,6 +508,6 @@ def test_objects_that_are_left_out_are_neither_judged_nor_compared_with():
     labels = torch.where(features.cls == 1, -1, features.cls)
     labels[0] = -1
     features.embeds[0][1] = torch.eye(D)[1]  # like the class that is left out
-    assert doubtful(features, labels, 3) == []
+    assert suspect(features, labels, 3) == []
     found = agreement(features, labels, 3)
     assert found.own[labels < 0].isnan().all() and (found.nearest[labels == 0] == 2).all()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_features import BASE, draw_shots, model_of, picture_batch
+from test_features import BASE, draw_shots, image_batch, model_of
 from ultralytics.utils.nms import non_max_suppression
 
 from yolo_fewshot import FewShotYOLO
@@ -19,7 +19,7 @@ from yolo_fewshot.nn.model import FewShotDetectionModel
 
 FAMILIES = ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 METHODS = ["mean", "fit", "auto"]
-SIZE = 64  # of the pictures, in pixels
+SIZE = 64  # of the images, in pixels
 ROWS = ("weight", "gain", "offset", "frozen")  # what a bank holds of every class
 
 
@@ -30,7 +30,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shots(file):
-    """Four squares and two discs in five pictures."""
+    """Four squares and two discs in five images."""
     return read_support(file, BASE)
 
 
@@ -47,8 +47,8 @@ def model(models):
 
 @torch.no_grad()
 def logits(model, shots):
-    """Class logits of a picture, in every branch."""
-    preds = model(picture_batch(shots.labels[0]["im_file"], SIZE)["img"])[1]
+    """Class logits of a image, in every branch."""
+    preds = model(image_batch(shots.labels[0]["im_file"], SIZE)["img"])[1]
     branches = [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]
     return torch.stack([x["scores"][0] for x in branches])  # (branches, nc, anchors)
 
@@ -72,7 +72,7 @@ def as_base(support):
 
 
 @pytest.mark.parametrize("cfg, method", [*zip(FAMILIES, METHODS), *zip(FAMILIES[1:], METHODS)])
-def test_enrolment_appends_new_classes_and_changes_nothing_else(models, shots, cfg, method):
+def test_enrollment_appends_new_classes_and_changes_nothing_else(models, shots, cfg, method):
     model = deepcopy(models[cfg])
     before, base = state(model), logits(model, shots)
     result = enroll(model, shots, SIZE, method=method)
@@ -135,7 +135,7 @@ def test_a_fit_has_gain_and_offset_and_tells_the_anchors_of_a_class_better(model
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_enrolment_is_deterministic(model, shots, method):
+def test_enrollment_is_deterministic(model, shots, method):
     other = deepcopy(model)
     first, second = enroll(model, shots, SIZE, method=method), enroll(other, shots, SIZE, method=method)
     assert first == second and same(model, other)
@@ -198,7 +198,7 @@ def test_confidences_come_from_the_shots(model, shots, monkeypatch, method):
     assert [r["conf"] for r in result.classes.values()] == [0.25, None] and names == ["square", "disc"]
 
 
-def test_shots_are_told_with_picture_box_and_agreement(model, shots):
+def test_shots_are_told_with_image_box_and_agreement(model, shots):
     features = extract(model, shots, SIZE)
     names, labels = compact(features, shots.names)
     found = agreement(features, labels, 2)
@@ -211,7 +211,7 @@ def test_shots_are_told_with_picture_box_and_agreement(model, shots):
         assert shot.file == label["im_file"]
         assert shot.box == pytest.approx([x - w / 2, y - h / 2, x + w / 2, y + h / 2], abs=1e-6)
         assert (shot.own, shot.other) == pytest.approx((found.own[i].item(), found.other[i].item()), abs=1e-4)
-        assert shot.nearest == names[1 - labels[i]] and shot.doubtful is bool(found.doubtful[i])
+        assert shot.nearest == names[1 - labels[i]] and shot.suspect is bool(found.suspect[i])
     assert not any(list(row) for row in rows.values())
 
 
@@ -246,28 +246,28 @@ def test_classes_to_keep_are_negatives_and_witnesses_and_stay_as_they_are(models
         assert torch.equal(vector, v) and torch.equal(offset, o)
 
 
-def test_pictures_of_doubtful_shots_are_named_once():
+def test_images_of_suspect_shots_are_named_once():
     rows = [("a", True), ("b", False), ("c", True), ("a", True)]
     objects = {"ant": [Shot(f, [0, 0, 1, 1], 0.1, 0.5, "bee", x) for f, x in rows], "bee": []}
     objects["bee"].append(Shot("d", [0, 0, 1, 1], 0.5, 0.1, "ant", False))
-    assert Shots({}, objects).doubtful == {"ant": ["a", "c"]}
+    assert Shots({}, objects).suspect == {"ant": ["a", "c"]}
 
 
-def test_a_class_of_one_picture_has_no_suggested_confidence(model, shots):
+def test_a_class_of_one_image_has_no_suggested_confidence(model, shots):
     one = shots._replace(labels=shots.labels[:1] + shots.labels[2:])
     result = enroll(model, one, SIZE)
     assert result.classes["disc"]["shots"] == 1 and result.classes["disc"]["conf"] is None
 
 
 def test_detections_from_features_are_those_of_the_enrolled_model(model, shots):
-    """All anchors of small pictures are kept; against Ultralytics' forward pass and NMS."""
+    """All anchors of small images are kept; against Ultralytics' forward pass and NMS."""
     enroll(model, shots, SIZE, method="mean")
     bank, conf, seen = model.model[-1].banks[0], 0.02, 0
     features = extract(model, shots, SIZE, views=[View()])
     rows = F.normalize(bank.weight.detach()[..., 0], dim=1), bank.offset
     for i, label in enumerate(shots.labels):
         with torch.no_grad():
-            preds = model(picture_batch(label["im_file"], SIZE)["img"])[0]
+            preds = model(image_batch(label["im_file"], SIZE)["img"])[0]
         stock = non_max_suppression(preds, conf, 0.7, multi_label=True)[0]
         ours = detect(features, features.cls, torch.arange(5) == i, rows, bank, conf)
         seen += len(ours.cls)
@@ -399,10 +399,10 @@ def test_a_class_without_an_anchor_is_an_error_and_the_model_stays(model, shots)
 
 def test_images_of_other_channels_are_an_error_before_the_work(model, shots, monkeypatch):
     monkeypatch.setattr(module, "extract", lambda *_: pytest.fail("began"))
-    grey = FewShotDetectionModel("yolo11n-fewshot.yaml", ch=1, nc=2, verbose=False).eval()
+    gray = FewShotDetectionModel("yolo11n-fewshot.yaml", ch=1, nc=2, verbose=False).eval()
     for network, support, text in (
         (model, shots._replace(channels=1), "channels=1, and the model takes 3. Set 'channels: 3'"),
-        (grey, shots, "channels=3, and the model takes 1. Set 'channels: 1'"),
+        (gray, shots, "channels=3, and the model takes 1. Set 'channels: 1'"),
     ):
         with pytest.raises(ValueError, match=f"The images of {support.source} have {text}"):
             enroll(network, support, SIZE)
@@ -416,16 +416,16 @@ def test_images_are_read_with_the_channels_of_the_model(file, tmp_path, channels
     torch.save({"model": network, "train_args": {"imgsz": SIZE}}, tmp_path / "best.pt")
     model = FewShotYOLO(tmp_path / "best.pt")
     assert model.enroll(file, method="mean") == {"square": 4, "disc": 2}
-    grey = file.with_name("grey.yaml")
-    grey.write_text(file.read_text() + "channels: 1\n")
+    gray = file.with_name("gray.yaml")
+    gray.write_text(file.read_text() + "channels: 1\n")
     try:
         if channels == 1:
-            assert model.enroll(grey, method="mean") == {"square": 4, "disc": 2}
+            assert model.enroll(gray, method="mean") == {"square": 4, "disc": 2}
         else:
             with pytest.raises(ValueError, match="channels=1, and the model takes 3"):
-                model.enroll(grey)
+                model.enroll(gray)
     finally:
-        grey.unlink()
+        gray.unlink()
 
 
 @pytest.fixture
@@ -556,7 +556,7 @@ def test_what_was_not_enrolled_cannot_be_forgotten(model, shots):
 # Python interface -----------------------------------------------------------------------------------------------------
 
 
-def test_python_interface_enrols_and_predicts_with_the_new_classes(file, tmp_path):
+def test_python_interface_enrolls_and_predicts_with_the_new_classes(file, tmp_path):
     model = FewShotYOLO("fewshot.yaml")
     model.model.names = {**BASE, **{i: f"base{i}" for i in range(2, 80)}}
     assert model.enroll(file, imgsz=SIZE) == {"square": 4, "disc": 2}

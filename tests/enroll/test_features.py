@@ -23,31 +23,31 @@ VIEWS = [View(), View(1.0, True, 1.2), View(0.8, False, 0.8), View(1.25)]
 
 
 def draw(i, size=96):
-    """Draw one of five pictures, and return it with the rows of its label file."""
+    """Draw one of five images, and return it with the rows of its label file."""
     height, rows = size // 2 if i == 4 else size, []
     rng = np.random.default_rng(i)
-    picture = rng.integers(100, 200, (height // 8, size // 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+    image = rng.integers(100, 200, (height // 8, size // 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
     if i in {0, 1}:
-        cv2.circle(picture, (size * 3 // 4, size * 2 // 3), size // 6, (255, 60 * i, 0), -1)
+        cv2.circle(image, (size * 3 // 4, size * 2 // 3), size // 6, (255, 60 * i, 0), -1)
         rows.append(f"3 {3 / 4} {2 / 3} {1 / 3} {1 / 3}")
     if i != 3:
         x, y, w, h = size // 4 + 4 * i, size // 4, size // 3, size // 4 + 2 * i
-        cv2.rectangle(picture, (x - w // 2, y - h // 2), (x + w // 2, y + h // 2), (0, 40 * i, 255), -1)
+        cv2.rectangle(image, (x - w // 2, y - h // 2), (x + w // 2, y + h // 2), (0, 40 * i, 255), -1)
         rows.append(f"1 {x / size} {y / height} {w / size} {h / height}")
-    return picture, rows
+    return image, rows
 
 
 def draw_shots(root, size=96):
-    """Draw five pictures and return their data.yaml.
+    """Draw five images and return their data.yaml.
 
     A square (class 1) is in all but the fourth, which is empty, a disc (class 3), named first, in the first two; the
-    last picture is only half as high.
+    last image is only half as high.
     """
     (root / "images").mkdir()
     (root / "labels").mkdir()
     for i in range(5):
-        picture, rows = draw(i, size)
-        cv2.imwrite(str(root / f"images/{i}.png"), picture)
+        image, rows = draw(i, size)
+        cv2.imwrite(str(root / f"images/{i}.png"), image)
         (root / f"labels/{i}.txt").write_text("\n".join(rows))
     lines = "\n".join(f"  {i}: {n}" for i, n in NAMES.items())
     (root / "shots.yaml").write_text(f"train: images\nval: images\nnames:\n{lines}\n")
@@ -64,7 +64,7 @@ def model_of(cfg="yolo11n-fewshot.yaml", **args):
     views = [show({"img": img, "bboxes": torch.zeros(0, 4)}, view, 32)["img"] for view in (*VIEWS[:3], View(0.4))]
     norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     for m in norms:
-        m.momentum = 1.0  # the statistics of these pictures
+        m.momentum = 1.0  # the statistics of these images
     with torch.no_grad():
         model.predict(torch.cat(views))
         for branch, bank in zip(model.model[-1].branches, model.model[-1].banks):
@@ -88,7 +88,7 @@ def shots(tmp_path_factory):
 
 
 def red_boxes(img):
-    """Where the red of every picture is, as x1, y1, x2, y2 in pixels."""
+    """Where the red of every image is, as x1, y1, x2, y2 in pixels."""
     found = []
     for x in img:
         red = x[0] - x[1]
@@ -98,11 +98,11 @@ def red_boxes(img):
 
 
 def red_batch(h=96, w=160):
-    """Two grey pictures with a red rectangle each, off centre."""
+    """Two gray images with a red rectangle each, off center."""
     img = torch.full((2, 3, h, w), 0.3)
     corners = torch.tensor([[8, 16, 48, 40], [100, 50, 140, 90]])
-    for picture, (x1, y1, x2, y2) in zip(img, corners):
-        picture[:, y1:y2, x1:x2] = torch.tensor([0.8, 0, 0])[:, None, None]
+    for image, (x1, y1, x2, y2) in zip(img, corners):
+        image[:, y1:y2, x1:x2] = torch.tensor([0.8, 0, 0])[:, None, None]
     x1, y1, x2, y2 = (corners / torch.tensor([w, h, w, h])).T
     boxes = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], 1)
     return {"img": img, "bboxes": boxes, "cls": torch.tensor([[1.0], [0.0]]), "batch_idx": torch.tensor([0.0, 1.0])}
@@ -120,12 +120,12 @@ def test_the_boxes_of_every_view_cover_the_same_objects(scale, flip):
     torch.testing.assert_close(sides, torch.tensor([[40.0, 24.0], [40.0, 40.0]]), rtol=0.03, atol=0)
 
 
-def test_a_mirrored_view_is_the_mirrored_picture():
+def test_a_mirrored_view_is_the_mirrored_image():
     batch = red_batch()
     assert torch.equal(show(batch, View(flip=True), 32)["img"], batch["img"].flip(3))
 
 
-def test_a_smaller_view_lies_in_the_middle_of_grey():
+def test_a_smaller_view_lies_in_the_middle_of_gray():
     img = show({**red_batch(), "img": torch.ones(1, 3, 96, 160)}, View(0.5), 32)["img"]
     assert img.shape == (1, 3, 96, 160)
     expected = torch.full_like(img, 114 / 255)
@@ -177,16 +177,16 @@ def test_the_plain_view_comes_first_and_crops_are_shown_smaller():
     assert crops[0] == View(crops[0].scale) and all(v.scale <= 0.5 for v in crops)
 
 
-# Features of pictures -------------------------------------------------------------------------------------------------
+# Features of images -------------------------------------------------------------------------------------------------
 
 
-def picture_batch(file, size=96):
-    """A picture in the middle of a grey square, with its labels."""
-    picture = cv2.imread(str(file))[..., ::-1].copy()
-    height = len(picture)
+def image_batch(file, size=96):
+    """A image in the middle of a gray square, with its labels."""
+    image = cv2.imread(str(file))[..., ::-1].copy()
+    height = len(image)
     top = (size - height) // 2
     square = np.full((size, size, 3), 114, dtype=np.uint8)
-    square[top : top + height] = picture
+    square[top : top + height] = image
     label = Path(str(file).replace("images", "labels")).with_suffix(".txt")
     rows = torch.tensor([[float(x) for x in row.split()] for row in label.read_text().splitlines()]).view(-1, 5)
     rows[:, 2], rows[:, 4] = (rows[:, 2] * height + top) / size, rows[:, 4] * height / size
@@ -223,11 +223,11 @@ def assigned_by_loss(model):
 
 @torch.no_grad()
 def one_by_one(model, support, views):
-    """Objects' embeddings and all anchors, from one forward pass for every picture and view, with loops."""
+    """Objects' embeddings and all anchors, from one forward pass for every image and view, with loops."""
     head, assign = model.model[-1], assigned_by_loss(model)
     embeds, anchors, n = [[] for _ in head.branches], [{} for _ in head.branches], 0
     for p, label in enumerate(support.labels):
-        batch = picture_batch(label["im_file"])
+        batch = image_batch(label["im_file"])
         sums = [torch.zeros(len(batch["cls"]), head.embed) for _ in head.branches]
         for v, view in enumerate(views):
             shown = show(batch, view, 32)
@@ -258,12 +258,12 @@ def extracted(request, shots):
     return model, extract(model, shots, 96, batch=2), one_by_one(model, shots, VIEWS)
 
 
-def test_objects_are_listed_by_picture(extracted, shots):
+def test_objects_are_listed_by_image(extracted, shots):
     features = extracted[1]
-    assert features.cls.tolist() == [3, 1, 3, 1, 1, 1] and features.picture.tolist() == [0, 0, 1, 1, 2, 4]
+    assert features.cls.tolist() == [3, 1, 3, 1, 1, 1] and features.image.tolist() == [0, 0, 1, 1, 2, 4]
     assert [Path(f).name for f in features.files] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
     assert features.views == len(VIEWS)
-    boxes = torch.cat([xywh2xyxy(picture_batch(x["im_file"])["bboxes"]) * 96 for x in shots.labels])
+    boxes = torch.cat([xywh2xyxy(image_batch(x["im_file"])["bboxes"]) * 96 for x in shots.labels])
     torch.testing.assert_close(features.boxes, boxes, rtol=0, atol=0.01)
 
 
@@ -299,7 +299,7 @@ def test_every_anchor_of_an_object_is_kept_as_it_is(extracted):
     for anchors, expected in zip(features.anchors, naive):
         seen = 0
         for (p, v), (e, level, boxes, owner, weights) in expected.items():
-            mask = (anchors.picture == p) & (anchors.view == v) & (anchors.objects >= 0)
+            mask = (anchors.image == p) & (anchors.view == v) & (anchors.objects >= 0)
             own = owner >= 0
             assert torch.equal(anchors.objects[mask], owner[own]) and torch.equal(anchors.level[mask], level[own])
             torch.testing.assert_close(anchors.embeds[mask], e[own], rtol=0, atol=5e-3)
@@ -310,12 +310,12 @@ def test_every_anchor_of_an_object_is_kept_as_it_is(extracted):
         assert (anchors.weight[anchors.objects < 0] == 1).all()
 
 
-def test_all_anchors_of_a_small_picture_are_kept_in_the_plain_view(extracted):
+def test_all_anchors_of_a_small_image_are_kept_in_the_plain_view(extracted):
     _, features, (_, naive) = extracted
     for anchors, expected in zip(features.anchors, naive):
-        for p in range(5):  # picture 3 has no object
+        for p in range(5):  # image 3 has no object
             e, level, boxes, owner, _ = expected[p, 0]
-            mask = (anchors.picture == p) & (anchors.view == 0)
+            mask = (anchors.image == p) & (anchors.view == 0)
             torch.testing.assert_close(anchors.embeds[mask], e, rtol=0, atol=5e-3)
             torch.testing.assert_close(anchors.boxes[mask], boxes, rtol=1e-4, atol=1e-2)
             assert torch.equal(anchors.level[mask], level) and torch.equal(anchors.objects[mask], owner)
@@ -330,12 +330,12 @@ def test_rows_bound_the_anchors_and_the_hardest_are_kept(shots):
     full, kept = every.anchors[0], few.anchors[0]
     assert len(full.embeds) == 5 * 189 and (full.objects >= 0).sum() == (kept.objects >= 0).sum()
     for p in range(5):
-        own, others = ((full.picture == p) & mask for mask in (full.objects >= 0, full.objects < 0))
-        found = kept.embeds[(kept.picture == p) & (kept.objects < 0)]
+        own, others = ((full.image == p) & mask for mask in (full.objects >= 0, full.objects < 0))
+        found = kept.embeds[(kept.image == p) & (kept.objects < 0)]
         assert keep / 4 < len(found) <= keep
         candidates = full.embeds[others]
         logits = torch.einsum("ad,acd->ac", candidates, scores[full.level[others]]) + biases[full.level[others]]
-        objects = every.embeds[0][every.picture == p]
+        objects = every.embeds[0][every.image == p]
         like = (F.normalize(candidates, dim=1) @ objects.T).amax(1) if len(objects) else torch.zeros(0)
         sure = keep // 2 - int(own.sum())  # of each kind, whether or not the anchors of objects count
         for value in (logits.amax(1), like):
@@ -345,22 +345,22 @@ def test_rows_bound_the_anchors_and_the_hardest_are_kept(shots):
 
 def test_least_anchors_are_kept_of_a_great_support_set(shots):
     features = extract(model_of(), shots, 96, views=[View()], rows=1)
-    counts = torch.bincount(features.anchors[0].picture[features.anchors[0].objects < 0], minlength=5)
+    counts = torch.bincount(features.anchors[0].image[features.anchors[0].objects < 0], minlength=5)
     assert (counts >= 8).all() and (counts <= 32).all()
 
 
-def test_neither_batch_size_nor_order_of_pictures_matters(shots):
+def test_neither_batch_size_nor_order_of_images_matters(shots):
     model = model_of()
     one = extract(model, shots, 96, batch=1)
     turned = extract(model, shots._replace(labels=shots.labels[::-1]), 96, batch=3)
     objects = torch.tensor([5, 4, 2, 3, 0, 1])  # of the turned support set, in its order
     assert turned.files == one.files[::-1] and torch.equal(turned.cls, one.cls[objects])
-    assert torch.equal(turned.picture, 4 - one.picture[objects])
+    assert torch.equal(turned.image, 4 - one.image[objects])
     torch.testing.assert_close(turned.embeds[0], one.embeds[0][objects], rtol=0, atol=1e-4)
     torch.testing.assert_close(turned.boxes, one.boxes[objects])
     x, y = one.anchors[0], turned.anchors[0]
     for p in range(5):
-        a, b = (x.picture == p) & (x.objects >= 0), (y.picture == 4 - p) & (y.objects >= 0)
+        a, b = (x.image == p) & (x.objects >= 0), (y.image == 4 - p) & (y.objects >= 0)
         assert torch.equal(x.objects[a], objects[y.objects[b]]) and torch.equal(x.view[a], y.view[b])
         torch.testing.assert_close(x.embeds[a], y.embeds[b], rtol=0, atol=5e-3)
 
@@ -416,8 +416,8 @@ def test_views_follow_the_arguments_of_training_unless_given(shots, monkeypatch)
 def test_crops_lie_in_the_middle(tmp_path):
     for i, name in enumerate(("square", "wheel")):
         (tmp_path / name).mkdir()
-        picture = np.full((60, 60, 3), 90 * i, dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / name / "1.png"), picture)
+        image = np.full((60, 60, 3), 90 * i, dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / name / "1.png"), image)
     support = read_support(tmp_path)
     features = extract(model_of(), support, 96)
     views = support_views({}, crops=True)
@@ -442,14 +442,14 @@ def test_boxes_to_ignore_are_no_negatives_and_change_nothing_else(tmp_path):
     torch.testing.assert_close(ours.embeds[0], every.embeds[0])
     a, b = ours.anchors[0], every.anchors[0]
     assert (a.objects >= 0).sum() == (b.objects >= 0).sum() > 0
-    per_picture = [torch.bincount(x.picture[x.objects < 0], minlength=5) for x in (a, b)]
-    assert per_picture[0][0] < per_picture[1][0] and torch.equal(per_picture[0][1:], per_picture[1][1:])
-    # Centres of the anchors of the first picture, by hand; the boxes do not touch its objects.
-    kept = {tuple(x.tolist()) for x in a.embeds[(a.picture == 0) & (a.objects < 0)]}
-    dropped = [x for x in b.embeds[(b.picture == 0) & (b.objects < 0)] if tuple(x.tolist()) not in kept]
+    per_image = [torch.bincount(x.image[x.objects < 0], minlength=5) for x in (a, b)]
+    assert per_image[0][0] < per_image[1][0] and torch.equal(per_image[0][1:], per_image[1][1:])
+    # Centers of the anchors of the first image, by hand; the boxes do not touch its objects.
+    kept = {tuple(x.tolist()) for x in a.embeds[(a.image == 0) & (a.objects < 0)]}
+    dropped = [x for x in b.embeds[(b.image == 0) & (b.objects < 0)] if tuple(x.tolist()) not in kept]
     inside = 0
     for stride in (8, 16, 32):
-        centres = (torch.arange(96 // stride) + 0.5) * stride / 96
-        for x, y in torch.cartesian_prod(centres, centres).tolist():
+        centers = (torch.arange(96 // stride) + 0.5) * stride / 96
+        for x, y in torch.cartesian_prod(centers, centers).tolist():
             inside += (0.05 < x < 0.45 and 0.55 < y < 0.95) or (0.55 < x < 0.95 and 0.05 < y < 0.35)
     assert len(dropped) == 2 * inside > 40  # two views

@@ -56,7 +56,7 @@ def objective(v, o, anchors, targets, c, prototype, pull, bank):
 
 
 def newton(*args):
-    """Minimise the objective of one class by Newton's method with halved steps."""
+    """Minimize the objective of one class by Newton's method with halved steps."""
     x = np.r_[args[3].double().numpy(), 0]
     for _ in range(100):
         value, gradient, hessian = objective(x[:-1], x[-1], *args)
@@ -119,9 +119,9 @@ def test_many_classes_are_fitted_in_parts(monkeypatch):
     (anchors, targets, prototypes), bank = anchors_of(n=5), bank_of()
     pull = torch.tensor([3.0, 0.5, 1.0, 2.0, 0.7])
     expected = fit_classes(anchors, targets, prototypes, pull, bank)
-    sizes, minimise = [], module._minimise
+    sizes, minimize = [], module._minimize
     monkeypatch.setattr(module, "CLASSES", 2)
-    monkeypatch.setattr(module, "_minimise", lambda *args: sizes.append(args[2].shape[1]) or minimise(*args))
+    monkeypatch.setattr(module, "_minimize", lambda *args: sizes.append(args[2].shape[1]) or minimize(*args))
     vectors, offsets = fit_classes(anchors, targets, prototypes, pull, bank)
     assert sizes == [2, 2, 1]
     torch.testing.assert_close(vectors, expected[0], rtol=0, atol=2e-3)
@@ -179,7 +179,7 @@ def test_a_fit_leaves_its_arguments_as_they_are_and_needs_no_gradients():
 
 
 def features_of(branches=1):
-    """Nine objects in three pictures, whose anchors and embeddings differ by branch."""
+    """Nine objects in three images, whose anchors and embeddings differ by branch."""
     rng = torch.Generator().manual_seed(1)
     parts, embeds = [], []
     for b in range(branches):

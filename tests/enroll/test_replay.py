@@ -15,7 +15,7 @@ SIZE = 96
 @pytest.fixture(scope="module")
 def model():
     model = model_of()
-    for i in (2, 3):  # the label files of the drawn pictures count four classes
+    for i in (2, 3):  # the label files of the drawn images count four classes
         model.model[-1].set_class(i, model.model[-1].get_class(i - 2))
     model.names = {0: "cat", 1: "square", 2: "dog", 3: "disc"}
     return model
@@ -26,7 +26,7 @@ def shots(tmp_path_factory):
     return read_support(draw_shots(tmp_path_factory.mktemp("shots")), BASE)
 
 
-def test_it_holds_anchors_of_the_pictures_with_their_class(model, shots):
+def test_it_holds_anchors_of_the_images_with_their_class(model, shots):
     before = deepcopy(model.state_dict())
     ((embeds, level, cls),) = remember(model, shots.labels, SIZE)
     features = extract(model, shots, SIZE, views=[View()], rows=0)
@@ -43,21 +43,21 @@ def test_it_holds_anchors_of_the_pictures_with_their_class(model, shots):
 
 def test_it_is_bounded_and_the_same_for_a_seed(model, shots, monkeypatch):
     monkeypatch.setattr(module, "ROWS", 8)
-    monkeypatch.setattr(module, "PICTURES", 3)
+    monkeypatch.setattr(module, "IMAGES", 3)
     first, again, other = (remember(model, shots.labels, SIZE, seed)[0] for seed in (0, 0, 1))
     assert len(first[0]) == 8 and int((first[2] < 0).sum()) == 4
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], other[0])
 
 
-def test_recalled_anchors_are_weak_negatives_of_no_picture(model, shots):
+def test_recalled_anchors_are_weak_negatives_of_no_image(model, shots):
     memory, features = remember(model, shots.labels, SIZE), extract(model, shots, SIZE)
     n, own = len(features.anchors[0].embeds), memory[0][2] == 1
     anchors = recall(memory, features, [1]).anchors[0]
     assert own.any() and len(anchors.embeds) == n + int((~own).sum())
     assert torch.equal(anchors.embeds[n:], memory[0][0][~own].float())
     assert torch.equal(anchors.level[n:], memory[0][1][~own].long())
-    for part in (anchors.objects, anchors.picture, anchors.view):
+    for part in (anchors.objects, anchors.image, anchors.view):
         assert (part[n:] == -1).all() and part.dtype == torch.int64
     assert (anchors.weight[n:] == WEIGHT).all()
     assert all(torch.equal(a[:n], b) for a, b in zip(anchors, features.anchors[0]))
@@ -71,6 +71,6 @@ def test_without_a_memory_the_features_stay(model, shots):
 def test_both_branches_of_a_dual_head_remember(shots):
     model = model_of("yolo26n-fewshot.yaml")
     model.names = {0: "cat", 1: "square"}
-    pictures = [x for x in shots.labels if not (x["cls"] > 1).any()]
-    memory = remember(model, pictures, SIZE)
+    images = [x for x in shots.labels if not (x["cls"] > 1).any()]
+    memory = remember(model, images, SIZE)
     assert len(memory) == 2 and not torch.equal(memory[0][0], memory[1][0])

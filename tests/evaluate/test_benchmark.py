@@ -21,7 +21,7 @@ NAMES = [*BASE, *NOVEL]
 
 @pytest.fixture(scope="module")
 def data(demo, tmp_path_factory):
-    """A hand-made folder of a few demo pictures: lists for 'one' shot, and a data.yaml of each seed for 'five'."""
+    """A hand-made folder of a few demo images: lists for 'one' shot, and a data.yaml of each seed for 'five'."""
     root = tmp_path_factory.mktemp("data")
     for folder, count in (("train", 60), ("val", 12), ("novel_query", 12), ("novel_support", 24)):
         for kind, suffix in (("images", "jpg"), ("labels", "txt")):
@@ -64,7 +64,7 @@ def model(trained):
 # End to end
 
 
-def test_stock_enrolment_and_adaptation_end_to_end(data, model, tmp_path, monkeypatch):
+def test_stock_enrollment_and_adaptation_end_to_end(data, model, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MIN_STEPS", 1)
     monkeypatch.setattr(module, "MIN_EPOCHS", 1)
     seen, train = [], YOLO.train
@@ -119,7 +119,7 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
     enrolled, runs = [], []
     means = {"base": [0.5, 0.4], "novel": [0.25, 0.1]}
 
-    def enrol(plan, folder, start, shots, method):
+    def enroll(plan, folder, start, shots, method):
         enrolled.append((start.name, method, shots.name))
         return start, 1.0
 
@@ -128,7 +128,7 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
         runs.append((start.name, Path(keys.pop("cfg")).name, Path(keys.pop("data")).name, keys))
         return SimpleNamespace(last=start, best=start), 1.0
 
-    monkeypatch.setattr(module, "_enrol", enrol)
+    monkeypatch.setattr(module, "_enroll", enroll)
     monkeypatch.setattr(module, "_train", train)
     monkeypatch.setattr(module, "_measure", lambda *_: means)
     keys = {**QUICK, "shots": (1, 5), "seeds": 1, "out": tmp_path / "out", "episodes": 9, "steps": 7, "supcon": 2.0}
@@ -187,7 +187,7 @@ def test_methods_of_all_classes_see_shots_of_them_and_are_measured_as_the_others
         benchmark(data, model, methods="adapt_all", seeds=1, out=tmp_path / "b", **{**QUICK, "shots": 5})
 
 
-def test_the_picture_size_is_that_of_the_model(data, model, tmp_path, asked):
+def test_the_image_size_is_that_of_the_model(data, model, tmp_path, asked):
     benchmark(data, model, methods="mean", shots=1, seeds=1, out=tmp_path)
     assert json.loads((tmp_path / "benchmark.json").read_text())["settings"] == {"imgsz": 96}
 
@@ -243,8 +243,8 @@ def test_the_results(data, model, tmp_path, asked):
     text = (tmp_path / "results.md").read_text()
     titles = re.findall("^## .*$", text, re.M)
     assert titles == [
-        "## FSOD: novel pictures alone, 8 novel classes, 2 seeds.",
-        "## G-FSOD: base and novel pictures together, 8 novel classes, 2 seeds.",
+        "## FSOD: novel images alone, 8 novel classes, 2 seeds.",
+        "## G-FSOD: base and novel images together, 8 novel classes, 2 seeds.",
     ]
     rows = [x.split(" | ")[:2] for x in text.splitlines() if re.match(r"\| \d", x)]
     assert rows == 2 * [[f"| {k}", m] for k in (1, 5) for m in (BASELINE, *(f"stock-{f}" for f in FREEZES), "mean")]
@@ -274,10 +274,10 @@ def test_leakage_is_in_the_title(data, model, tmp_path, asked, caplog):
 
 
 @pytest.mark.parametrize(
-    "pictures, batch, epochs", [(1, 16, 300), (12, 16, 300), (17, 16, 150), (100, 16, 60), (12, 8, 300), (3, 1, 1600)]
+    "images, batch, epochs", [(1, 16, 300), (12, 16, 300), (17, 16, 150), (100, 16, 60), (12, 8, 300), (3, 1, 1600)]
 )
-def test_the_stock_fine_tuning_takes_steps_enough(pictures, batch, epochs):
-    assert module._epochs_for(pictures, batch) == epochs
+def test_the_stock_fine_tuning_takes_steps_enough(images, batch, epochs):
+    assert module._epochs_for(images, batch) == epochs
 
 
 def test_further_arguments_go_to_those_that_know_them():

@@ -9,11 +9,11 @@ from ultralytics.utils.metrics import DetMetrics
 from yolo_fewshot.evaluate.metrics import HARMONIC_MEAN, FewShotMetrics, harmonic_mean
 
 NAMES = dict(enumerate(["cat", "dog", "owl", "yak", "ape", "emu"]))
-BASE, NOVEL = {0, 1, 4, 5}, {2, 3}  # there is no picture of an emu
+BASE, NOVEL = {0, 1, 4, 5}, {2, 3}  # there is no image of an emu
 
 
-def pictures(classes=frozenset(NAMES), recall=1.0):
-    """Statistics of 12 pictures of some classes: targets, predictions of any class, and what matched."""
+def images(classes=frozenset(NAMES), recall=1.0):
+    """Statistics of 12 images of some classes: targets, predictions of any class, and what matched."""
     rng = np.random.default_rng(0)
     stats = []
     for i in range(12):
@@ -47,13 +47,13 @@ def processed(metrics, stats):
 
 @pytest.fixture
 def metrics():
-    return processed(FewShotMetrics(NAMES, NOVEL), pictures())
+    return processed(FewShotMetrics(NAMES, NOVEL), images())
 
 
 def test_ap_of_a_group_is_that_of_a_data_set_of_the_group_alone(metrics):
     aps = {}
     for name, classes in (("base", BASE), ("novel", NOVEL)):
-        stock = processed(DetMetrics(NAMES), pictures(classes))
+        stock = processed(DetMetrics(NAMES), images(classes))
         aps[name] = stock.box.map50, stock.box.map
         assert 0.1 < stock.box.map < stock.box.map50 < 0.95  # the statistics are no trivial ones
         assert (metrics.groups[name]["mAP50"], metrics.groups[name]["mAP50-95"]) == pytest.approx(aps[name])
@@ -71,36 +71,36 @@ def test_ap_of_a_group_is_that_of_a_data_set_of_the_group_alone(metrics):
 
 
 def test_counts_precision_and_recall(metrics):
-    stock = processed(DetMetrics(NAMES), pictures())
+    stock = processed(DetMetrics(NAMES), images())
     assert stock.ap_class_index.tolist() == [0, 1, 2, 3, 4]
     for name, rows, classes in (("base", (0, 1, 4), BASE), ("novel", (2, 3), NOVEL)):
         group = metrics.groups[name]
-        shown = [set(s["target_cls"]) & classes for s in pictures()]
+        shown = [set(s["target_cls"]) & classes for s in images()]
         assert group["classes"] == len(rows)  # without the emu
-        assert group["images"] == sum(map(bool, shown)) < sum(map(len, shown))  # pictures of two classes count once
-        assert group["instances"] == sum(c in classes for s in pictures() for c in s["target_cls"])
+        assert group["images"] == sum(map(bool, shown)) < sum(map(len, shown))  # images of two classes count once
+        assert group["instances"] == sum(c in classes for s in images() for c in s["target_cls"])
         expected = [sum(stock.class_result(i)[j] for i in rows) / len(rows) for j in (0, 1)]
         assert [group["P"], group["R"]] == pytest.approx(expected)
 
 
 def test_what_ultralytics_reports_stays(metrics):
-    stock = processed(DetMetrics(NAMES), pictures())
+    stock = processed(DetMetrics(NAMES), images())
     assert metrics.keys == stock.keys and metrics.summary() == stock.summary() and metrics.fitness == stock.fitness
     assert metrics.results_dict.items() > stock.results_dict.items()
     assert all(type(x) is float for x in metrics.results_dict.values())
-    undivided = processed(FewShotMetrics(NAMES), pictures())
+    undivided = processed(FewShotMetrics(NAMES), images())
     assert list(undivided.results_dict.items()) == list(stock.results_dict.items()) and undivided.groups == {}
 
 
 def test_without_novel_classes_any_more_there_are_no_groups(metrics):
     metrics.novel = set()
-    processed(metrics, pictures())
+    processed(metrics, images())
     assert metrics.groups == {} and "metrics/HM_mAP50(B)" not in metrics.results_dict
 
 
 def test_a_group_without_ap_makes_the_harmonic_mean_zero():
-    stats = pictures(BASE)
-    for miss in pictures(NOVEL, recall=0):
+    stats = images(BASE)
+    for miss in images(NOVEL, recall=0):
         stats.append({**miss, "im_name": f"miss {miss['im_name']}"})
     metrics = processed(FewShotMetrics(NAMES, NOVEL), stats)
     assert metrics.groups["base"]["mAP50"] > 0.1 and metrics.groups["novel"]["mAP50"] == 0
@@ -110,7 +110,7 @@ def test_a_group_without_ap_makes_the_harmonic_mean_zero():
 
 @pytest.mark.parametrize(("shown", "present", "absent"), [(BASE, "base", "novel"), (NOVEL, "novel", "base")])
 def test_a_group_without_labels_has_no_results(shown, present, absent, tmp_path):
-    metrics = processed(FewShotMetrics(NAMES, NOVEL), pictures(shown))
+    metrics = processed(FewShotMetrics(NAMES, NOVEL), images(shown))
     assert metrics.groups[absent] == {"classes": 0, "images": 0, "instances": 0}
     assert list(metrics.groups) == ["base", "novel"]
     new = set(metrics.results_dict) - set(DetMetrics(NAMES).results_dict)

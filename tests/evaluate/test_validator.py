@@ -23,20 +23,20 @@ from yolo_fewshot.paths import cfg_dir
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two pictures; a square and a disc in each, under two orders of the class names."""
+    """Two images; a square and a disc in each, under two orders of the class names."""
     root = tmp_path_factory.mktemp("val")
     (root / "images").mkdir()
     for order in ("ab", "ba"):
         (root / order).mkdir()
     for i in range(2):
-        picture = np.full((96, 96, 3), 200, dtype=np.uint8)
-        cv2.rectangle(picture, (10, 10), (40, 40), (0, 0, 255), -1)
-        cv2.circle(picture, (70, 65), 18, (255, 0, 0), -1)
+        image = np.full((96, 96, 3), 200, dtype=np.uint8)
+        cv2.rectangle(image, (10, 10), (40, 40), (0, 0, 255), -1)
+        cv2.circle(image, (70, 65), 18, (255, 0, 0), -1)
         boxes = ["0.26 0.26 0.31 0.31", "0.73 0.68 0.375 0.375"]
         for order, cls in (("ab", (0, 1)), ("ba", (1, 0))):
             (root / order / "images").mkdir(exist_ok=True)
             (root / order / "labels").mkdir(exist_ok=True)
-            cv2.imwrite(str(root / order / f"images/{i}.png"), picture)
+            cv2.imwrite(str(root / order / f"images/{i}.png"), image)
             (root / order / f"labels/{i}.txt").write_text("\n".join(f"{c} {b}" for c, b in zip(cls, boxes)))
     for order, names in (("ab", "[square, disc]"), ("ba", "[disc, square]"), ("unknown", "[square, bird]")):
         folder = "ba" if order == "ba" else "ab"
@@ -106,7 +106,7 @@ def name_them(data, tmp_path, names):
 def test_classes_of_the_same_name_are_kept_apart_as_stock_does(twins, data, tmp_path, enrolled):
     """The labels count from 0, so that they are squares and discs only if nothing moves them."""
     twins.model.names = {0: "shape", 1: "shape", **{i: f"base{i}" for i in range(2, 82)}}
-    names = [*twins.model.names.values()][: 81 + enrolled]  # or all but the last, as before an enrolment
+    names = [*twins.model.names.values()][: 81 + enrolled]  # or all but the last, as before an enrollment
     yaml = name_them(data, tmp_path, names)
     assert true_labels(twins, yaml) == true_labels(twins, yaml, DetectionValidator) == [0, 1] * 2
 
@@ -126,14 +126,14 @@ def test_names_that_leave_a_label_unclear_are_an_error_before_the_first_batch(tw
     assert not seen
 
 
-SHAPES = ["square", "disc", "triangle", "bar"]  # in the data; triangle and bar are novel, and no picture shows a bar
+SHAPES = ["square", "disc", "triangle", "bar"]  # in the data; triangle and bar are novel, and no image shows a bar
 KNOWN = ["bar", "triangle", "star", "disc", "square"]  # in the model
-SHOWN = {"1": [0, 1, 2], "2": [0, 2, 2], "3": [1], "4": []}  # picture: shapes
-CENTRES = [0.2, 0.5, 0.8]
+SHOWN = {"1": [0, 1, 2], "2": [0, 2, 2], "3": [1], "4": []}  # image: shapes
+CENTERS = [0.2, 0.5, 0.8]
 
 
 class Finder:
-    """Finds every object, squares a bit low and triangles too narrow; and a disc too many in every picture."""
+    """Finds every object, squares a bit low and triangles too narrow; and a disc too many in every image."""
 
     def preprocess(self, batch):
         self.batch = super().preprocess(batch)
@@ -172,20 +172,20 @@ class StockOracle(Finder, DetectionValidator):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Folder with four pictures."""
+    """Folder with four images."""
     root = tmp_path_factory.mktemp("shapes")
     (root / "images" / "val2017").mkdir(parents=True)
     (root / "labels" / "val2017").mkdir(parents=True)
     for name, classes in SHOWN.items():
         cv2.imwrite(str(root / "images" / "val2017" / f"{name}.png"), np.full((96, 96, 3), 200, dtype=np.uint8))
-        lines = [f"{c} {x} 0.5 0.25 0.4" for c, x in zip(classes, CENTRES)]
+        lines = [f"{c} {x} 0.5 0.25 0.4" for c, x in zip(classes, CENTERS)]
         (root / "labels" / "val2017" / f"{name}.txt").write_text("\n".join(lines))
     return root
 
 
 @pytest.fixture
 def write(shapes, tmp_path):
-    """Return a function that writes a data.yaml for these pictures."""
+    """Return a function that writes a data.yaml for these images."""
 
     def written(**keys):
         images = str(shapes / "images" / "val2017")
@@ -470,9 +470,9 @@ def test_coco_figures_of_coco_and_lvis(write, val, tmp_path, kind, split, file, 
         absent = {"neg_category_ids": [first + 1] * (name == "4"), "not_exhaustive_category_ids": []}
         truth["images"].append({"id": int(name), "width": 96, "height": 96, **absent})
         cv2.imwrite(str(root / "images" / f"{name}.png"), np.full((96, 96, 3), 200, dtype=np.uint8))
-        lines = [f"{c + 11} {x} 0.5 0.25 0.4" for c, x in zip(classes, CENTRES)]
+        lines = [f"{c + 11} {x} 0.5 0.25 0.4" for c, x in zip(classes, CENTERS)]
         (root / "labels" / f"{name}.txt").write_text("\n".join(lines))
-        for c, x in zip(classes, CENTRES):
+        for c, x in zip(classes, CENTERS):
             box = {"bbox": [(x - 0.125) * 96, 0.3 * 96, 24, 0.4 * 96], "area": 24 * 0.4 * 96, "iscrowd": 0}
             number = len(truth["annotations"]) + 1
             truth["annotations"].append({"id": number, "image_id": int(name), "category_id": c + first, **box})

@@ -10,7 +10,7 @@ from yolo_fewshot.nn.model import FewShotDetectionModel
 
 pytestmark = pytest.mark.oldest
 
-CENTRES = torch.cat(
+CENTERS = torch.cat(
     [
         torch.stack(torch.meshgrid(torch.arange(n) + 0.5, torch.arange(n) + 0.5, indexing="xy"), -1).view(-1, 2) * s
         for n, s in ((12, 8), (6, 16), (3, 32))
@@ -20,7 +20,7 @@ BOXES = torch.tensor([[0.26, 0.26, 0.31, 0.31], [0.7, 0.7, 0.4, 0.4], [0.5, 0.5,
 
 
 def load_batch():
-    """Two objects in the first of three pictures, one in the last, none between."""
+    """Two objects in the first of three images, one in the last, none between."""
     torch.manual_seed(1)
     return {
         "img": torch.rand(3, 3, 96, 96),
@@ -63,7 +63,7 @@ def test_every_object_gets_anchors_inside_its_box(assigned):
     box = {(0, 0): 0, (0, 1): 1, (2, 0): 2}
     for b, a, g in zip(fg[0], fg[1], gt_idx):
         x, y, w, h = BOXES[box[int(b), int(g)]] * 96
-        assert abs(CENTRES[a][0] - x) <= max(w, 16) / 2 and abs(CENTRES[a][1] - y) <= max(h, 16) / 2
+        assert abs(CENTERS[a][0] - x) <= max(w, 16) / 2 and abs(CENTERS[a][1] - y) <= max(h, 16) / 2
 
 
 def test_the_boxes_are_those_that_ultralytics_decodes(assigned):
@@ -77,7 +77,7 @@ def test_it_is_ultralytics_assignment_where_every_class_is_certain(assigned):
     there = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])[..., None]
     stock = TaskAlignedAssigner(topk=10, num_classes=1, alpha=0.5, beta=6.0, stride=[8, 16, 32])
     sure, cls = torch.ones(*decoded.shape[:2], 1), torch.zeros(3, 2, 1)
-    _, _, scores, mask, index = stock(sure, decoded, CENTRES, cls, gt, there)
+    _, _, scores, mask, index = stock(sure, decoded, CENTERS, cls, gt, there)
     assert torch.equal(torch.stack(fg), torch.stack(mask.nonzero(as_tuple=True)))
     assert torch.equal(gt_idx, index[mask])
     torch.testing.assert_close(weight, scores[mask][:, 0], rtol=1e-3, atol=1e-5)
@@ -90,13 +90,13 @@ def test_class_scores_and_labels_do_not_matter(cfg):
     preds, _ = raw(model, batch["img"])
     first = BoxAssignment(model)(preds, batch)
     torch.manual_seed(2)
-    other = {**preds, "scores": torch.randn(3, 7, len(CENTRES)) * 9}
+    other = {**preds, "scores": torch.randn(3, 7, len(CENTERS)) * 9}
     second = BoxAssignment(model)(other, {**batch, "cls": torch.tensor([[40.0], [0.0], [6.0]])})
     for x, y in zip((*first[0], *first[1:]), (*second[0], *second[1:])):
         assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
 
 
-def test_pictures_without_objects_get_nothing():
+def test_images_without_objects_get_nothing():
     model, batch = model_of(), load_batch()
     preds, decoded = raw(model, batch["img"])
     empty = {k: batch[k][:0] for k in ("cls", "bboxes", "batch_idx")}
@@ -124,7 +124,7 @@ def test_a_recording_assigner_has_the_settings_of_the_other_and_keeps_its_last_a
     given = (
         torch.rand(1, 189, 5),
         torch.cat([corner, corner + 32], 2),
-        CENTRES,
+        CENTERS,
         torch.tensor([[[2.0], [4.0]]]),
         torch.tensor([[[10.0, 10, 40, 40], [30, 50, 90, 90]]]),
         torch.ones(1, 2, 1),

@@ -90,7 +90,7 @@ def test_a_subclass_adds_a_term(batch):
     objects, y, prototypes, ways, _ = criterion.pooled
     assert own[1]["own_loss"].item() == pytest.approx(2 * len(ways), abs=1e-4)  # the prototypes are unit vectors
     assert ways.tolist() == [0, 1, 2] and sorted(y.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
-    support = [(0, 0), (2, 0), (1, 1)]  # class and picture of the objects in the support pictures
+    support = [(0, 0), (2, 0), (1, 1)]  # class and image of the objects in the support images
     order = [int(i) for i in batch["batch_idx"]]
     found = [o for o, i in zip(objects, order) if i < 2]
     for (c, _), embed in zip(support, found):  # one object each, so it is the prototype
@@ -100,12 +100,12 @@ def test_a_subclass_adds_a_term(batch):
 
 
 def naive_terms(model, preds, batch, criterion):
-    """Episode terms written with loops over pictures, objects, classes and anchors, from one fresh assignment."""
+    """Episode terms written with loops over images, objects, classes and anchors, from one fresh assignment."""
     h, head = model.args, model.model[-1]
     criterion.get_assigned_targets_and_loss(preds, batch)
     labels, _, scores, fg, gt_idx = criterion.assigner.assigned
     e = preds["embeds"].transpose(1, 2)
-    objects = []  # (embedding, class, picture)
+    objects = []  # (embedding, class, image)
     for b in range(B):
         for g in range(criterion.assigner.n_max_boxes):
             anchors = [a for a in range(e.shape[1]) if fg[b, a] and gt_idx[b, a] == g]
@@ -149,14 +149,14 @@ def test_episode_terms_equal_a_naive_computation(batch, wide, frozen):
     criterion = FewShotLoss(model)
     preds = preds_of(model, batch)
     epi, supcon, triplet, ways = naive_terms(model, preds, batch, criterion)
-    assert ways == ([0, 1, 2] if wide else [0, 1])  # class 3 is in query pictures only
+    assert ways == ([0, 1, 2] if wide else [0, 1])  # class 3 is in query images only
     _, items = criterion(preds, batch)
     torch.testing.assert_close(items["epi_loss"], epi.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(items["sup_loss"], supcon.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(items["tri_loss"], triplet.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_query_is_judged_by_prototypes_of_other_pictures_only(batch):
+def test_a_query_is_judged_by_prototypes_of_other_images_only(batch):
     model = make()
     preds = preds_of(model, batch)
     criterion = FewShotLoss(model)
@@ -421,20 +421,20 @@ def test_the_losses_of_the_branches_are_those_that_the_model_uses(batch):
 
 
 def assigned_of(loss, preds, batch):
-    """What the assignment of a batch is, with the level of every anchor and its centre in pixels."""
+    """What the assignment of a batch is, with the level of every anchor and its center in pixels."""
     loss.terms(preds, batch)
     labels, boxes, scores, fg, gt_idx = loss.assigner.assigned
-    level, centre = [], []
+    level, center = [], []
     for i, f in enumerate(preds["feats"]):
         for y in range(f.shape[2]):
             for x in range(f.shape[3]):
                 level.append(i)
-                centre.append([(x + 0.5) * 8 * 2**i, (y + 0.5) * 8 * 2**i])
-    return labels, boxes, scores, fg, gt_idx, torch.tensor(level), torch.tensor(centre)
+                center.append([(x + 0.5) * 8 * 2**i, (y + 0.5) * 8 * 2**i])
+    return labels, boxes, scores, fg, gt_idx, torch.tensor(level), torch.tensor(center)
 
 
 def objects_of(fg, gt_idx, labels):
-    """Class and picture of every object that has an anchor."""
+    """Class and image of every object that has an anchor."""
     found = {(b, int(gt_idx[b, a])): int(labels[b, a]) for b, a in fg.nonzero().tolist()}
     return [(c, b) for (b, _), c in found.items()]
 
@@ -454,7 +454,7 @@ def trained(**values):
 
 
 def priors(level):
-    """Logit of every anchor for about 5 objects of NC classes in a picture of 640 x 640."""
+    """Logit of every anchor for about 5 objects of NC classes in a image of 640 x 640."""
     return torch.tensor([math.log(5 / NC / (640 / (8 * 2**i)) ** 2) for i in level.tolist()])
 
 
@@ -465,7 +465,7 @@ def test_chance_levels_are_what_closed_forms_say(batch, wide, frozen):
     if frozen:
         model.model[-1].freeze_prototypes(list(range(NC)))
     loss, preds = branches(model, batch)[0]
-    labels, boxes, scores, fg, gt_idx, level, centre = assigned_of(loss, preds, batch)
+    labels, boxes, scores, fg, gt_idx, level, center = assigned_of(loss, preds, batch)
     assert scores.sum() > 1 and fg.sum() <= 512
     torch.manual_seed(3)
     chance = dict(zip(loss.loss_names, loss.chance(preds, batch).tolist()))
@@ -493,7 +493,7 @@ def test_chance_levels_are_what_closed_forms_say(batch, wide, frozen):
     box = 0
     for b, a in fg.nonzero().tolist():  # uniform over 16 bins: 7.5 strides to every side
         reach = 7.5 * 8 * 2 ** int(level[a])
-        prior_box = torch.cat([centre[a] - reach, centre[a] + reach])
+        prior_box = torch.cat([center[a] - reach, center[a] + reach])
         box += float((1 - bbox_iou(prior_box, boxes[b, a], xywh=False, CIoU=True)) * scores[b, a].sum())
     assert chance["box_loss"] == pytest.approx(7.5 * box / float(scores.sum()), rel=1e-4)
 
@@ -501,12 +501,12 @@ def test_chance_levels_are_what_closed_forms_say(batch, wide, frozen):
 def test_chance_levels_without_dfl(batch):
     model = trained(cfg="yolo26n-fewshot.yaml")
     for loss, preds in branches(model, batch):
-        _, boxes, scores, fg, _, level, centre = assigned_of(loss, preds, batch)
+        _, boxes, scores, fg, _, level, center = assigned_of(loss, preds, batch)
         chance = dict(zip(loss.loss_names, loss.chance(preds, batch).tolist()))
         box = l1 = 0
         for b, a in fg.nonzero().tolist():
             stride, weight = 8 * 2 ** int(level[a]), float(scores[b, a].sum())
-            prior_box = torch.cat([centre[a] - 2 * stride, centre[a] + 2 * stride])  # the bias is 2
+            prior_box = torch.cat([center[a] - 2 * stride, center[a] + 2 * stride])  # the bias is 2
             box += float(1 - bbox_iou(prior_box, boxes[b, a], xywh=False, CIoU=True)) * weight
             l1 += float((prior_box - boxes[b, a]).abs().mean()) / 96 * weight
         norm = max(float(scores.sum()), 1)

@@ -83,7 +83,7 @@ def test_prediction_with_a_folded_head(device, batch, cfg):
 
 @pytest.mark.parametrize("method", ["mean", "fit"])
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_enrolment(device, tmp_path, monkeypatch, cfg, method):
+def test_enrollment(device, tmp_path, monkeypatch, cfg, method):
     build = features.build_dataloader  # of Ultralytics, which asks PyTorch about the device by its name
     monkeypatch.setattr(
         features, "build_dataloader", lambda *a, device, **k: build(*a, device=torch.device("cpu"), **k)

@@ -116,7 +116,7 @@ def test_prototypes_are_no_matrix_for_muon(model):
 
 
 def randomize(model, seed):
-    """Give the head what training and enrolment may leave in it: BatchNorm statistics, scales, biases, gains, offsets.
+    """Give the head what training and enrollment may leave in it: BatchNorm statistics, scales, biases, gains, offsets.
 
     Whether a level's logits come from its own scale and bias, and a class's from its own gain and offset, then shows.
     """

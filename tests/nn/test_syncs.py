@@ -20,7 +20,7 @@ from yolo_fewshot.train.retention import Teacher, retain
 pytestmark = pytest.mark.oldest
 
 FAMILIES = ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"]
-SILENT = torch.tensor([4, 5])  # classes that no picture of the batch shows
+SILENT = torch.tensor([4, 5])  # classes that no image of the batch shows
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def batch(batch):
 
 
 def with_ignored(batch):
-    """The batch with a box to ignore in every picture, before its objects or after them."""
+    """The batch with a box to ignore in every image, before its objects or after them."""
     rows = torch.cat([batch["batch_idx"][:, None], batch["cls"], batch["bboxes"]], 1)
     ignored = torch.tensor([[i, IGNORED, 0.7, 0.3, 0.4, 0.5] for i in range(len(batch["img"]))])
     rows = torch.cat([ignored[::2], rows, ignored[1::2]])
@@ -139,7 +139,7 @@ def test_a_step_waits_once_more_a_branch_in_stage_two_and_never_otherwise(device
     assert ours[2] <= theirs[2]
 
 
-def test_a_batch_that_does_not_tell_its_query_pictures_costs_a_wait(device, batch):
+def test_a_batch_that_does_not_tell_its_query_images_costs_a_wait(device, batch):
     model, shown = there(*prepare(FAMILIES[0], 2, batch))
     told = waits(device, model.criterion, model, shown)
     del shown["query"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from yolo_fewshot.plots.embedding import by_likeness, flat, plot_embedding
+from yolo_fewshot.plots.embedding import by_similarity, flat, plot_embedding
 from yolo_fewshot.plots.losses import embedding as module
 
 
@@ -15,9 +15,9 @@ def test_the_map_is_that_of_the_principal_components():
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(40, 8, generator=g) * torch.tensor([9.0, 5, 1, 1, 1, 1, 1, 1]) + 3
     places = flat(rows)
-    centred = (rows - rows.mean(0)).double().numpy()
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    expected = centred @ axes[:2].T
+    centered = (rows - rows.mean(0)).double().numpy()
+    _, _, axes = np.linalg.svd(centered, full_matrices=False)
+    expected = centered @ axes[:2].T
     for i in range(2):  # the sign of an axis means nothing
         assert abs(np.corrcoef(places[:, i], expected[:, i])[0, 1]) == pytest.approx(1, abs=1e-3)
     torch.manual_seed(5)
@@ -37,15 +37,15 @@ def test_umap_takes_the_place_of_the_components_where_it_is_installed(monkeypatc
     assert np.array_equal(flat(torch.zeros(5, 3)), np.ones((5, 2)))
 
 
-def test_neighbours_are_alike():
+def test_neighbors_are_alike():
     angle = torch.tensor([0.0, 100, 10, 90, 20, 110]).deg2rad()
     rows = torch.stack([angle.cos(), angle.sin()], 1)
-    assert by_likeness(rows @ rows.T) in ([0, 2, 4, 3, 1, 5], [5, 1, 3, 4, 2, 0])
-    assert by_likeness(torch.ones(1, 1)) == [0] and sorted(by_likeness(torch.ones(4, 4))) == [0, 1, 2, 3]
+    assert by_similarity(rows @ rows.T) in ([0, 2, 4, 3, 1, 5], [5, 1, 3, 4, 2, 0])
+    assert by_similarity(torch.ones(1, 1)) == [0] and sorted(by_similarity(torch.ones(4, 4))) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("n", "novel"), [(3, {"c2"}), (70, set())])
-def test_the_picture(tmp_path, monkeypatch, n, novel):
+def test_the_image(tmp_path, monkeypatch, n, novel):
     from matplotlib.axes import Axes
 
     marks, scatter = [], Axes.scatter
@@ -55,8 +55,8 @@ def test_the_picture(tmp_path, monkeypatch, n, novel):
     cls = torch.arange(n).repeat(4)
     embeds = F.normalize(prototypes[cls] + 0.1 * torch.randn(4 * n, 16, generator=g), dim=1)
     plot_embedding(embeds, cls, prototypes, {i: f"c{i}" for i in range(n)}, novel, tmp_path / "embedding.png")
-    picture = cv2.imread(str(tmp_path / "embedding.png"))
-    assert picture.shape[1] > picture.shape[0] > 400 and picture.std() > 10
+    image = cv2.imread(str(tmp_path / "embedding.png"))
+    assert image.shape[1] > image.shape[0] > 400 and image.std() > 10
     assert [x["marker"] for x in marks] == [m for i in range(n) for m in ("^" if f"c{i}" in novel else "o", "*")]
     assert [x["edgecolors"] for x in marks[1::2]] == ["red" if f"c{i}" in novel else "black" for i in range(n)]
     assert [x.name for x in tmp_path.iterdir()] == ["embedding.png"]

@@ -11,9 +11,9 @@ NAMES = {3: "ant", 5: "bee", 6: "cat"}
 
 @pytest.fixture
 def episode():
-    """Two ways of two support pictures and one query picture each, 40 x 80, each of a grey of its own."""
+    """Two ways of two support images and one query image each, 40 x 80, each of a gray of its own."""
     way, support = [3, 3, 5, 5, 3, 5], [True] * 4 + [False] * 2
-    grey = torch.linspace(0.2, 0.7, 6)[:, None, None, None]
+    gray = torch.linspace(0.2, 0.7, 6)[:, None, None, None]
     objects = [
         (0, 3, 0.25),
         (0, 6, 0.75),
@@ -24,19 +24,19 @@ def episode():
         (4, 6, 0.75),
         (5, 5, 0.75),
     ]
-    picture, cls, x = zip(*objects)
+    image, cls, x = zip(*objects)
     return {
-        "img": grey.expand(6, 3, 40, 80),
+        "img": gray.expand(6, 3, 40, 80),
         "cls": torch.tensor(cls)[:, None].float(),
         "bboxes": torch.tensor([[v, 0.75, 0.3, 0.3] for v in x]),
-        "batch_idx": torch.tensor(picture).float(),
+        "batch_idx": torch.tensor(image).float(),
         "support": torch.tensor(support),
         "way": torch.tensor(way),
     }
 
 
 def cells(file, row, column):
-    """The cell of a row and column of a written picture; the third column is that of the query pictures."""
+    """The cell of a row and column of a written image; the third column is that of the query images."""
     table = cv2.imread(str(file))
     h, w = CELL // 2, CELL
     assert table.shape == (HEADER + 2 * h, 3 * w + GAP, 3)
@@ -45,13 +45,13 @@ def cells(file, row, column):
 
 
 def drawn(cell, c):
-    """Where the colour of a class is, as parts of the width; None if it is nowhere."""
+    """Where the color of a class is, as parts of the width; None if it is nowhere."""
     near = np.abs(cell.astype(int) - np.array(colors(c, True))).max(2) < 60
     near[: CELL // 4] = False  # above the boxes there are labels
     return (np.flatnonzero(near.any(0))[[0, -1]] / CELL).round(1).tolist() if near.sum() > 30 else None
 
 
-def test_a_row_has_the_support_objects_of_its_class_and_its_query_pictures(episode, tmp_path):
+def test_a_row_has_the_support_objects_of_its_class_and_its_query_images(episode, tmp_path):
     plot_episode(episode, NAMES, tmp_path / "e.jpg")
     left, right = [0.1, 0.4], [0.6, 0.9]
     first, second, query = (cells(tmp_path / "e.jpg", 0, i) for i in range(3))
@@ -63,7 +63,7 @@ def test_a_row_has_the_support_objects_of_its_class_and_its_query_pictures(episo
         assert np.median(cell) == pytest.approx(255 * float(episode["img"][i, 0, 0, 0]), abs=3)
 
 
-def test_detections_take_the_place_of_the_labels_of_query_pictures(episode, tmp_path):
+def test_detections_take_the_place_of_the_labels_of_query_images(episode, tmp_path):
     found = [torch.tensor([[48.0, 20, 72, 36, 0.9, 6]]), torch.zeros(0, 6)]
     plot_episode(episode, NAMES, tmp_path / "e.jpg", found)
     query, empty = (cells(tmp_path / "e.jpg", i, 2) for i in range(2))

@@ -54,8 +54,8 @@ def test_every_column_is_drawn(tmp_path, figures, terms, epochs):
     results, file = columns(terms, epochs), tmp_path / "losses.png"
     open_before = plt.get_fignums()
     plot_losses(results, file)
-    picture = cv2.imread(str(file))
-    assert picture is not None and picture.std() > 10
+    image = cv2.imread(str(file))
+    assert image is not None and image.std() > 10
     assert plt.get_fignums() == open_before
     (figure,) = figures
     axes = [ax for ax in figure.axes if ax.get_visible()]

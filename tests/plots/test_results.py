@@ -34,17 +34,17 @@ def scene(h=240, w=320):
     return np.random.default_rng(0).integers(90, 160, (h, w, 3), dtype=np.uint8)
 
 
-def pair(boxes, picture=None, names=NAMES, enrolled=ENROLLED, ids=False):
+def pair(boxes, image=None, names=NAMES, enrolled=ENROLLED, ids=False):
     """The same detections as our results and as Ultralytics'."""
     data = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 6)
     if ids:
         data = torch.cat([data[:, :4], 11 + torch.arange(len(data))[:, None] * 3.0, data[:, 4:]], 1)
-    given = {"orig_img": scene() if picture is None else picture, "path": "a/street.jpg", "names": names, "boxes": data}
+    given = {"orig_img": scene() if image is None else image, "path": "a/street.jpg", "names": names, "boxes": data}
     return FewShotResults(**given, enrolled=enrolled), Results(**given)
 
 
-def array(picture):
-    return np.asarray(picture).astype(int)
+def array(image):
+    return np.asarray(image).astype(int)
 
 
 def differs(a, b):
@@ -82,12 +82,12 @@ def texts(monkeypatch):
 
 
 def legend_of(ours, monkeypatch, **kwargs):
-    """Picture, and the rectangle of the legend in it; None if there is none."""
-    picture = array(ours.plot(**kwargs))
+    """Image, and the rectangle of the legend in it; None if there is none."""
+    image = array(ours.plot(**kwargs))
     with monkeypatch.context() as m:
         m.setattr(results, "_add_legend", lambda *_: None)
-        changed = differs(picture, ours.plot(**kwargs))
-    return picture, rectangle(changed) if changed.any() else None
+        changed = differs(image, ours.plot(**kwargs))
+    return image, rectangle(changed) if changed.any() else None
 
 
 # Dashes ---------------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def legend_of(ours, monkeypatch, **kwargs):
     ("boxes", "enrolled", "extra"),
     [(BASE, ENROLLED, {}), (BASE + NOVEL, {}, {}), ([], ENROLLED, {}), (BASE + NOVEL, ENROLLED, {"boxes": False})],
 )
-def test_without_enrolled_boxes_the_picture_is_ultralytics_own(mode, boxes, enrolled, extra):
+def test_without_enrolled_boxes_the_image_is_ultralytics_own(mode, boxes, enrolled, extra):
     ours, stock = pair(boxes, enrolled=enrolled)
     a, b = ours.plot(**mode, **extra), stock.plot(**mode, **extra)
     assert type(a) is type(b) and np.array_equal(np.asarray(a), np.asarray(b))
@@ -109,14 +109,14 @@ def test_without_enrolled_boxes_the_picture_is_ultralytics_own(mode, boxes, enro
 def test_only_outlines_of_enrolled_boxes_and_the_legend_differ(mode, ids, monkeypatch):
     ours, stock = pair(BASE + NOVEL, ids=ids)
     kept = ours.orig_img.copy(), ours.boxes.data.clone()
-    picture, legend = legend_of(ours, monkeypatch, **mode)
-    changed = differs(picture, stock.plot(**mode))
+    image, legend = legend_of(ours, monkeypatch, **mode)
+    changed = differs(image, stock.plot(**mode))
     assert (legend is None) == (mode.get("labels") is False)
     if legend:
         changed[legend[1] : legend[3], legend[0] : legend[2]] = False
     assert changed.sum() > 100 and not (changed & ~edges(NOVEL, changed.shape, mode.get("line_width", 2) + 2)).any()
     assert np.array_equal(ours.orig_img, kept[0]) and torch.equal(ours.boxes.data, kept[1])
-    assert np.array_equal(picture, array(ours.numpy().plot(**mode)))
+    assert np.array_equal(image, array(ours.numpy().plot(**mode)))
 
 
 @pytest.mark.parametrize("pil", [False, True])
@@ -130,7 +130,7 @@ def test_every_side_has_dashes_and_gaps(size, lw, pil):
     assert (line & on).any() and ((line & ~on).any() or size < lw)
     if size < 4 * lw:  # hardly longer than thick
         return
-    assert not differs(ours, 128)[~on].any()  # dashes are Ultralytics' line, and in gaps is the picture
+    assert not differs(ours, 128)[~on].any()  # dashes are Ultralytics' line, and in gaps is the image
     x1, y1, x2, y2 = box
     for side in (on[y1, x1 : x2 + 1], on[y2, x1 : x2 + 1], on[y1 : y2 + 1, x1], on[y1 : y2 + 1, x2]):
         assert side[0] and side[-1] and not side.all() and abs(side[: len(side) // 2].sum() - side.sum() / 2) <= 1.5
@@ -139,7 +139,7 @@ def test_every_side_has_dashes_and_gaps(size, lw, pil):
         assert size < 8 * lw or np.diff(ends)[::2].min() >= 2 * lw
 
 
-def test_boxes_beyond_the_picture():
+def test_boxes_beyond_the_image():
     ours, stock = pair([[-30, -20, 90, 80, 0.9, 3], [200, 150, 400, 260, 0.8, 4]])
     changed = differs(ours.plot(labels=False), stock.plot(labels=False))
     assert changed.any() and not (changed & ~edges([[-30, -20, 90, 80], [200, 150, 400, 260]], (240, 320), 4)).any()
@@ -156,7 +156,7 @@ def test_a_label_over_a_box_is_drawn_as_by_ultralytics():
 
 
 @pytest.mark.parametrize("mode", [{}, {"pil": True}, {"color_mode": "instance"}])
-def test_the_legend_lists_the_enrolled_classes_of_the_picture(mode, texts):
+def test_the_legend_lists_the_enrolled_classes_of_the_image(mode, texts):
     ours, _ = pair(BASE + NOVEL, scene(480, 640))
     ours.plot(**mode)
     assert texts == ["scooter: enrolled, 5 shots", "stroller: enrolled, 1 shot"]
@@ -186,9 +186,9 @@ def test_the_legend_fits_and_can_be_read(shape, pil, texts, monkeypatch):
     enrolled = {**ENROLLED, names[3]: 12}
     h, w = shape
     boxes = [[0.2 * w, 0.3 * h, 0.5 * w, 0.8 * h, 0.9, 3], [0.6 * w, 0.4 * h, 0.9 * w, 0.9 * h, 0.9, 4]]
-    picture, (x1, y1, x2, y2) = legend_of(pair(boxes, scene(h, w), names, enrolled)[0], monkeypatch, pil=pil)
+    image, (x1, y1, x2, y2) = legend_of(pair(boxes, scene(h, w), names, enrolled)[0], monkeypatch, pil=pil)
     assert 12 <= (y2 - y1) / 2 <= h / 4 and x2 - x1 < w and min(x1, w - x2) < 0.01 * w + 5 > min(y1, h - y2)
-    assert np.median(picture[y1:y2, x1:x2]) == 255
+    assert np.median(image[y1:y2, x1:x2]) == 255
     long, short = texts
     assert long.endswith(": 12 shots" if w < 300 else f"{names[3]}: enrolled, 12 shots") and long[:6] == "wheelc"
     assert short in {"stroller: enrolled, 1 shot", "stroller: 1 shot"}
@@ -196,7 +196,7 @@ def test_the_legend_fits_and_can_be_read(shape, pil, texts, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 300), (300, 24)])
 @pytest.mark.parametrize("pil", [False, True])
-def test_a_picture_too_small_for_a_legend_has_none(shape, pil, texts):
+def test_a_image_too_small_for_a_legend_has_none(shape, pil, texts):
     h, w = shape
     ours, _ = pair([[1, 1, w - 2, h - 2, 0.9, 3]], scene(h, w))
     assert ours.plot(pil=pil, line_width=2) is not None and not texts
@@ -211,11 +211,11 @@ def test_the_legend_takes_the_corner_where_it_hides_least(free, monkeypatch):
     assert (y1 < 10, y2 > 470) == (free > 1, free < 2)
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("class", colors(4, True)), ("instance", results.INK)])
-def test_the_sample_is_dashed_in_the_colour_of_the_class(mode, colour, monkeypatch):
+@pytest.mark.parametrize(("mode", "color"), [("class", colors(4, True)), ("instance", results.INK)])
+def test_the_sample_is_dashed_in_the_color_of_the_class(mode, color, monkeypatch):
     ours, _ = pair([[100, 100, 150, 150, 0.5, 4]], scene(480, 640))
-    picture, (x1, y1, _, y2) = legend_of(ours, monkeypatch, color_mode=mode)
-    sample = (picture[(y1 + y2) // 2, x1 : x1 + 34] == colour).all(1).astype(int)
+    image, (x1, y1, _, y2) = legend_of(ours, monkeypatch, color_mode=mode)
+    sample = (image[(y1 + y2) // 2, x1 : x1 + 34] == color).all(1).astype(int)
     assert (np.diff(sample, prepend=0) > 0).sum() == 2 and sample.sum() > 10
 
 
@@ -245,7 +245,7 @@ def test_parts_and_copies_know_what_was_enrolled(change):
     assert differs(ours.plot(), stock.plot()).any() == (len(ours) > 0)
 
 
-def test_everything_but_the_picture_is_ultralytics_own(tmp_path):
+def test_everything_but_the_image_is_ultralytics_own(tmp_path):
     written = []
     for i, result in enumerate(pair(BASE + NOVEL, ids=True)):
         root = tmp_path / str(i)
@@ -261,16 +261,16 @@ def test_saving_and_showing(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(Annotator, "show", lambda self, title: shown.append((title, self.result().copy())))
     ours, _ = pair(BASE + NOVEL)
-    picture = ours.plot()
+    image = ours.plot()
     assert ours.save("deep/found.png", conf=True) == "deep/found.png"
-    assert np.array_equal(cv2.imread("deep/found.png"), picture)
+    assert np.array_equal(cv2.imread("deep/found.png"), image)
     assert ours.save() == "results_street.jpg" and {f.name for f in tmp_path.iterdir()} == {
         "deep",
         "results_street.jpg",
     }
     ours.show()
     ((title, seen),) = shown
-    assert title == "a/street.jpg" and np.array_equal(seen, picture)
+    assert title == "a/street.jpg" and np.array_equal(seen, image)
 
 
 # Prediction -----------------------------------------------------------------------------------------------------------
@@ -280,17 +280,17 @@ SETTINGS = {"imgsz": 64, "conf": 1e-6, "max_det": 20, "verbose": False}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, draw_tiny):
-    """Pictures, a support set of two crops of a scooter and one of a cart, a video and two models."""
+    """Images, a support set of two crops of a scooter and one of a cart, a video and two models."""
     torch.manual_seed(0)
     root = draw_tiny(tmp_path_factory.mktemp("results"), 3)
-    pictures = [cv2.imread(str(f)) for f in sorted((root / "images/val").iterdir())]
+    images = [cv2.imread(str(f)) for f in sorted((root / "images/val").iterdir())]
     for name in ("scooter/0", "scooter/1", "cart/2"):
         file = root / f"shots/{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(file), pictures[int(name[-1])][4:44, 4:44])
+        cv2.imwrite(str(file), images[int(name[-1])][4:44, 4:44])
     video = cv2.VideoWriter(str(root / "video.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (320, 320))
     for _ in range(3):
-        video.write(cv2.resize(pictures[0], (320, 320)))
+        video.write(cv2.resize(images[0], (320, 320)))
     video.release()
     for family in ("yolo11", "yolo26"):
         model = FewShotYOLO(root / f"{family}n-tiny.yaml")
@@ -316,17 +316,17 @@ def test_few_shot_models_alone_get_the_predictor(model):
 
 
 def test_predictions_know_what_was_enrolled(model, root, tmp_path):
-    picture = scene()
-    (plain,) = model(picture, **SETTINGS)
+    image = scene()
+    (plain,) = model(image, **SETTINGS)
     assert type(plain) is FewShotResults and plain.enrolled == {} and len(plain)
     assert np.array_equal(plain.plot(), Results.plot(plain))
-    stream = model.predict([picture] * 2, support=root / "shots", enroll="mean", stream=True, **SETTINGS)
+    stream = model.predict([image] * 2, support=root / "shots", enroll="mean", stream=True, **SETTINGS)
     model.save(tmp_path / "site.pt")
-    for x in [*stream, *model(picture, **SETTINGS), *YOLO(tmp_path / "site.pt")(picture, **SETTINGS)]:
+    for x in [*stream, *model(image, **SETTINGS), *YOLO(tmp_path / "site.pt")(image, **SETTINGS)]:
         assert type(x) is FewShotResults and x.enrolled == {"scooter": 2, "cart": 1} and novel(x)
         drawn = x.plot(labels=False)
         assert differs(drawn, Results.plot(x, labels=False)).any()
-    assert np.array_equal(drawn, model(picture, **SETTINGS)[0].plot(labels=False))
+    assert np.array_equal(drawn, model(image, **SETTINGS)[0].plot(labels=False))
 
 
 def test_tracking_a_video(model, root, texts, tmp_path):
@@ -343,11 +343,11 @@ def test_tracking_a_video(model, root, texts, tmp_path):
 
 @pytest.mark.parametrize(("settings", "rows"), [("", {"scooter", "cart"}), ("show_labels=False", set())])
 def test_the_command_line(settings, rows, root, texts, tmp_path):
-    picture = root / "picture.png"
-    cv2.imwrite(str(picture), scene(320, 320))
+    image = root / "image.png"
+    cv2.imwrite(str(image), scene(320, 320))
     entrypoint(
-        f"yolo predict model={root}/yolo11.pt source={picture} support={root}/shots enroll=mean imgsz=64 conf=0.0 "
+        f"yolo predict model={root}/yolo11.pt source={image} support={root}/shots enroll=mean imgsz=64 conf=0.0 "
         f"max_det=20 save=True project={tmp_path} name=found {settings}".strip()
     )
     assert {x.partition(":")[0] for x in texts} <= rows and bool(texts) == bool(rows)
-    assert cv2.imread(str(tmp_path / "found/picture.jpg")).shape == (320, 320, 3)
+    assert cv2.imread(str(tmp_path / "found/image.jpg")).shape == (320, 320, 3)

@@ -91,7 +91,7 @@ def test_the_backbone_is_free_where_the_shots_show_all_classes(labels, frozen):
 
 
 def copy_part(files, root, split, number):
-    """Copy pictures with their labels, whose classes get other numbers; `number` drops some."""
+    """Copy images with their labels, whose classes get other numbers; `number` drops some."""
     for file in files:
         label = Path(str(file).replace("/images/", "/labels/")).with_suffix(".txt")
         rows = [x.split(" ", 1) for x in label.read_text().splitlines()]
@@ -104,7 +104,7 @@ def copy_part(files, root, split, number):
 
 @pytest.fixture(scope="module")
 def site(demo, tmp_path_factory):
-    """Shots and base pictures that both number their classes otherwise than the model does."""
+    """Shots and base images that both number their classes otherwise than the model does."""
     root = tmp_path_factory.mktemp("site")
     shots = [demo / x for x in (demo / "novel_5shot.txt").read_text().split()]
     copy_part(shots, root / "shots", "train", NEW.index)
@@ -131,11 +131,11 @@ def start(trained):
 
 
 class Seen:
-    """What a run showed: its batches, the model before the first step, and the calls of enrolment."""
+    """What a run showed: its batches, the model before the first step, and the calls of enrollment."""
 
     def __init__(self, patch):
-        self.batches, self.enrolments, self.model = [], [], None
-        preprocess, enrol, callbacks = FewShotTrainer.preprocess_batch, module.enroll, FewShotTrainer.run_callbacks
+        self.batches, self.enrollments, self.model = [], [], None
+        preprocess, enroll, callbacks = FewShotTrainer.preprocess_batch, module.enroll, FewShotTrainer.run_callbacks
 
         def preprocess_batch(trainer, batch):
             assert batch["img"].shape[0] == len(batch["im_file"])
@@ -150,7 +150,7 @@ class Seen:
 
         patch.setattr(FewShotTrainer, "preprocess_batch", preprocess_batch)
         patch.setattr(FewShotTrainer, "run_callbacks", run_callbacks)
-        patch.setattr(module, "enroll", lambda *a, **k: self.enrolments.append(a) or enrol(*a, **k))
+        patch.setattr(module, "enroll", lambda *a, **k: self.enrollments.append(a) or enroll(*a, **k))
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_a_run_begins_with_the_novel_classes_enrolled(adapted, start, site):
     model = FewShotYOLO(start.best)
     model.enroll(str(site / "shots.yaml"), imgsz=96)
     expected, first = model.model.float(), adapted[1].model
-    assert expected.names == first.names and len(adapted[1].enrolments) == 1
+    assert expected.names == first.names and len(adapted[1].enrollments) == 1
     for bank, other in zip(first.model[-1].banks, expected.model[-1].banks):
         for name in ROWS:
             torch.testing.assert_close(getattr(bank, name).data, getattr(other, name).data, rtol=1e-5, atol=1e-6)
@@ -201,7 +201,7 @@ def test_a_run_begins_with_the_novel_classes_enrolled(adapted, start, site):
     assert {k: v["shots"] for k, v in first.enrolled.items()} == {k: v["shots"] for k, v in expected.enrolled.items()}
 
 
-def test_base_pictures_are_in_every_batch_and_classes_are_those_of_the_model(adapted, site):
+def test_base_images_are_in_every_batch_and_classes_are_those_of_the_model(adapted, site):
     trainer, seen = adapted
     assert len(seen.batches) == 4 and [x[0] for x in seen.batches] == [0, 0, 1, 1]
     index = {n: i for i, n in EXPECTED.items()}
@@ -266,8 +266,8 @@ def test_the_memory_keeps_the_scores_of_old_classes_at_remembered_anchors(retain
     assert not any(mem[0] + mem[1]) and all(mem[2])
 
 
-def test_labelled_classes_need_no_teacher(site, start):
-    trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="labelled"))
+def test_labeled_classes_need_no_teacher(site, start):
+    trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="labeled"))
     trainer.train()
     shown = {int(c) for x in trainer.train_loader.dataset.labels for c in x["cls"].flat}
     silent = [i for i in range(32) if i not in shown]
@@ -276,7 +276,7 @@ def test_labelled_classes_need_no_teacher(site, start):
         assert not silent or loss.retained.silent.tolist() == silent
 
 
-def test_labels_of_validation_pictures_are_those_of_the_model(adapted, site):
+def test_labels_of_validation_images_are_those_of_the_model(adapted, site):
     found = {Path(x["im_file"]).stem: x["cls"].flatten().tolist() for x in adapted[0].test_loader.dataset.labels}
     assert len(found) == 4
     for file in (site / "shots/labels/val").glob("*.txt"):
@@ -296,7 +296,7 @@ def test_what_the_model_knows_of_its_classes_survives(adapted, start):
         assert len(model.memory) == len(before.memory) == len(model.model[-1].banks)
         for embeds, level, cls in model.memory:
             assert len(embeds) == len(level) == len(cls) > 0 and torch.isfinite(embeds.float()).all()
-            assert cls.min() == -1 and 0 <= cls.max() < 24  # classes of base pictures, and background
+            assert cls.min() == -1 and 0 <= cls.max() < 24  # classes of base images, and background
 
 
 def test_a_run_trains_and_its_results_are_recorded(adapted):
@@ -322,7 +322,7 @@ def test_the_figure_of_the_shots_is_that_of_ultralytics(enrolled, demo, tmp_path
     assert ours == pytest.approx(stock.box.map50, abs=0.03) and 0.05 < ours < 1
 
 
-def test_a_run_that_spoils_the_model_ends_with_the_enrolment_and_says_so(site, start, caplog):
+def test_a_run_that_spoils_the_model_ends_with_the_enrollment_and_says_so(site, start, caplog):
     logging.getLogger("ultralytics").addHandler(caplog.handler)
     try:
         trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="spoilt", lr0=1.0, blend=1.0, freeze=0))
@@ -349,7 +349,9 @@ def test_the_adapted_model_validates_and_predicts_through_the_stock_class(adapte
     assert found.names == EXPECTED and len(found.boxes) and found.boxes.cls.max() < 32
 
 
-def test_an_interrupted_run_goes_on_with_the_same_batches_and_enrols_only_once(adapted, site, start, seen, monkeypatch):
+def test_an_interrupted_run_goes_on_with_the_same_batches_and_enrolls_only_once(
+    adapted, site, start, seen, monkeypatch
+):
     class Stop(Exception):
         pass
 
@@ -362,13 +364,13 @@ def test_an_interrupted_run_goes_on_with_the_same_batches_and_enrols_only_once(a
     with monkeypatch.context() as m, pytest.raises(Stop):
         m.setattr(FewShotTrainer, "save_metrics", interrupt)
         FewShotTrainer("stage3.yaml", settings(site, start, name="cut")).train()
-    assert seen.batches == adapted[1].batches and len(seen.enrolments) == 1
+    assert seen.batches == adapted[1].batches and len(seen.enrollments) == 1
     last = site / "cut/weights/last.pt"
     saved, seen.model = checkpoint(last).float(), None
     seen.batches.clear()
     YOLO(last).train(resume=True)
-    assert seen.batches == adapted[1].batches[2:] and len(seen.enrolments) == 1
-    # It began from the trained weights, not from those of an enrolment.
+    assert seen.batches == adapted[1].batches[2:] and len(seen.enrollments) == 1
+    # It began from the trained weights, not from those of an enrollment.
     assert seen.model.names == EXPECTED and seen.model.enrolled.keys() == set(NOVEL)
     for bank, other in zip(seen.model.model[-1].banks, saved.model[-1].banks):
         torch.testing.assert_close(bank.weight.data, other.weight.data, rtol=1e-3, atol=1e-4)
@@ -385,12 +387,12 @@ def built(site, start, cfg="stage3.yaml", **overrides):
 
 
 def test_the_built_in_data_sets(site, start, seen, monkeypatch):
-    """Shots that count their classes as the model does, and that were enrolled without base pictures."""
+    """Shots that count their classes as the model does, and that were enrolled without base images."""
     trainer = built(site, start, data="fewshot-demo-novel.yaml", base_replay=None, batch=5, steps=5, plots=True)
     file = trainer.save_dir / "support_check.png"
     trainer.callbacks["on_train_start"][-1](trainer)  # the folder of a run in several processes is emptied before that
     assert file.stat().st_size > 20_000 and list(trainer.plots) == [file]
-    assert trainer.model.names == dict(enumerate((*BASE, *NOVEL))) and len(seen.enrolments) == 1
+    assert trainer.model.names == dict(enumerate((*BASE, *NOVEL))) and len(seen.enrollments) == 1
     trainer.model.args = trainer.args
     loader = trainer.get_dataloader(trainer.data["train"], 5, -1)
     assert len(loader) == 3 and len(loader.dataset) == 12  # 5 steps in 2 epochs
@@ -398,7 +400,7 @@ def test_the_built_in_data_sets(site, start, seen, monkeypatch):
     said = []
     monkeypatch.setattr(LOGGER, "info", said.append)
     assert len(trainer.get_dataloader(trainer.data["train"], 5, -1)) == 150
-    assert "300 steps on 12 pictures of shots and 0 of base classes" in said[-1]
+    assert "300 steps on 12 images of shots and 0 of base classes" in said[-1]
     assert sorted(set(loader.sampler)) == list(range(12))
     assert {int(c) for x in loader.dataset.labels for c in x["cls"].flat} == set(range(24, 32))
 
@@ -406,7 +408,7 @@ def test_the_built_in_data_sets(site, start, seen, monkeypatch):
 def test_classes_that_are_enrolled_already_are_not_enrolled_again(site, start, enrolled, seen):
     trainer = built(site, start, model=str(enrolled), data="fewshot-demo-novel.yaml", base_replay=None)
     before = checkpoint(enrolled)
-    assert not seen.enrolments and trainer.model.names == before.names and trainer.model.enrolled == before.enrolled
+    assert not seen.enrollments and trainer.model.names == before.names and trainer.model.enrolled == before.enrolled
     for bank, other in zip(trainer.model.model[-1].banks, before.model[-1].banks):
         assert all(torch.equal(getattr(bank, k), getattr(other, k).float()) for k in ROWS)
 
@@ -445,7 +447,7 @@ def test_a_class_without_shots_that_the_model_does_not_know_is_an_error(site, st
         built(site, start, data=str(tmp_path / "shots.yaml"))
 
 
-def test_base_pictures_of_a_class_that_nobody_knows_are_an_error_that_names_them(site, start, tmp_path):
+def test_base_images_of_a_class_that_nobody_knows_are_an_error_that_names_them(site, start, tmp_path):
     shutil.copytree(site / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.cache"))
     data = YAML.load(site / "base.yaml")
     YAML.save(tmp_path / "base.yaml", {**data, "path": str(tmp_path / "base"), "names": [*data["names"], "unicorn"]})
@@ -458,7 +460,7 @@ def test_base_pictures_of_a_class_that_nobody_knows_are_an_error_that_names_them
     assert trainer.data is data
 
 
-def test_base_pictures_that_do_not_exist_are_an_error_before_training(site, start, monkeypatch):
+def test_base_images_that_do_not_exist_are_an_error_before_training(site, start, monkeypatch):
     monkeypatch.setattr(FewShotTrainer, "get_model", lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         FewShotTrainer("stage3.yaml", settings(site, start, name="nowhere", base_replay="nowhere.yaml")).train()

@@ -51,7 +51,7 @@ def test_weights_come_first(model, batch):
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
-def test_a_bad_picture_is_named(model, batch, bad):
+def test_a_bad_image_is_named(model, batch, bad):
     batch["img"][4, 2, 3, 5] = bad
     found = ask(model, batch, scaled=True)
     assert found.cause == "pixels of 4.png are not finite" and found.certain and not found.overflow
@@ -60,10 +60,10 @@ def test_a_bad_picture_is_named(model, batch, bad):
 @pytest.mark.parametrize("bad", [NAN, INF, 2.5, -2.5])
 @pytest.mark.parametrize("column", [0, 3])
 def test_a_bad_label_is_named(model, batch, bad, column):
-    batch["bboxes"][1, column] = bad  # the second object, that of the first picture
+    batch["bboxes"][1, column] = bad  # the second object, that of the first image
     batch["bboxes"][4, column] = bad  # that of the fourth
     found = ask(model, batch)
-    assert found.cause == "labels of 0.png, 3.png are not finite or lie far outside the picture"
+    assert found.cause == "labels of 0.png, 3.png are not finite or lie far outside the image"
     assert found.certain and "yolo-fewshot doctor" in found.advice
 
 

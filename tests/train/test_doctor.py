@@ -22,7 +22,7 @@ TERMS = ("box", "cls", "dfl", "epi", "sup", "cpe", "tri")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, draw_tiny):
-    """A folder with tiny models and a data set of 4 classes, 8 pictures of 64 px each."""
+    """A folder with tiny models and a data set of 4 classes, 8 images of 64 px each."""
     return draw_tiny(tmp_path_factory.mktemp("tiny"), 32)
 
 
@@ -92,12 +92,12 @@ def terms_of(found):
 def test_what_is_looked_at(run):
     texts = [f.text for f in run.found]
     assert texts[:7] == [
-        "train: 32 boxes in 32 pictures, 0 of these without any.",
-        "val: 32 boxes in 32 pictures, 0 of these without any.",
-        "train: all 4 classes have pictures.",
-        "val: all 4 classes have pictures.",
+        "train: 32 boxes in 32 images, 0 of these without any.",
+        "val: 32 boxes in 32 images, 0 of these without any.",
+        "train: all 4 classes have images.",
+        "val: all 4 classes have images.",
         "No near-duplicates between train and val.",
-        "Of 4 classes have enough labelled objects for K shots: 4 for K=1, 4 for K=3, 4 for K=5, 0 for K=10.",
+        "Of 4 classes have enough labeled objects for K shots: 4 for K=1, 4 for K=3, 4 for K=5, 0 for K=10.",
         "Episodes of n_way=4 k_shot=1 n_query=3 can be drawn, from 4 of 4 classes.",
     ]
     assert {f.level for f in run.found[:7]} == {"ok"} and "error" not in {f.level for f in run.found}
@@ -336,8 +336,8 @@ def test_the_command_fails_where_the_data_is_of_no_use(tiny, tmp_path, monkeypat
     with pytest.raises(SystemExit) as e:
         cli.main(argv(tiny, data=tmp_path / "data.yaml"))
     assert e.value.code == "\n2 errors, 2 warnings"  # which the interpreter prints, with exit status 1
-    assert "train: no labelled object in 32 pictures." in caplog.text
-    assert "train: 32 pictures are left out by training: " in caplog.text and "out of bounds" in caplog.text
+    assert "train: no labeled object in 32 images." in caplog.text
+    assert "train: 32 images are left out by training: " in caplog.text and "out of bounds" in caplog.text
 
 
 def test_the_command_succeeds_where_nothing_is_wrong(tiny, caplog):

@@ -178,7 +178,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without_measurements(batch, c
 
 def test_terms_in_float32_are_measured_in_float32_under_amp(batch):
     """SupCon is computed in float32, and its gradient at the embeddings is far inside the range of float16."""
-    keep = [0, 2, 3, 4]  # one object in each of four pictures
+    keep = [0, 2, 3, 4]  # one object in each of four images
     small = {
         "img": batch["img"][:4], "cls": torch.tensor([[0.0], [1.0], [0.0], [1.0]]), "bboxes": batch["bboxes"][keep],
         "batch_idx": torch.arange(4.0), "support": batch["support"][:4], "way": torch.tensor([0, 1, 0, 1]),

@@ -112,7 +112,7 @@ def between_stripping_last_and_best():
     engine.strip_optimizer = lambda f, **kwargs: strip(f, **kwargs) if f.name == "last.pt" else os._exit(9)
 
 
-def between_enrolment_of_best_and_last():
+def between_enrollment_of_best_and_last():
     import yolo_fewshot.train.trainer as ours
 
     def save(ckpt, file):
@@ -141,7 +141,7 @@ for name in sys.argv[2:]:
 IN_TRAINING = ("in_the_middle_of_writing_last", "in_the_middle_of_writing_best", "in_the_middle_of_a_row")
 AT_THE_END = (
     "in_the_middle_of_the_copies", "in_the_middle_of_stripping", "between_stripping_last_and_best",
-    "between_enrolment_of_best_and_last", "between_the_final_best_and_last",
+    "between_enrollment_of_best_and_last", "between_the_final_best_and_last",
 )  # fmt: skip
 KILLS = (*IN_TRAINING, *AT_THE_END)
 LENGTH = {x: EPOCHS if x in IN_TRAINING else 1 for x in KILLS}  # in epochs
@@ -149,7 +149,7 @@ LENGTH = {x: EPOCHS if x in IN_TRAINING else 1 for x in KILLS}  # in epochs
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, draw_tiny):
-    """A folder with tiny models and a data set of 4 classes, 4 pictures of 64 px each."""
+    """A folder with tiny models and a data set of 4 classes, 4 images of 64 px each."""
     return draw_tiny(tmp_path_factory.mktemp("tiny"), 16)
 
 
@@ -173,7 +173,7 @@ def killed(tiny):
 
 @contextlib.contextmanager
 def batches_drawn():
-    """Epoch, picture files and pixels of every batch, in order."""
+    """Epoch, image files and pixels of every batch, in order."""
     seen, original = [], FewShotTrainer.preprocess_batch
 
     def spy(self, batch):

@@ -47,7 +47,7 @@ def test_a_model_is_retained_as_its_scores_at_remembered_anchors(model):
         assert found.branch == i and found.silent is silent
         rows = []
         for e, lev, c in zip(*model.memory[i]):
-            if int(c) in {1, 3}:  # labelled now
+            if int(c) in {1, 3}:  # labeled now
                 continue
             scores = torch.zeros(4)
             for k in (0, 2):

@@ -30,7 +30,7 @@ EPISODIC = {**QUICK, "n_way": 3, "k_shot": 1, "n_query": 1, "episodes": 4}
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, draw_tiny):
-    """A folder with tiny models and a data set of 4 classes, 8 pictures of 64 px each."""
+    """A folder with tiny models and a data set of 4 classes, 8 images of 64 px each."""
     return draw_tiny(tmp_path_factory.mktemp("tiny"), 32)
 
 
@@ -396,7 +396,7 @@ def spoil(monkeypatch, batches, bad):
     return seen
 
 
-def spoil_picture(trainer, batch):
+def spoil_image(trainer, batch):
     batch["img"][1] = float("nan")
 
 
@@ -404,11 +404,11 @@ def finite(model):
     return all(torch.isfinite(v).all() for v in model.state_dict().values() if v.is_floating_point())
 
 
-def test_raise_stops_at_once_and_names_the_pictures_but_lets_amp_find_its_scale(tiny, monkeypatch, log):
+def test_raise_stops_at_once_and_names_the_images_but_lets_amp_find_its_scale(tiny, monkeypatch, log):
     files, trainers = [], []
 
     def bad(trainer, batch):
-        spoil_picture(trainer, batch)
+        spoil_image(trainer, batch)
         files[:] = batch["im_file"]
         trainers.append(trainer)
 
@@ -458,7 +458,7 @@ def test_only_a_finite_loss_can_be_an_overflow_of_amp(tiny, monkeypatch):
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_their_cause(tiny, monkeypatch, log):
-    seen = spoil(monkeypatch, {2, 4, 5}, spoil_picture)
+    seen = spoil(monkeypatch, {2, 4, 5}, spoil_image)
     settings = {**EPISODIC, "episodes": 8, "epochs": 1, "nonfinite_limit": 2}
     with pytest.raises(FloatingPointError, match=r"pixels of .*2 such steps in a row.*nonfinite_limit=2"):
         train(tiny, "limit", **settings)
@@ -467,13 +467,13 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_their_cause(tiny, monkeyp
     assert "Skipping this optimizer step (2 in this epoch, 1 in a row)." in log.text
 
 
-def test_a_bad_picture_leaves_no_trace_in_statistics_and_means(tiny, monkeypatch, log):
+def test_a_bad_image_leaves_no_trace_in_statistics_and_means(tiny, monkeypatch, log):
     """In the middle of the second epoch, and in its last batch, from which Ultralytics would go back to last.pt."""
     before, after = [], []
 
     def bad(trainer, batch):
         before.append([b.clone() for b in trainer.model.buffers() if b.is_floating_point()])
-        spoil_picture(trainer, batch)
+        spoil_image(trainer, batch)
 
     step = FewShotTrainer.optimizer_step
 
@@ -484,7 +484,7 @@ def test_a_bad_picture_leaves_no_trace_in_statistics_and_means(tiny, monkeypatch
 
     spoil(monkeypatch, {6, 8}, bad)
     monkeypatch.setattr(FewShotTrainer, "optimizer_step", optimizer_step)
-    trainer = train(tiny, "picture", **{**EPISODIC, "epochs": 2, "nonfinite_limit": 2, "doctor": 0})
+    trainer = train(tiny, "image", **{**EPISODIC, "epochs": 2, "nonfinite_limit": 2, "doctor": 0})
     assert len(after) == 2 and all(torch.equal(x, y) for a, b in zip(before, after) for x, y in zip(a, b))
     assert finite(trainer.model) and finite(trainer.ema.ema)
     assert [r["train/skipped"] for r in rows(trainer)] == [0, 2] and "recovering" not in log.text
@@ -527,7 +527,7 @@ def test_a_weight_that_is_not_finite_is_taken_from_the_moving_average(tiny, log)
 def accumulated(tiny):
     """Stage 1 with a step every 3 batches, 4 batches an epoch: the 8th ends the second epoch without a step."""
     with pytest.MonkeyPatch.context() as m, Log() as log:
-        spoil(m, {8}, spoil_picture)
+        spoil(m, {8}, spoil_image)
         steps, step = [], FewShotTrainer.optimizer_step
         m.setattr(FewShotTrainer, "optimizer_step", lambda self: steps.append(1) or step(self))
         trainer = train(tiny, "accumulate", "stage1.yaml", **QUICK, epochs=3, batch=8, nbs=24, doctor=1)
@@ -584,7 +584,7 @@ def test_clamps_are_counted_for_every_epoch(tiny, stage1):
         assert row["train/dfl_loss"] == pytest.approx(0.15 * 0.01, abs=1e-5)
 
 
-def test_losses_are_plotted_beside_ultralytics_own_picture(stage2, monkeypatch):
+def test_losses_are_plotted_beside_ultralytics_own_image(stage2, monkeypatch):
     results, losses = stage2.save_dir / "results.png", stage2.save_dir / "losses.png"
     with monkeypatch.context() as m:
         m.setattr(stage2.doctor, "every", 0)
@@ -612,7 +612,7 @@ def out_of_memory(*_):
 def test_an_episode_that_needs_too_much_memory_is_an_error_that_says_what_to_set(tiny, monkeypatch):
     monkeypatch.setattr(FewShotDetectionModel, "loss", out_of_memory)
     with pytest.raises(
-        MemoryError, match=r"n_way=3 x \(k_shot=1 \+ n_query=1\) = 6 pictures of imgsz=64 .*smaller n_way"
+        MemoryError, match=r"n_way=3 x \(k_shot=1 \+ n_query=1\) = 6 images of imgsz=64 .*smaller n_way"
     ):
         train(tiny, "memory", **{**EPISODIC, "epochs": 1})
 
@@ -697,7 +697,7 @@ def test_loggers_get_every_column(tiny, stage1):
 def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):
     trainer = train(tiny, "few", **{**EPISODIC, "k_shot": 2}, epochs=1, model=str(stage1.best))
     trainer.args.k_shot = 99
-    # Three pictures, each of two of three classes: whatever is support, not every class is left for a query.
+    # Three images, each of two of three classes: whatever is support, not every class is left for a query.
     labels = [{"cls": np.array([[a], [b]], float)} for a, b in ((0, 1), (1, 2), (0, 2))]
     logging.getLogger("ultralytics").addHandler(caplog.handler)
     try:
@@ -706,12 +706,12 @@ def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):
         trainer._plot_val_episodes()
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
-    assert "the val split has too few classes with k_shot + 1 pictures" in caplog.text
-    assert "the pictures of the val split do not divide into support and query" in caplog.text
+    assert "the val split has too few classes with k_shot + 1 images" in caplog.text
+    assert "the images of the val split do not divide into support and query" in caplog.text
     assert not list(trainer.save_dir.glob("*episode*"))
 
 
-def test_cached_pictures_give_the_same_episodes(tiny, stage1):
+def test_cached_images_give_the_same_episodes(tiny, stage1):
     run = {**EPISODIC, "epochs": 1, "model": str(stage1.best), "val": False, "doctor": 0}
     trainers = [train(tiny, f"cache {i}", **{**run, **x}) for i, x in enumerate(({}, {"cache": "ram"}))]
     dataset = trainers[1].train_loader.dataset.dataset

@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: boxes, classes, pictures on both sides of a split, too few shots."""
+"""What can be wrong with a data set: boxes, classes, images on both sides of a split, too few shots."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ultralytics.utils.patches import imread
 
 from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.episodes import EpisodeSampler
-from yolo_fewshot.data.support import MIN_SIDE, list_pictures
+from yolo_fewshot.data.support import MIN_SIDE, list_images
 from yolo_fewshot.errors import few
 
-OUTSIDE = 0.01  # how far a box may reach outside the picture, in parts of its side; Ultralytics lets pass as much
+OUTSIDE = 0.01  # how far a box may reach outside the image, in parts of its side; Ultralytics lets pass as much
 SIDE = 32  # of the thumbnails that are compared, in pixels
-LARGE = 512  # side in pixels from which a picture is decoded at a quarter of its size
-# Correlation of two thumbnails' details above which pictures count as near-duplicates. Copies at 70 % of the size, JPEG
-# quality 50 and other brightness had 0.85 to 0.99 on three data sets, other pictures at most 0.75.
+LARGE = 512  # side in pixels from which a image is decoded at a quarter of its size
+# Correlation of two thumbnails' details above which images count as near-duplicates. Copies at 70 % of the size, JPEG
+# quality 50 and other brightness had 0.85 to 0.99 on three data sets, other images at most 0.75.
 ALIKE = 0.85
-FLAT = 0.5  # standard deviation of the grey levels of these details below which there is nothing to compare
+FLAT = 0.5  # standard deviation of the gray levels of these details below which there is nothing to compare
 SHOTS = (1, 3, 5, 10)
 
 
@@ -41,16 +41,16 @@ class Finding(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The pictures of a split as training would read them.
+    """The images of a split as training would read them.
 
     Attributes:
         name (str): 'train' or 'val'.
-        files (list[str]): Picture files that Ultralytics uses.
+        files (list[str]): Image files that Ultralytics uses.
         boxes (list[np.ndarray]): Class, x, y, w, h of the objects of each, normalized, (n, 5) float32.
         shapes (list[tuple[int, int]]): Height and width of each in pixels.
         ignored (list[str]): Files that Ultralytics leaves out, each with the reason.
-        unlabelled (int): Pictures without an object.
-        details (np.ndarray): Small grey copies less their local mean, (N, SIDE * SIDE) float16.
+        unlabeled (int): Images without an object.
+        details (np.ndarray): Small gray copies less their local mean, (N, SIDE * SIDE) float16.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Split(NamedTuple):
     boxes: list[np.ndarray]
     shapes: list[tuple[int, int]]
     ignored: list[str]
-    unlabelled: int
+    unlabeled: int
     details: np.ndarray
 
 
@@ -70,16 +70,16 @@ def read_split(data: dict[str, Any], name: str) -> Split:
         name (str): 'train' or 'val'.
 
     Returns:
-        (Split): Its pictures.
+        (Split): Its images.
     """
     paths = data[name] if isinstance(data[name], list) else [data[name]]
-    files = list(dict.fromkeys(x for p in paths for x in list_pictures(Path(p))))
+    files = list(dict.fromkeys(x for p in paths for x in list_images(Path(p))))
     kept: list[tuple] = []
     ignored: list[str] = []
     keypoints = data.get("kpt_shape") or (0, 0)
     tasks = zip(files, utils.img2label_paths(files), repeat(len(data["names"])), repeat(keypoints))
     with ThreadPool(NUM_THREADS) as pool:
-        results = TQDM(pool.imap(_read, tasks), desc=f"{name}: Looking at pictures...", total=len(files))
+        results = TQDM(pool.imap(_read, tasks), desc=f"{name}: Looking at images...", total=len(files))
         for file, (boxes, shape, reason, details) in zip(files, results):
             if reason:
                 ignored.append(f"{file}: {reason}")
@@ -93,21 +93,21 @@ def read_split(data: dict[str, Any], name: str) -> Split:
 def _read(
     task: tuple[str, str, int, tuple[int, int]],
 ) -> tuple[np.ndarray | None, tuple[int, int] | None, str, np.ndarray | None]:
-    """Read one picture: its boxes, height and width, why Ultralytics leaves it out if so, and its details."""
+    """Read one image: its boxes, height and width, why Ultralytics leaves it out if so, and its details."""
     file, label_file, nc, keypoints = task
     ok, boxes, shape, *_, message = utils.verify_image_label((file, label_file, "", False, nc, *keypoints, False))
     mode = cv2.IMREAD_REDUCED_GRAYSCALE_4 if ok and min(shape) >= LARGE else cv2.IMREAD_GRAYSCALE
-    picture = imread(file, mode) if ok else None
-    if picture is None:
+    image = imread(file, mode) if ok else None
+    if image is None:
         return None, None, message.rpartition("ignoring corrupt image/label: ")[2] or "cannot be read", None
-    if picture.ndim == 3:
-        picture = picture.mean(2)
-    grey = cv2.resize(picture.astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    return boxes, shape, "", (grey - cv2.blur(grey, (3, 3))).astype(np.float16).ravel()  # light and vignette left out
+    if image.ndim == 3:
+        image = image.mean(2)
+    gray = cv2.resize(image.astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    return boxes, shape, "", (gray - cv2.blur(gray, (3, 3))).astype(np.float16).ravel()  # light and vignette left out
 
 
 def check_boxes(split: Split) -> list[Finding]:
-    """Look for labels that training drops or that are not about what is in the picture.
+    """Look for labels that training drops or that are not about what is in the image.
 
     Args:
         split (Split): A split.
@@ -117,7 +117,7 @@ def check_boxes(split: Split) -> list[Finding]:
     """
     n = sum(map(len, split.boxes))
     if not n:
-        text = f"{split.name}: no labelled object in {len(split.files) + len(split.ignored)} pictures."
+        text = f"{split.name}: no labeled object in {len(split.files) + len(split.ignored)} images."
         return [Finding("error", f"{text} Label files belong beside 'images' in 'labels'."), *_ignored(split)]
     outside, empty = {}, {}
     for file, boxes, (h, w) in zip(split.files, split.boxes, split.shapes):
@@ -125,27 +125,27 @@ def check_boxes(split: Split) -> list[Finding]:
         outside[file] = ((low < -OUTSIDE) | (high > 1 + OUTSIDE)).any(1).sum()
         empty[file] = (boxes[:, 3:5] * (w, h) < MIN_SIDE).any(1).sum()
     found = _ignored(split)
-    for what, counts in (("reach outside the picture", outside), ("are less than a pixel wide or high", empty)):
+    for what, counts in (("reach outside the image", outside), ("are less than a pixel wide or high", empty)):
         files = [f for f, c in counts.items() if c]
         if files:
             text = f"{split.name}: {sum(counts.values())} boxes {what}, in {few(files)}. Correct or remove them."
             found.append(Finding("warning", text))
     if not found:
-        text = f"{split.name}: {n} boxes in {len(split.files)} pictures, {split.unlabelled} of these without any."
+        text = f"{split.name}: {n} boxes in {len(split.files)} images, {split.unlabeled} of these without any."
         found.append(Finding("ok", text))
     return found
 
 
 def _ignored(split: Split) -> list[Finding]:
-    """Report the pictures that Ultralytics leaves out."""
+    """Report the images that Ultralytics leaves out."""
     if not split.ignored:
         return []
-    text = f"{split.name}: {len(split.ignored)} pictures are left out by training: {few(split.ignored, '; ')}."
+    text = f"{split.name}: {len(split.ignored)} images are left out by training: {few(split.ignored, '; ')}."
     return [Finding("warning", text)]
 
 
 def check_classes(split: Split, names: dict[int, str]) -> Finding:
-    """Look for classes without a picture.
+    """Look for classes without a image.
 
     Args:
         split (Split): A split.
@@ -157,9 +157,9 @@ def check_classes(split: Split, names: dict[int, str]) -> Finding:
     seen = {int(c) for b in split.boxes for c in b[:, 0]}
     missing = [n for i, n in names.items() if i not in seen]
     if not missing:
-        return Finding("ok", f"{split.name}: all {len(names)} classes have pictures.")
+        return Finding("ok", f"{split.name}: all {len(names)} classes have images.")
     what = "nothing is learned of them" if split.name == "train" else "their AP is not measured"
-    return Finding("warning", f"{split.name}: no picture of {few(missing)}, {what}. Label some, or drop the classes.")
+    return Finding("warning", f"{split.name}: no image of {few(missing)}, {what}. Label some, or drop the classes.")
 
 
 def check_names(names: dict[int, str]) -> list[Finding]:
@@ -183,7 +183,7 @@ def check_names(names: dict[int, str]) -> list[Finding]:
 
 
 def check_duplicates(a: Split, b: Split) -> Finding:
-    """Look for pictures that are in both splits, or all but, which makes results too good.
+    """Look for images that are in both splits, or all but, which makes results too good.
 
     Args:
         a (Split): A split.
@@ -205,7 +205,7 @@ def check_duplicates(a: Split, b: Split) -> Finding:
     listed = few([f"{b.files[i]} and {a.files[j]}" for i, j in pairs], "; ", 3)
     return Finding(
         "warning",
-        f"{len(pairs)} of {len(b.files)} pictures of {b.name} have a near-duplicate in {a.name}, so that results on it "
+        f"{len(pairs)} of {len(b.files)} images of {b.name} have a near-duplicate in {a.name}, so that results on it "
         f"are too good: {listed}. Split by scene, clip or day instead.",
     )
 
@@ -231,7 +231,7 @@ def check_shots(split: Split, names: dict[int, str], args: Any) -> list[Finding]
     """
     objects = np.bincount([int(c) for b in split.boxes for c in b[:, 0]], minlength=len(names))
     enough = ", ".join(f"{(objects >= k).sum()} for K={k}" for k in SHOTS)
-    found = [Finding("ok", f"Of {len(names)} classes have enough labelled objects for K shots: {enough}.")]
+    found = [Finding("ok", f"Of {len(names)} classes have enough labeled objects for K shots: {enough}.")]
     if args.stage == 2:
         labels = [{"cls": b[:, :1]} for b in split.boxes]
         episode = f"n_way={args.n_way} k_shot={args.k_shot} n_query={args.n_query}"

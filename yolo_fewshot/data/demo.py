@@ -1,6 +1,6 @@
-"""Built-in demo data set: glyphs drawn on plain pictures, in YOLO format, with base and novel classes.
+"""Built-in demo data set: glyphs drawn on plain images, in YOLO format, with base and novel classes.
 
-The class of an object is the identity of its glyph alone. Colour, size, rotation, perspective, stroke thickness and
+The class of an object is the identity of its glyph alone. Color, size, rotation, perspective, stroke thickness and
 background are drawn at random. No class is the mirror image of another, so `fliplr` may take any value.
 """
 
@@ -22,7 +22,7 @@ BASE = (
 )  # fmt: skip
 NOVEL = ("hourglass", "clover", "umbrella", "flag", "hash", "chevron", "letter_T", "letter_Y")
 
-SIZE = 160  # picture side, pixels
+SIZE = 160  # image side, pixels
 GAP = 5  # least distance between two boxes, pixels
 
 Part = tuple[str, Sequence[Sequence[float]]]
@@ -36,7 +36,7 @@ def _arc(cx: float, cy: float, r: float, start: float = 0, stop: float = 360, en
 
 
 def _wheel(radii: Sequence[float], repeat: int) -> list:
-    """Make a closed polygon whose corner radii repeat around the centre, starting at the top."""
+    """Make a closed polygon whose corner radii repeat around the center, starting at the top."""
     n = len(radii) * repeat
     polar = [(radii[i % len(radii)], 2 * math.pi * i / n - math.pi / 2) for i in range(n)]
     return [(0.5 + r * math.cos(a), 0.5 + r * math.sin(a)) for r, a in polar]
@@ -133,15 +133,15 @@ def draw_glyph(name: str, long_side: int, rng: np.random.Generator, jitter: floa
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) @ [[1, shear], [0, 1]]
     corners = unit * np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
     moved = (corners + unit * 0.05 * jitter * rng.uniform(-1, 1, (4, 2))) @ turn.T
-    centre = canvas / 2
-    warp = cv2.getPerspectiveTransform((corners + centre).astype(np.float32), (moved + centre).astype(np.float32))
+    center = canvas / 2
+    warp = cv2.getPerspectiveTransform((corners + center).astype(np.float32), (moved + center).astype(np.float32))
     ink = _crop(cv2.warpPerspective(mask, warp, (canvas, canvas)) / np.float32(255), 0.5)
     scale = long_side / max(ink.shape)
     ink = cv2.resize(ink, (round(ink.shape[1] * scale), round(ink.shape[0] * scale)), interpolation=cv2.INTER_AREA)
     return _crop(ink, 0.35)
 
 
-def _colours(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[np.ndarray]]:
+def _colors(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """Pick the two ends of a background gradient and `n` inks that stand out from it, all BGR."""
     dark = rng.random() < 0.5
     tint = rng.uniform(15, 85, 3) if dark else rng.uniform(170, 240, 3)
@@ -155,14 +155,14 @@ def _colours(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[np.ndar
 
 
 def draw_scene(names: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one picture with the given objects, none of which overlap.
+    """Draw one image with the given objects, none of which overlap.
 
     Args:
         names (Sequence[str]): Class name of each object.
         rng (np.random.Generator): Source of randomness.
 
     Returns:
-        (tuple[np.ndarray, np.ndarray]): Picture (BGR, uint8) and boxes (N, 4) as x1, y1, x2, y2 in pixels.
+        (tuple[np.ndarray, np.ndarray]): Image (BGR, uint8) and boxes (N, 4) as x1, y1, x2, y2 in pixels.
     """
     boxes: list[tuple[int, int, int, int]] = []
     while len(boxes) < len(names):  # sizes are drawn anew whenever the objects do not fit
@@ -173,7 +173,7 @@ def draw_scene(names: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarr
                 if all(x > b[2] + GAP or b[0] > x + w + GAP or y > b[3] + GAP or b[1] > y + h + GAP for b in boxes):
                     boxes.append((x, y, x + w, y + h))
                     break
-    ends, inks = _colours(rng, len(names))
+    ends, inks = _colors(rng, len(names))
     heading = rng.uniform(0, 2 * math.pi)
     grid = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
     slope = np.clip(0.5 + grid[None] * math.cos(heading) + grid[:, None] * math.sin(heading), 0, 1)[..., None]
@@ -185,7 +185,7 @@ def draw_scene(names: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarr
 
 
 def _write_split(root: Path, split: str, first: int, counts: np.ndarray, classes: range, seed: Sequence[int]) -> None:
-    """Write pictures and labels in which every class occurs equally often, `counts` objects per picture."""
+    """Write images and labels in which every class occurs equally often, `counts` objects per image."""
     rng = np.random.default_rng(seed)
     ids = rng.permutation(np.tile(classes, counts.sum() // len(classes)))
     images, labels = root / "images" / split, root / "labels" / split

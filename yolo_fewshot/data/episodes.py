@@ -1,4 +1,4 @@
-"""Episodes: which classes and pictures make one, and the data set that loads them."""
+"""Episodes: which classes and images make one, and the data set that loads them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TRIES = 1000  # draws of ways before an episode is given up
 
 
 class Draw(NamedTuple):
-    """One picture of an episode.
+    """One image of an episode.
 
     Attributes:
-        index (int): Picture index in the data set.
-        way (int): Class that the picture was drawn for.
-        support (bool): Whether it is a support picture; else it is a query picture.
+        index (int): Image index in the data set.
+        way (int): Class that the image was drawn for.
+        support (bool): Whether it is a support image; else it is a query image.
         seed (int): Seed of its augmentation.
     """
 
@@ -36,9 +36,9 @@ class Draw(NamedTuple):
 
 
 class EpisodeSampler(EpochSampler):
-    """Draws episodes of n_way classes with k_shot support and n_query query pictures each.
+    """Draws episodes of n_way classes with k_shot support and n_query query images each.
 
-    Support and query pictures of an episode are disjoint. Episode t of epoch e on a rank depends on (seed, e, t, rank)
+    Support and query images of an episode are disjoint. Episode t of epoch e on a rank depends on (seed, e, t, rank)
     alone, so that runs are reproducible whatever the number of workers, and a resumed run goes on where it stopped.
 
     Examples:
@@ -60,17 +60,17 @@ class EpisodeSampler(EpochSampler):
         """Initialize the sampler.
 
         Args:
-            labels (list[dict]): Labels of every picture, as in `YOLODataset.labels`; `cls` is (n, 1).
+            labels (list[dict]): Labels of every image, as in `YOLODataset.labels`; `cls` is (n, 1).
             names (dict[int, str]): Class names.
             n_way (int): Classes per episode.
-            k_shot (int): Support pictures per class.
-            n_query (int): Query pictures per class; they repeat where a class has too few pictures.
+            k_shot (int): Support images per class.
+            n_query (int): Query images per class; they repeat where a class has too few images.
             episodes (int): Episodes per epoch.
             seed (int): Seed of the run.
             rank (int): Rank of this process in multi-GPU training; each rank draws its own episodes.
 
         Raises:
-            ValueError: If fewer than n_way classes have at least k_shot + 1 pictures, or a count is less than 1.
+            ValueError: If fewer than n_way classes have at least k_shot + 1 images, or a count is less than 1.
         """
         super().__init__(seed, rank)
         for k, v in (("n_way", n_way), ("k_shot", k_shot), ("n_query", n_query), ("episodes", episodes)):
@@ -78,26 +78,26 @@ class EpisodeSampler(EpochSampler):
                 raise ValueError(f"'{k}={v}' is an invalid value. '{k}' must be >= 1.")
         self.n_way, self.k_shot, self.n_query, self.episodes = n_way, k_shot, n_query, episodes
 
-        # Pictures by class: those of class c are pictures[start[c] : start[c + 1]].
+        # Images by class: those of class c are images[start[c] : start[c + 1]].
         sizes = np.fromiter((len(x["cls"]) for x in labels), dtype=np.int64, count=len(labels))
         cls = np.concatenate([x["cls"] for x in labels]).reshape(-1) if len(labels) else sizes
         cls = cls.astype(np.min_scalar_type(max(len(names), 1)))  # 16 bits are sorted ten times faster than 64
         order = cls.argsort(kind="stable")
-        owner, pictures = cls[order], np.repeat(np.arange(len(labels)), sizes)[order]
-        first = np.ones(len(order), bool)  # of the objects that a picture has of a class
-        first[1:] = (owner[1:] != owner[:-1]) | (pictures[1:] != pictures[:-1])
-        owner, self.pictures = owner[first], pictures[first]
+        owner, images = cls[order], np.repeat(np.arange(len(labels)), sizes)[order]
+        first = np.ones(len(order), bool)  # of the objects that a image has of a class
+        first[1:] = (owner[1:] != owner[:-1]) | (images[1:] != images[:-1])
+        owner, self.images = owner[first], images[first]
         self.start = np.searchsorted(owner, np.arange(len(names) + 1))
         counts = np.diff(self.start)
         self.classes = np.flatnonzero(counts >= k_shot + 1)
         left_out = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts < k_shot + 1)]
-        need = f"{k_shot + 1} pictures (k_shot + 1)"
+        need = f"{k_shot + 1} images (k_shot + 1)"
         if len(self.classes) < n_way:
-            out = f" Left out, with their pictures: {', '.join(left_out)}." if left_out else ""
+            out = f" Left out, with their images: {', '.join(left_out)}." if left_out else ""
             raise ValueError(
                 f"'n_way={n_way}' needs {n_way} classes with at least {need} each, and the train split has "
                 f"{len(self.classes)}.{out} Set n_way={max(len(self.classes), 1)} or less, a smaller k_shot, or label "
-                "more pictures."
+                "more images."
             )
         self.episode(0, 0)  # fails now rather than in training where no episode can be drawn
         if left_out:
@@ -105,21 +105,21 @@ class EpisodeSampler(EpochSampler):
 
     @property
     def episode_size(self) -> int:
-        """Pictures of an episode."""
+        """Images of an episode."""
         return self.n_way * (self.k_shot + self.n_query)
 
     def __len__(self) -> int:
-        """Return the pictures of an epoch."""
+        """Return the images of an epoch."""
         return self.episodes * self.episode_size
 
     def draw(self, epoch: int) -> Iterator[Draw]:
-        """Yield the pictures of one epoch, the support pictures of each episode before its query pictures.
+        """Yield the images of one epoch, the support images of each episode before its query images.
 
         Args:
             epoch (int): Epoch, counted from 0.
 
         Yields:
-            (Draw): A picture of an episode.
+            (Draw): A image of an episode.
         """
         for t in range(self.episodes):
             yield from self.episode(epoch, t)
@@ -132,22 +132,22 @@ class EpisodeSampler(EpochSampler):
             t (int): Episode of the epoch, counted from 0.
 
         Returns:
-            (list[Draw]): n_way * k_shot support pictures, then n_way * n_query query pictures, class by class.
+            (list[Draw]): n_way * k_shot support images, then n_way * n_query query images, class by class.
         """
         rng = np.random.default_rng((self.seed, epoch, t, self.rank))
         for attempt in range(TRIES):
             ways = self.classes[rng.permutation(len(self.classes))[: self.n_way]].tolist()
             support: set[int] = set()
             query: set[int] = set()
-            # Ways share a support picture only if there seems to be no other choice.
+            # Ways share a support image only if there seems to be no other choice.
             shots = [(c, i) for c in ways for i in self._draw(rng, c, self.k_shot, support, support, attempt >= 10)]
             queries = [(c, i) for c in ways for i in self._draw(rng, c, self.n_query, support, query, True)]
             if len(shots) == self.n_way * self.k_shot and len(queries) == self.n_way * self.n_query:
                 break
         else:
             raise ValueError(
-                f"In {TRIES} tries no {self.n_way} classes were found whose pictures divide into support and query: "
-                "the same pictures show them all. Set a smaller n_way or k_shot, or label more pictures."
+                f"In {TRIES} tries no {self.n_way} classes were found whose images divide into support and query: "
+                "the same images show them all. Set a smaller n_way or k_shot, or label more images."
             )
         seeds = rng.integers(2**31, size=self.episode_size).tolist()
         flags = [True] * len(shots) + [False] * len(queries)
@@ -156,19 +156,19 @@ class EpisodeSampler(EpochSampler):
     def _draw(
         self, rng: np.random.Generator, c: int, n: int, support: set[int], into: set[int], relax: bool
     ) -> list[int]:
-        """Draw n pictures of class c outside the support and add them to `into`; fewer if there are too few.
+        """Draw n images of class c outside the support and add them to `into`; fewer if there are too few.
 
-        With `relax`, support pictures may be shared among ways, and query pictures repeat where there are too few.
+        With `relax`, support images may be shared among ways, and query images repeat where there are too few.
         """
         taken = set() if relax and into is support else support
         lo, hi = self.start[c], self.start[c + 1]
         drawn: list[int] = []
-        if hi - lo > 8 * (n + 1):  # many pictures: the cost does not grow with their number
-            for i in self.pictures[rng.integers(lo, hi, size=8 * (n + 1))].tolist():
+        if hi - lo > 8 * (n + 1):  # many images: the cost does not grow with their number
+            for i in self.images[rng.integers(lo, hi, size=8 * (n + 1))].tolist():
                 if len(drawn) < n and i not in taken and i not in drawn:
                     drawn.append(i)
         if len(drawn) < n:
-            free = [i for i in self.pictures[lo:hi].tolist() if i not in taken]
+            free = [i for i in self.images[lo:hi].tolist() if i not in taken]
             drawn = [free[j] for j in rng.permutation(len(free))[:n]]
         if relax and into is not support and drawn:
             drawn = [drawn[j % len(drawn)] for j in range(n)]
@@ -179,7 +179,7 @@ class EpisodeSampler(EpochSampler):
 class EpisodicDataset(Dataset):
     """A `YOLODataset` whose items are the `Draw`s of an episode.
 
-    Every picture's augmentation is seeded by its `Draw`, so that it depends neither on loader processes nor on what was
+    Every image's augmentation is seeded by its `Draw`, so that it depends neither on loader processes nor on what was
     loaded before; the random state of the process stays as it is.
 
     Attributes:
@@ -191,24 +191,24 @@ class EpisodicDataset(Dataset):
         """Initialize the data set.
 
         Args:
-            dataset (YOLODataset): Training data set, with mosaic and other mixing of pictures off.
+            dataset (YOLODataset): Training data set, with mosaic and other mixing of images off.
         """
         self.dataset, self.labels = dataset, dataset.labels
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        """Return one augmented picture with its labels, its `way` (int) and `support` (bool)."""
+        """Return one augmented image with its labels, its `way` (int) and `support` (bool)."""
         with _seeded(draw.seed, getattr(self.dataset, "transforms", None)):
             return {**self.dataset[draw.index], "way": draw.way, "support": draw.support}
 
     @staticmethod
     def collate_fn(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate the pictures of an episode: Ultralytics' batch with `way` (B,) long and `support` (B,) bool.
+        """Collate the images of an episode: Ultralytics' batch with `way` (B,) long and `support` (B,) bool.
 
-        The indices of the query pictures, `query` (Q,) long, are found here, where it needs no wait for the device.
+        The indices of the query images, `query` (Q,) long, are found here, where it needs no wait for the device.
         """
         batch = YOLODataset.collate_fn(samples)
         support = torch.tensor(batch["support"])
@@ -235,7 +235,7 @@ def _seeded(seed: int, transforms: Any) -> Iterator[None]:
 def _own_random_state(transforms: Any) -> Iterator[Any]:
     """Yield the transforms that have a random state of their own, which are those of albumentations 1.4.21 and newer.
 
-    Ultralytics gives them the seed of the process when that is another one than theirs, so not for each picture.
+    Ultralytics gives them the seed of the process when that is another one than theirs, so not for each image.
     """
     if isinstance(transforms, Albumentations) and hasattr(transforms.transform, "set_random_seed"):
         yield transforms.transform

@@ -1,4 +1,4 @@
-"""Objects that a picture shows but that are not labelled there: training neither learns nor punishes them."""
+"""Objects that a image shows but that are not labeled there: training neither learns nor punishes them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from yolo_fewshot.nn.ignore import IGNORED
 
 
 class MaskedDataset(YOLODataset):
-    """A `YOLODataset` that also loads boxes to ignore, so that they are augmented with their picture.
+    """A `YOLODataset` that also loads boxes to ignore, so that they are augmented with their image.
 
     They come from files of lines `x y w h`, normalized, in a folder beside `labels`, as `yolo-fewshot split` writes.
 
     Attributes:
-        ignored (dict[str, np.ndarray]): Boxes to ignore by picture file, (n, 4) float32; only pictures that have some.
+        ignored (dict[str, np.ndarray]): Boxes to ignore by image file, (n, 4) float32; only images that have some.
         outlined (bool): Whether its labels are polygons.
 
     Examples:
@@ -48,14 +48,14 @@ class MaskedDataset(YOLODataset):
         """Add the boxes to ignore, with the class `IGNORED`, then proceed as Ultralytics does.
 
         Args:
-            label (dict): Labels of a picture.
+            label (dict): Labels of a image.
 
         Returns:
             (dict): Labels with instances.
         """
         boxes = self.ignored.get(label["im_file"])
         if boxes is not None:
-            # Mixed pictures need a polygon of every object or of none.
+            # Mixed images need a polygon of every object or of none.
             if len(label["segments"]) or (self.outlined and not len(label["cls"])):
                 label["segments"] = [*label["segments"], *_polygons(boxes)]
             label["cls"] = np.concatenate([label["cls"], np.full((len(boxes), 1), IGNORED, np.float32)])
@@ -110,8 +110,8 @@ def has_ignored(dataset: Any) -> bool:
     return bool(getattr(dataset, "ignored", None)) or any(has_ignored(x) for x in parts if x is not None)
 
 
-def fully_labelled(dataset: YOLODataset) -> list[dict[str, Any]]:
-    """Return the labels of the pictures without boxes to ignore, or of all pictures if each has some.
+def fully_labeled(dataset: YOLODataset) -> list[dict[str, Any]]:
+    """Return the labels of the images without boxes to ignore, or of all images if each has some.
 
     Args:
         dataset (YOLODataset): Data set.
@@ -124,7 +124,7 @@ def fully_labelled(dataset: YOLODataset) -> list[dict[str, Any]]:
 
 
 def ignore_files(files: list[str], folder: str) -> list[str]:
-    """Return the files of boxes to ignore of some pictures, which lie as label files do; "" outside of 'images'."""
+    """Return the files of boxes to ignore of some images, which lie as label files do; "" outside of 'images'."""
     images, there = f"{os.sep}images{os.sep}", f"{os.sep}{folder}{os.sep}"
     return [os.path.splitext(there.join(x.rsplit(images, 1)))[0] + ".txt" if images in x else "" for x in files]
 

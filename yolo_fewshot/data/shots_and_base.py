@@ -1,4 +1,4 @@
-"""The pictures of stage 3: shots, beside them base pictures, all with the class indices of the model."""
+"""The images of stage 3: shots, beside them base images, all with the class indices of the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def merged_names(known: dict[int, str], names: dict[int, str], labels: list[dict
         labels (list[dict]): Labels of the shots, as in `YOLODataset.labels`.
 
     Returns:
-        (dict[int, str]): Names by index, in the order in which enrolment appends them.
+        (dict[int, str]): Names by index, in the order in which enrollment appends them.
     """
     merged = {int(i): str(n) for i, n in known.items()}
     shown = sorted({int(c) for x in labels for c in x["cls"].flat})
@@ -42,7 +42,7 @@ def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str]
         classes (dict[int, str]): Class names of the model.
 
     Raises:
-        ValueError: If a picture shows a class that is not among them, or whose name is ambiguous.
+        ValueError: If a image shows a class that is not among them, or whose name is ambiguous.
     """
     index = match_classes(names, classes)
     shown = {int(c) for x in dataset.labels for c in x["cls"].flat}
@@ -60,10 +60,10 @@ def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str]
 
 
 class ShotsAndBase(Dataset):
-    """The pictures of the shots, then those of base classes.
+    """The images of the shots, then those of base classes.
 
     Attributes:
-        parts (list[YOLODataset]): The shots, and the base pictures if there are any.
+        parts (list[YOLODataset]): The shots, and the base images if there are any.
         labels (list[dict]): Labels of all.
     """
 
@@ -71,18 +71,18 @@ class ShotsAndBase(Dataset):
         """Initialize the data set.
 
         Args:
-            parts (list[YOLODataset]): The shots, and the base pictures if there are any.
+            parts (list[YOLODataset]): The shots, and the base images if there are any.
         """
         self.parts = parts
         self.labels = [x for d in parts for x in d.labels]
         self.collate_fn = parts[0].collate_fn
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Return an augmented picture with its labels."""
+        """Return an augmented image with its labels."""
         for d in self.parts:
             if i < len(d):
                 return d[i]
@@ -90,7 +90,7 @@ class ShotsAndBase(Dataset):
         raise IndexError(i)
 
     def close_mosaic(self, hyp: Any) -> None:
-        """Stop mixing pictures, as Ultralytics does for the last epochs.
+        """Stop mixing images, as Ultralytics does for the last epochs.
 
         Args:
             hyp (Any): Arguments of the run.
@@ -100,10 +100,10 @@ class ShotsAndBase(Dataset):
 
 
 class AdaptSampler(EpochSampler):
-    """Draws batches of shots, or half shots and half base pictures; every picture comes before any comes again.
+    """Draws batches of shots, or half shots and half base images; every image comes before any comes again.
 
     Epoch e depends on (seed, e) alone. Processes that train together share one order and take turns, so that their
-    number changes neither the steps nor how often a picture is seen.
+    number changes neither the steps nor how often a image is seen.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class AdaptSampler(EpochSampler):
         """Initialize the sampler.
 
         Args:
-            shots (int): Pictures of the shots.
-            base (int): Base pictures, which are numbered after those.
-            batch (int): Pictures in a batch of this process.
+            shots (int): Images of the shots.
+            base (int): Base images, which are numbered after those.
+            batch (int): Images in a batch of this process.
             batches (int): Batches in an epoch.
             seed (int): Seed of the run.
             rank (int): Rank of this process in multi-GPU training.
@@ -124,17 +124,17 @@ class AdaptSampler(EpochSampler):
         self.sizes, self.batch, self.batches, self.processes = (shots, base), batch, batches, processes
 
     def __len__(self) -> int:
-        """Return the pictures of an epoch."""
+        """Return the images of an epoch."""
         return self.batch * self.batches
 
     def draw(self, epoch: int) -> Iterator[int]:
-        """Yield the pictures of one epoch.
+        """Yield the images of one epoch.
 
         Args:
             epoch (int): Epoch, counted from 0.
 
         Yields:
-            (int): Index of a picture.
+            (int): Index of a image.
         """
         rng = np.random.default_rng((self.seed, epoch, 0))
         shots, base = self.sizes

@@ -1,4 +1,4 @@
-"""K-shot splits of any detection data set: base classes with all their labels, novel ones with K labelled objects."""
+"""K-shot splits of any detection data set: base classes with all their labels, novel ones with K labeled objects."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, ops
 
 import yolo_fewshot
 from yolo_fewshot.class_names import repeated
-from yolo_fewshot.data.support import MIN_SIDE, list_pictures
+from yolo_fewshot.data.support import MIN_SIDE, list_images
 from yolo_fewshot.errors import few
 from yolo_fewshot.paths import cfg_dir
 
 
-class Picture(NamedTuple):
-    """A picture of the data set.
+class Image(NamedTuple):
+    """A image of the data set.
 
     Attributes:
         file (str): Where it is.
@@ -42,8 +42,8 @@ class Picture(NamedTuple):
     rows: np.ndarray
 
 
-Task = tuple[Any, ...]  # picture, label file, number of classes, keypoints, and rows where there is no label file
-View = list[tuple[Picture, np.ndarray]]  # the pictures of a folder, and which of their objects are labelled there
+Task = tuple[Any, ...]  # image, label file, number of classes, keypoints, and rows where there is no label file
+View = list[tuple[Image, np.ndarray]]  # the images of a folder, and which of their objects are labeled there
 
 
 def split(
@@ -58,25 +58,25 @@ def split(
 ) -> Path:
     """Split a detection data set into base classes and K shots of novel classes.
 
-    Everything is checked first, and the folder appears when it is complete. Pictures are linked, and copied only where
+    Everything is checked first, and the folder appears when it is complete. Images are linked, and copied only where
     the system allows neither symbolic nor hard links.
 
     Args:
-        data (str | Path): A YOLO data.yaml, or the COCO json of the train pictures.
+        data (str | Path): A YOLO data.yaml, or the COCO json of the train images.
         novel (str | Path | list[str] | tuple[str, ...]): Names of the novel classes, also as a text with commas, or a
             YAML file with a list `novel`, i.e. 'voc-split1.yaml'.
         out (str | Path): Folder to write, new or empty.
-        shots (str | int | list[int] | tuple[int, ...]): Numbers of labelled objects of each novel class.
+        shots (str | int | list[int] | tuple[int, ...]): Numbers of labeled objects of each novel class.
         seeds (int): Number of draws.
-        val (str | Path, optional): COCO json of the val pictures.
-        images (str | Path, optional): Folder of the train pictures of a COCO json.
-        val_images (str | Path, optional): Folder of its val pictures, `images` if not given.
+        val (str | Path, optional): COCO json of the val images.
+        images (str | Path, optional): Folder of the train images of a COCO json.
+        val_images (str | Path, optional): Folder of its val images, `images` if not given.
 
     Returns:
         (Path): The folder.
 
     Raises:
-        FileNotFoundError: If a file, a split or a picture of a COCO json does not exist.
+        FileNotFoundError: If a file, a split or a image of a COCO json does not exist.
         ValueError: If an argument is invalid, or the data set cannot give what is asked for.
 
     Examples:
@@ -93,7 +93,7 @@ def split(
         old, tasks, channels = _read_yolo(data)
     names = _order(old, chosen, data)
     n_base = len(names) - len(chosen)
-    train, test = _read_pictures(tasks, np.array([names.index(n) for n in old]))
+    train, test = _read_images(tasks, np.array([names.index(n) for n in old]))
     candidates = _candidates(train, test, len(names))
     _check_shots(candidates[n_base:], chosen, counts)
     views = _views(train, test, n_base, data)
@@ -111,8 +111,8 @@ def split(
     }
     _save(target, views, _yamls(names, n_base, counts, seeds, channels), manifest)
     LOGGER.info(
-        f"{n_base} base classes in {len(views['base_train'])} train pictures, {len(chosen)} novel classes in {seeds} "
-        f"draws of {', '.join(map(str, counts))} shots, {len(test)} val pictures. Results saved to {target}\n"
+        f"{n_base} base classes in {len(views['base_train'])} train images, {len(chosen)} novel classes in {seeds} "
+        f"draws of {', '.join(map(str, counts))} shots, {len(test)} val images. Results saved to {target}\n"
         f"Train:   yolo train model=fewshot.yaml cfg=stage1.yaml data={target}/base.yaml\n"
         f"Measure: yolo val model=best.pt data={target}/data.yaml support={target}/novel_{counts[-1]}shot_seed0.yaml"
     )
@@ -172,7 +172,7 @@ def _novel_names(novel: Any) -> list[str]:
 
 
 def _read_yolo(data: str | Path) -> tuple[list[str], dict[str, list[Task]], int]:
-    """Return the class names, the pictures with their label files, and the channels of a data.yaml."""
+    """Return the class names, the images with their label files, and the channels of a data.yaml."""
     try:
         info = utils.check_det_dataset(data)
     except SyntaxError as e:
@@ -181,18 +181,18 @@ def _read_yolo(data: str | Path) -> tuple[list[str], dict[str, list[Task]], int]
     for key in ("train", "val"):
         paths = [Path(x) for x in (info[key] if isinstance(info[key], list) else [info[key]]) if x]
         if not paths:
-            raise ValueError(f"'{key}:' of {data} is empty. A split needs labelled train and val pictures.")
+            raise ValueError(f"'{key}:' of {data} is empty. A split needs labeled train and val images.")
         missing = [str(x) for x in paths if not x.exists()]
         if missing:
             raise FileNotFoundError(f"'{key}:' of {data} does not exist: {few(missing)}. Correct it, or 'path:'.")
-        files = sorted({x for p in paths for x in list_pictures(p)})
+        files = sorted({x for p in paths for x in list_images(p)})
         keypoints = info.get("kpt_shape") or (0, 0)
         tasks[key] = [(f, label, info["nc"], keypoints, None) for f, label in zip(files, utils.img2label_paths(files))]
     return [info["names"][i] for i in range(info["nc"])], tasks, info["channels"]
 
 
 def _read_coco(data: Any, val: Any, images: Any, val_images: Any) -> tuple[list[str], dict[str, list[Task]], int]:
-    """Return the class names, the pictures with their rows, and the channels of two COCO jsons."""
+    """Return the class names, the images with their rows, and the channels of two COCO jsons."""
     if not (val and images):
         raise ValueError(
             "val= and images= must be given with a COCO json, i.e. data=instances_train.json images=train2017 "
@@ -215,14 +215,14 @@ def _read_coco(data: Any, val: Any, images: Any, val_images: Any) -> tuple[list[
         missing = [x[0] for x in tasks[key] if not os.path.isfile(x[0])]
         if missing:
             raise FileNotFoundError(
-                f"{len(missing)} of {len(tasks[key])} pictures of {file} do not exist: {few(missing)}. Correct "
+                f"{len(missing)} of {len(tasks[key])} images of {file} do not exist: {few(missing)}. Correct "
                 f"{'images' if key == 'train' else 'val_images'}=."
             )
     return names, tasks, 3
 
 
 def _load_coco(file: Path, folder: str, names: list[str]) -> tuple[list[str], list[Task]]:
-    """Return the class names, and the pictures with their rows, of a COCO json; classes count by `names` if given."""
+    """Return the class names, and the images with their rows, of a COCO json; classes count by `names` if given."""
     content, objects = json.loads(file.read_text(encoding="utf-8")), defaultdict(list)
     categories = {x["id"]: str(x["name"]) for x in sorted(content["categories"], key=lambda x: x["id"])}
     index = {n: i for i, n in enumerate(names or categories.values())}
@@ -258,30 +258,30 @@ def _order(names: list[str], novel: list[str], data: Any) -> list[str]:
     return [*base, *novel]
 
 
-def _read_pictures(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Picture]]:
-    """Read the train and val pictures; those that Ultralytics leaves out are left out, with a warning."""
+def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Image]]:
+    """Read the train and val images; those that Ultralytics leaves out are left out, with a warning."""
     read, left_out = [], []
     with ThreadPool(NUM_THREADS) as pool:
         for key, items in tasks.items():
-            looks = TQDM(pool.imap(_read_picture, items), desc=f"{key}: Reading pictures...", total=len(items))
-            pictures, taken, copies = [], set(), Counter()
+            looks = TQDM(pool.imap(_read_image, items), desc=f"{key}: Reading images...", total=len(items))
+            images, taken, copies = [], set(), Counter()
             for (rows, shape, digest, reason), (file, *_) in zip(looks, items):
                 if reason:
                     left_out.append(f"{file}: {reason}")
                     continue
                 rows[:, 0] = ids[rows[:, 0].astype(int)]
                 rows = np.unique(rows[(rows[:, 3:5] > 0).all(1)], axis=0)  # also in an order that labels do not change
-                pictures.append(Picture(file, _unique_name(file, taken, copies), shape, digest, rows))
-            if not pictures:
-                raise ValueError(f"No usable picture in {key}: {few(left_out, '; ') or 'it lists none'}.")
-            read.append(pictures)
+                images.append(Image(file, _unique_name(file, taken, copies), shape, digest, rows))
+            if not images:
+                raise ValueError(f"No usable image in {key}: {few(left_out, '; ') or 'it lists none'}.")
+            read.append(images)
     if left_out:
-        LOGGER.warning(f"{len(left_out)} pictures are left out, as in training: {few(left_out, '; ')}.")
+        LOGGER.warning(f"{len(left_out)} images are left out, as in training: {few(left_out, '; ')}.")
     return read
 
 
-def _read_picture(task: Task) -> tuple[Any, Any, str, str]:
-    """Return the rows, the shape and the SHA-256 of a picture, or why Ultralytics leaves it out."""
+def _read_image(task: Task) -> tuple[Any, Any, str, str]:
+    """Return the rows, the shape and the SHA-256 of a image, or why Ultralytics leaves it out."""
     file, label_file, nc, keypoints, rows = task
     ok, boxes, shape, *_, message = utils.verify_image_label((file, label_file, "", False, nc, *keypoints, False))
     if not ok:
@@ -296,8 +296,8 @@ def _sha256(file: Path) -> str:
 
 
 def _unique_name(file: str, taken: set[str], copies: Counter) -> str:
-    """Return the name of a picture, with a number if another one has taken its stem, which label files go by."""
-    stem, suffix = os.path.splitext(os.path.basename(file).lstrip("."))  # hidden pictures would not be found
+    """Return the name of a image, with a number if another one has taken its stem, which label files go by."""
+    stem, suffix = os.path.splitext(os.path.basename(file).lstrip("."))  # hidden images would not be found
     name = stem
     while name.casefold() in taken:
         copies[stem] += 1
@@ -306,18 +306,18 @@ def _unique_name(file: str, taken: set[str], copies: Counter) -> str:
     return name + suffix
 
 
-def _candidates(train: list[Picture], val: list[Picture], nc: int) -> list[dict[int, list[int]]]:
-    """Return, for each class, the train pictures with objects that can be shots, and the indices of these."""
+def _candidates(train: list[Image], val: list[Image], nc: int) -> list[dict[int, list[int]]]:
+    """Return, for each class, the train images with objects that can be shots, and the indices of these."""
     seen = {p.digest for p in val}
     copies = [p.file for p in train if p.digest in seen]
     if copies:
-        LOGGER.warning(f"{len(copies)} train pictures are val pictures, too, and give no shots: {few(copies)}.")
+        LOGGER.warning(f"{len(copies)} train images are val images, too, and give no shots: {few(copies)}.")
     found: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(nc)]
     for i, p in enumerate(train):
         if p.digest not in seen:
-            seen.add(p.digest)  # a picture that is there twice would give the same object twice
-            centre, side = p.rows[:, 1:3], p.rows[:, 3:5]
-            inside = (centre + side / 2).clip(max=1) - (centre - side / 2).clip(min=0)
+            seen.add(p.digest)  # a image that is there twice would give the same object twice
+            center, side = p.rows[:, 1:3], p.rows[:, 3:5]
+            inside = (center + side / 2).clip(max=1) - (center - side / 2).clip(min=0)
             usable = (inside * p.shape[::-1] >= MIN_SIDE).all(1) & (p.rows[:, 5] == 0)
             for j in np.flatnonzero(usable):
                 found[int(p.rows[j, 0])][i].append(int(j))
@@ -331,13 +331,13 @@ def _check_shots(candidates: list[dict[int, list[int]]], novel: list[str], count
     if scarce:
         enough = ",".join(str(k) for k in counts if k <= min(objects.values()))
         raise ValueError(
-            f"{len(scarce)} novel classes have fewer than {counts[-1]} objects in usable train pictures: {few(scarce)}"
+            f"{len(scarce)} novel classes have fewer than {counts[-1]} objects in usable train images: {few(scarce)}"
             f". Label more, or {f'set shots={enough}' if enough else 'leave them out of novel='}."
         )
 
 
-def _views(train: list[Picture], val: list[Picture], n_base: int, data: Any) -> dict[str, View]:
-    """Return the folders of base and query pictures."""
+def _views(train: list[Image], val: list[Image], n_base: int, data: Any) -> dict[str, View]:
+    """Return the folders of base and query images."""
     views: dict[str, View] = {"base_train": [], "base_val": [], "query": [], "novel_query": []}
     for p in train:
         base = (p.rows[:, 0] < n_base) & (p.rows[:, 5] == 0)
@@ -356,14 +356,14 @@ def _views(train: list[Picture], val: list[Picture], n_base: int, data: Any) -> 
         ("base_val", "base", "val"),
         ("novel_query", "novel", "val"),
     ):
-        if not any(labelled.any() for _, labelled in views[key]):
-            raise ValueError(f"No {part} picture of {data} shows a {kind} class. Label some, or choose other classes.")
+        if not any(labeled.any() for _, labeled in views[key]):
+            raise ValueError(f"No {part} image of {data} shows a {kind} class. Label some, or choose other classes.")
     return views
 
 
 def _shot_views(
     views: dict[str, View],
-    train: list[Picture],
+    train: list[Image],
     candidates: list[dict[int, list[int]]],
     names: list[str],
     n_base: int,
@@ -376,39 +376,39 @@ def _shot_views(
     for k in counts:
         drawn[k] = {"novel": {}, "all": {}}
         for files, suffix, first in zip(drawn[k].values(), ("", "_all"), (n_base, 0)):
-            folder, labelled = f"shots/seed{seed}_{k}shot{suffix}", {}
+            folder, labeled = f"shots/seed{seed}_{k}shot{suffix}", {}
             for c in range(first, len(names)):
                 files[names[c]] = [f"images/{folder}/{train[i].name}" for i, _ in draws[c][:k]]
                 for i, j in draws[c][:k]:
-                    labelled.setdefault(i, np.zeros(len(train[i].rows), bool))[j] = True
-            views[folder] = [(train[i], x) for i, x in sorted(labelled.items())]
+                    labeled.setdefault(i, np.zeros(len(train[i].rows), bool))[j] = True
+            views[folder] = [(train[i], x) for i, x in sorted(labeled.items())]
     return drawn
 
 
 def _draw(candidates: dict[int, list[int]], seed: tuple[int, int], n: int) -> list[tuple[int, int]]:
-    """Draw objects of a class, (picture, object): one of each picture, then a second one of each, and so on."""
+    """Draw objects of a class, (image, object): one of each image, then a second one of each, and so on."""
     rng = np.random.default_rng(seed)
-    pictures = rng.permutation(np.array(list(candidates), int))[:n].tolist()
-    queues = [(i, rng.permutation(candidates[i]).tolist()) for i in pictures]
+    images = rng.permutation(np.array(list(candidates), int))[:n].tolist()
+    queues = [(i, rng.permutation(candidates[i]).tolist()) for i in images]
     rounds = range(max((len(q) for _, q in queues), default=0))
     return list(islice(((i, q[r]) for r in rounds for i, q in queues if r < len(q)), n))
 
 
 def _count(view: View, names: list[str]) -> dict[str, Any]:
-    """Return how many pictures, ignored boxes, and objects of each class a folder has."""
-    classes = np.concatenate([np.zeros(0), *(p.rows[labelled, 0] for p, labelled in view)]).astype(int)
+    """Return how many images, ignored boxes, and objects of each class a folder has."""
+    classes = np.concatenate([np.zeros(0), *(p.rows[labeled, 0] for p, labeled in view)]).astype(int)
     objects = dict(zip(names, np.bincount(classes, minlength=len(names)).tolist()))
-    return {"pictures": len(view), "ignored": sum(int((~x).sum()) for _, x in view), "objects": objects}
+    return {"images": len(view), "ignored": sum(int((~x).sum()) for _, x in view), "objects": objects}
 
 
 def _yamls(names: list[str], n_base: int, counts: list[int], seeds: int, channels: int) -> dict[str, tuple[str, dict]]:
     """Return the comment and the content of each data.yaml; without 'path' its own folder is the root."""
     rows = [
         ("base", "Base classes", "base_train", "base_val", n_base),
-        ("data", "All classes, the novel ones labelled in val only", "base_train", "query", len(names)),
+        ("data", "All classes, the novel ones labeled in val only", "base_train", "query", len(names)),
     ]
     for k, s in product(counts, range(seeds)):
-        folder, what = f"shots/seed{s}_{k}shot", f"{k} labelled objects of each"
+        folder, what = f"shots/seed{s}_{k}shot", f"{k} labeled objects of each"
         rows.append((f"novel_{k}shot_seed{s}", f"{what} novel class", folder, "novel_query", len(names)))
         rows.append((f"all_{k}shot_seed{s}", f"{what} class", f"{folder}_all", "query", len(names)))
     files = {}
@@ -431,7 +431,7 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
         tasks = [(part, folder, *x) for folder, view in views.items() for x in view]
         with ThreadPool(NUM_THREADS) as pool:
             try:
-                for x, how in TQDM(pool.imap(_save_picture, tasks), desc="Writing...", total=len(tasks)):
+                for x, how in TQDM(pool.imap(_save_image, tasks), desc="Writing...", total=len(tasks)):
                     files |= x
                     placed[how] += 1
             finally:
@@ -464,23 +464,23 @@ def _place(file: str, target: Path) -> str:
     return "copies"
 
 
-def _save_picture(task: tuple[Path, str, Picture, np.ndarray]) -> tuple[dict[str, str], str]:
-    """Write a picture with its labels and what is to be ignored in it.
+def _save_image(task: tuple[Path, str, Image, np.ndarray]) -> tuple[dict[str, str], str]:
+    """Write a image with its labels and what is to be ignored in it.
 
     Args:
-        task (tuple[Path, str, Picture, np.ndarray]): Root, folder, picture, and which of its objects are labelled.
+        task (tuple[Path, str, Image, np.ndarray]): Root, folder, image, and which of its objects are labeled.
 
     Returns:
         files (dict[str, str]): SHA-256 of each file.
-        how (str): What the picture is there, see `_place`.
+        how (str): What the image is there, see `_place`.
     """
-    part, folder, p, labelled = task
+    part, folder, p, labeled = task
     image, stem = f"images/{folder}/{p.name}", os.path.splitext(p.name)[0]
     how = _place(os.path.realpath(p.file), part / image)
     boxes = [" ".join(f"{v:.6f}" for v in row[1:5]) for row in p.rows]
-    files = {f"labels/{folder}/{stem}.txt": [f"{row[0]:.0f} {b}" for row, b, x in zip(p.rows, boxes, labelled) if x]}
-    if not labelled.all():
-        files[f"ignore/{folder}/{stem}.txt"] = [b for b, x in zip(boxes, labelled) if not x]
+    files = {f"labels/{folder}/{stem}.txt": [f"{row[0]:.0f} {b}" for row, b, x in zip(p.rows, boxes, labeled) if x]}
+    if not labeled.all():
+        files[f"ignore/{folder}/{stem}.txt"] = [b for b, x in zip(boxes, labeled) if not x]
     for name, lines in files.items():
         (part / name).write_bytes("".join(f"{x}\n" for x in lines).encode())
     return {image: p.digest} | {name: _sha256(part / name) for name in files}, how

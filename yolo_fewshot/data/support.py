@@ -1,4 +1,4 @@
-"""Support sets: the labelled examples, or *shots*, from which classes are enrolled."""
+"""Support sets: the labeled examples, or *shots*, from which classes are enrolled."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from yolo_fewshot.errors import few
 
 MIN_SIDE = 0.99  # least side of a box in pixels: 1, less the rounding of label files
 LAYOUTS = (
-    "A support set is a data.yaml, a .txt list of pictures with YOLO label files, or a folder with one sub-folder of "
-    "cropped pictures per class, i.e. 'shots/scooter/1.jpg'."
+    "A support set is a data.yaml, a .txt list of images with YOLO label files, or a folder with one sub-folder of "
+    "cropped images per class, i.e. 'shots/scooter/1.jpg'."
 )
 
 
@@ -32,10 +32,10 @@ class Support(NamedTuple):
 
     Attributes:
         names (dict[int, str]): Class names by label index; not all of them need to have a box.
-        labels (list[dict]): Labels of every picture, as in `YOLODataset.labels`; pictures without a box are background.
-        crops (bool): Whether the pictures are crops, of which each box is the whole.
+        labels (list[dict]): Labels of every image, as in `YOLODataset.labels`; images without a box are background.
+        crops (bool): Whether the images are crops, of which each box is the whole.
         source (Path): File or folder that it was read from.
-        channels (int): Channels of the pictures.
+        channels (int): Channels of the images.
         ignore (str): Folder of boxes to ignore, see `MaskedDataset`; empty for none.
     """
 
@@ -53,7 +53,7 @@ class Support(NamedTuple):
 
 
 class SupportDataset(YOLODataset):
-    """A data set of the pictures of a support set, not augmented; it scans nothing and writes no cache.
+    """A data set of the images of a support set, not augmented; it scans nothing and writes no cache.
 
     Examples:
         >>> dataset = SupportDataset(read_support("shots.yaml"), imgsz=640)
@@ -64,14 +64,14 @@ class SupportDataset(YOLODataset):
 
         Args:
             support (Support): Support set.
-            imgsz (int): Picture size in pixels.
+            imgsz (int): Image size in pixels.
         """
         self.support = support
         data = {"names": support.names, "channels": support.channels}
         super().__init__(img_path=str(support.source), imgsz=imgsz, augment=False, data=data, prefix="support: ")
 
     def get_img_files(self, img_path: str | list[str]) -> list[str]:
-        """Return the picture files of the support set."""
+        """Return the image files of the support set."""
         return [x["im_file"] for x in self.support.labels]
 
     def get_labels(self) -> list[dict[str, Any]]:
@@ -86,17 +86,17 @@ def read_support(support: str | Path, names: dict[int, str] | None = None, chann
     train or val split it is; without either its class indices are those of the model.
 
     Args:
-        support (str | Path): A data.yaml, whose train split counts, or a folder with one; a .txt list of pictures with
-            YOLO label files; or a folder with one sub-folder of cropped pictures per class.
+        support (str | Path): A data.yaml, whose train split counts, or a folder with one; a .txt list of images with
+            YOLO label files; or a folder with one sub-folder of cropped images per class.
         names (dict[int, str], optional): Class names of the model.
         channels (int): Channels of the images of a support set that does not say.
 
     Returns:
-        (Support): Pictures in the order of the list, or sorted in folders; each is read once.
+        (Support): Images in the order of the list, or sorted in folders; each is read once.
 
     Raises:
-        FileNotFoundError: If the support set, or a picture that it lists, does not exist.
-        ValueError: If there are no pictures or no boxes, a new class of a data.yaml has no box, or a picture, a label
+        FileNotFoundError: If the support set, or a image that it lists, does not exist.
+        ValueError: If there are no images or no boxes, a new class of a data.yaml has no box, or a image, a label
             file or a box is unusable.
     """
     known = {int(i): str(n) for i, n in (names or {}).items()}
@@ -105,20 +105,20 @@ def read_support(support: str | Path, names: dict[int, str] | None = None, chann
         return _read_crops(source, channels)
     data, files = _listed(source)
     if not files:
-        raise ValueError(f"{source} names no pictures. Give at least one, labelled, per class.")
+        raise ValueError(f"{source} names no images. Give at least one, labeled, per class.")
     label_files = utils.img2label_paths(files)
     labels = _verify(files, label_files, len(data.get("names", ())) or sys.maxsize, data.get("kpt_shape") or (0, 0))
     ids = sorted({int(c) for x in labels for c in x["cls"].flat})
     if not ids:
         raise ValueError(
-            f"None of the {len(files)} pictures of {source} has a box. Label files are looked for as in training, i.e. "
+            f"None of the {len(files)} images of {source} has a box. Label files are looked for as in training, i.e. "
             f"{label_files[0]} for {files[0]}."
         )
     new = [] if "names" in data else [i for i in ids if i not in known]
     if new:
         LOGGER.warning(
             f"{source} has class indices that the model does not have, named {few([f'class{i}' for i in new])}. To "
-            "give names, write them into classes.txt beside the list, one a line, or enrol from a data.yaml."
+            "give names, write them into classes.txt beside the list, one a line, or enroll from a data.yaml."
         )
     names = data.get("names") or known | {i: f"class{i}" for i in new}
     _check_boxes(labels, label_files, names)
@@ -171,7 +171,7 @@ def _stat(file: str) -> tuple[str, int, int]:
 
 
 def shown_beside(support: Support, names: Collection[str]) -> list[str]:
-    """Return those of some classes that a support set shows in pictures of other classes only, labelled by the way.
+    """Return those of some classes that a support set shows in images of other classes only, labeled by the way.
 
     Args:
         support (Support): Support set.
@@ -209,7 +209,7 @@ def _find(support: str | Path) -> Path:
 def _load_data(file: Path) -> dict[str, Any]:
     """Load a data.yaml and check what a support set needs of it; unlike for training, val does not matter."""
     data = YAML.load(file)
-    for key, what in (("train", "the pictures to enrol from"), ("names", "the class names")):
+    for key, what in (("train", "the images to enroll from"), ("names", "the class names")):
         if not data.get(key) or not isinstance(data[key], utils.DATASET_KEY_TYPES[key]):
             raise ValueError(f"{file} has no valid '{key}:', {what}. {LAYOUTS}")
     return data | {"names": _class_names(file, data["names"])}
@@ -267,10 +267,10 @@ def _train_paths(file: Path, data: dict[str, Any]) -> list[Path]:
 def _listed(source: Path) -> tuple[dict[str, Any], list[str]]:
     """Return what a data.yaml, or a list and the files beside it, say: their content, and the images, each once."""
     if source.suffix.lower() == ".txt":
-        data, files = _data_beside(source), list_pictures(source)
+        data, files = _data_beside(source), list_images(source)
     else:
         data = _load_data(source)
-        files = [x for p in _train_paths(source, data) for x in list_pictures(p)]
+        files = [x for p in _train_paths(source, data) for x in list_images(p)]
     return data, list(dict.fromkeys(files))
 
 
@@ -279,24 +279,24 @@ def _lines(file: Path) -> list[str]:
     return [x.strip() for x in file.read_text(encoding="utf-8-sig", errors="replace").rstrip().splitlines()]
 
 
-def _is_picture(file: str) -> bool:
-    """Return whether a file is a picture by its suffix."""
+def _is_image(file: str) -> bool:
+    """Return whether a file is a image by its suffix."""
     return file.rpartition(".")[-1].lower() in utils.IMG_FORMATS
 
 
-def list_pictures(path: Path) -> list[str]:
-    """Return the pictures in and below a folder, those of a list, or the picture itself.
+def list_images(path: Path) -> list[str]:
+    """Return the images in and below a folder, those of a list, or the image itself.
 
     Args:
-        path (Path): Folder, .txt list or picture.
+        path (Path): Folder, .txt list or image.
 
     Returns:
-        (list[str]): Picture files.
+        (list[str]): Image files.
     """
     if path.is_dir():  # glob, unlike pathlib, leaves hidden files out
         files = glob.glob(os.path.join(glob.escape(str(path)), "**", "*.*"), recursive=True)
-        return sorted(x for x in files if _is_picture(x))
-    if _is_picture(path.name):
+        return sorted(x for x in files if _is_image(x))
+    if _is_image(path.name):
         return [str(path)]
     files = []
     for x in filter(None, _lines(path)):
@@ -307,25 +307,25 @@ def list_pictures(path: Path) -> list[str]:
 
 
 def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[int, int]) -> list[dict[str, Any]]:
-    """Read the labels of pictures; anything missing or corrupt is an error.
+    """Read the labels of images; anything missing or corrupt is an error.
 
     Args:
-        files (list[str]): Picture files.
-        label_files (list[str]): Their label files, empty for none; pictures without one are background.
+        files (list[str]): Image files.
+        label_files (list[str]): Their label files, empty for none; images without one are background.
         nc (int): Number of classes.
         kpt_shape (tuple[int, int]): Keypoints per object and their dimensions, which are dropped; zeros if none.
     """
     missing = [f for f in files if not os.path.isfile(f)]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(files)} pictures do not exist: {few(missing)}. Paths in a list are relative to "
+            f"{len(missing)} of {len(files)} images do not exist: {few(missing)}. Paths in a list are relative to "
             "its folder, or else to the working directory."
         )
     args = zip(files, label_files, repeat(""), repeat(False), repeat(nc), *map(repeat, kpt_shape), repeat(False))
     labels, corrupt, notes, unlabeled = [], [], [], []
     with ThreadPool(NUM_THREADS) as pool:
         results = pool.imap(utils.verify_image_label, args)
-        results = TQDM(results, desc="support: Scanning pictures...", total=len(files))
+        results = TQDM(results, desc="support: Scanning images...", total=len(files))
         for file, label_file, (ok, boxes, shape, _, _, _, found, _, _, msg) in zip(files, label_files, results):
             msg = msg.removeprefix(f"{file}: ").replace("ignoring corrupt image/label: ", "")
             if not ok:
@@ -337,7 +337,7 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
                 unlabeled.append((file, label_file))
             labels.append(_label(file, shape, boxes[:, :1], boxes[:, 1:]))
     if corrupt:
-        text = f"{len(corrupt)} of {len(files)} pictures or their label files are corrupt"
+        text = f"{len(corrupt)} of {len(files)} images or their label files are corrupt"
         raise ValueError(f"{text}: {few(corrupt, '; ')}. Correct or remove them.")
     if notes:
         LOGGER.warning("\n".join(notes))
@@ -368,23 +368,23 @@ def _no_label_files(unlabeled: list[tuple[str, str]], n: int) -> str:
 
 
 def _label(file: str, shape: tuple[int, int], cls: np.ndarray, bboxes: np.ndarray) -> dict[str, Any]:
-    """Return the labels of a picture as a `YOLODataset` holds them."""
+    """Return the labels of a image as a `YOLODataset` holds them."""
     boxes = {"cls": cls, "bboxes": bboxes, "segments": [], "keypoints": None, "normalized": True, "bbox_format": "xywh"}
     return {"im_file": file, "shape": shape, **boxes}
 
 
 def _check_boxes(labels: list[dict[str, Any]], label_files: list[str], names: dict[int, str]) -> None:
-    """Raise an error if a box covers less than a pixel of its picture."""
+    """Raise an error if a box covers less than a pixel of its image."""
     bad = []
     for x, file in zip(labels, label_files):
-        centre, side = x["bboxes"][:, :2], x["bboxes"][:, 2:]
-        inside = (centre + side / 2).clip(max=1) - (centre - side / 2).clip(min=0)
+        center, side = x["bboxes"][:, :2], x["bboxes"][:, 2:]
+        inside = (center + side / 2).clip(max=1) - (center - side / 2).clip(min=0)
         for c, (w, h) in zip(x["cls"].flat, (inside * x["shape"][::-1]).clip(min=0)):
             if min(w, h) < MIN_SIDE:
                 bad.append(f"{file}: {names[int(c)]} ({w:.3g} x {h:.3g} pixels)")
     if bad:
         raise ValueError(
-            f"{len(bad)} of the boxes cover less than a pixel of their picture in width or height: {few(bad)}. "
+            f"{len(bad)} of the boxes cover less than a pixel of their image in width or height: {few(bad)}. "
             "Correct or remove them."
         )
 
@@ -392,22 +392,22 @@ def _check_boxes(labels: list[dict[str, Any]], label_files: list[str], names: di
 def _crop_files(folder: Path) -> dict[str, list[str]]:
     """Return the images of every sub-folder of a folder of crops, by its name."""
     return {
-        x.name: sorted(str(f) for f in x.iterdir() if _is_picture(f.name) and not f.name.startswith("."))
+        x.name: sorted(str(f) for f in x.iterdir() if _is_image(f.name) and not f.name.startswith("."))
         for x in sorted(folder.iterdir())
         if x.is_dir() and not x.name.startswith(".")
     }
 
 
 def _read_crops(folder: Path, channels: int) -> Support:
-    """Read a folder with one sub-folder of cropped pictures per class, named after it."""
+    """Read a folder with one sub-folder of cropped images per class, named after it."""
     classes = _crop_files(folder)
     if not classes:
         raise ValueError(f"{folder} has neither a data.yaml nor sub-folders. {LAYOUTS}")
-    if "images" in classes:  # not a class but the pictures of a data set
+    if "images" in classes:  # not a class but the images of a data set
         raise ValueError(f"{folder} looks like a data set with labels, and has no data.yaml. {LAYOUTS}")
     empty = [name for name, files in classes.items() if not files]
     if empty:
-        raise ValueError(f"No pictures in the sub-folders {few(empty)} of {folder}. {LAYOUTS}")
+        raise ValueError(f"No images in the sub-folders {few(empty)} of {folder}. {LAYOUTS}")
     files = [f for x in classes.values() for f in x]
     ids = np.repeat(np.arange(len(classes), dtype=np.float32), [len(x) for x in classes.values()])
     labels = _verify(files, [""] * len(files), len(classes), (0, 0))

@@ -16,7 +16,7 @@ from yolo_fewshot.enroll.replay import base_support, recall
 
 TRIALS = 3  # draws of shots
 CLASSES = 20  # that play novel ones, at most, and at most half of all
-QUERIES = 100  # pictures to detect them in, at most
+QUERIES = 100  # images to detect them in, at most
 
 
 def choose_pull(
@@ -24,13 +24,13 @@ def choose_pull(
 ) -> float:
     """Choose how to enroll from one shot, by the AP50 of base classes that are enrolled from one like novel ones.
 
-    Their shots come from training pictures, and they are looked for in validation pictures. Deterministic.
+    Their shots come from training images, and they are looked for in validation images. Deterministic.
 
     Args:
         model (nn.Module): Few-shot model in eval mode, left as it is.
-        train (list[dict[str, Any]]): Labels of the training pictures, as in `YOLODataset.labels`.
-        val (list[dict[str, Any]]): Labels of the validation pictures, with the same class indices.
-        imgsz (int): Picture size in pixels.
+        train (list[dict[str, Any]]): Labels of the training images, as in `YOLODataset.labels`.
+        val (list[dict[str, Any]]): Labels of the validation images, with the same class indices.
+        imgsz (int): Image size in pixels.
         seed (int): Seed of the draws.
 
     Returns:
@@ -43,13 +43,13 @@ def choose_pull(
     if len(able) < 2:
         return PULL
     classes = rng.permutation(able)[: min(CLASSES, max(len(able) // 2, 2))]
-    queries = _features(model, _pictures(val, classes, rng)[:QUERIES], classes, imgsz, [View()])
-    pictures, drawn, ends = _pictures(train, classes, rng), [], [0]
+    queries = _features(model, _images(val, classes, rng)[:QUERIES], classes, imgsz, [View()])
+    images, drawn, ends = _images(train, classes, rng), [], [0]
     for _ in range(TRIALS):
-        shots = _draw(pictures, classes)
+        shots = _draw(images, classes)
         if len(np.unique(np.concatenate([x["cls"].reshape(-1) for x in shots] or [[]]))) < len(classes):
-            break  # the pictures do not suffice for another draw
-        pictures = [x for x in pictures if not any(x is y for y in shots)]
+            break  # the images do not suffice for another draw
+        images = [x for x in images if not any(x is y for y in shots)]
         drawn += shots
         ends.append(len(drawn))
     if not drawn:
@@ -63,8 +63,8 @@ def choose_pull(
     return math.inf if np.mean(gains) > MARGIN else PULL
 
 
-def _pictures(labels: list[dict[str, Any]], classes: np.ndarray, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Return the pictures that show one of the classes, in random order, labelled with these classes alone."""
+def _images(labels: list[dict[str, Any]], classes: np.ndarray, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Return the images that show one of the classes, in random order, labeled with these classes alone."""
     found = []
     for i in rng.permutation(len(labels)):
         keep = np.isin(labels[i]["cls"].reshape(-1), classes)
@@ -73,22 +73,22 @@ def _pictures(labels: list[dict[str, Any]], classes: np.ndarray, rng: np.random.
     return found
 
 
-def _draw(pictures: list[dict[str, Any]], classes: np.ndarray) -> list[dict[str, Any]]:
-    """Return pictures that together show every class."""
+def _draw(images: list[dict[str, Any]], classes: np.ndarray) -> list[dict[str, Any]]:
+    """Return images that together show every class."""
     missing, drawn = set(classes.tolist()), []
-    for picture in pictures:
-        shown = set(picture["cls"].reshape(-1).astype(int).tolist())
+    for image in images:
+        shown = set(image["cls"].reshape(-1).astype(int).tolist())
         if missing & shown:
-            drawn.append(picture)
+            drawn.append(image)
             missing -= shown
     return drawn
 
 
 def _features(
-    model: nn.Module, pictures: list[dict[str, Any]], classes: np.ndarray, imgsz: int, views: list[View] | None = None
+    model: nn.Module, images: list[dict[str, Any]], classes: np.ndarray, imgsz: int, views: list[View] | None = None
 ) -> tuple[Features, torch.Tensor]:
-    """Return the features of pictures, and the class of every object as its place among the classes."""
-    features = extract(model, base_support(model, pictures), imgsz, views=views, desc="Calibrating")
+    """Return the features of images, and the class of every object as its place among the classes."""
+    features = extract(model, base_support(model, images), imgsz, views=views, desc="Calibrating")
     place = {c: i for i, c in enumerate(classes.tolist())}
     valid = features.embeds[0].any(1) if views is None else torch.ones(len(features.cls), dtype=torch.bool)
     features = recall(model.memory, features, classes.tolist()) if views is None else features
@@ -96,9 +96,9 @@ def _features(
 
 
 def _only(features: Features, labels: torch.Tensor, low: int, high: int) -> tuple[Features, torch.Tensor]:
-    """Return the part of some features and labels that pictures low to high - 1 and the memory have."""
-    anchors, shown = features.anchors[0], (features.picture >= low) & (features.picture < high)
-    part = select(anchors, (anchors.picture < 0) | (anchors.picture >= low) & (anchors.picture < high))
+    """Return the part of some features and labels that images low to high - 1 and the memory have."""
+    anchors, shown = features.anchors[0], (features.image >= low) & (features.image < high)
+    part = select(anchors, (anchors.image < 0) | (anchors.image >= low) & (anchors.image < high))
     return features._replace(anchors=[part]), torch.where(shown, labels, -1)
 
 

@@ -14,15 +14,15 @@ from yolo_fewshot.enroll.fit import classifiers
 from yolo_fewshot.nn.head import Prototypes
 from yolo_fewshot.nn.prototypes import class_means
 
-FOLDS = 5  # groups of pictures, of which one after the other is left out
+FOLDS = 5  # groups of images, of which one after the other is left out
 IOU_NMS, IOU_TRUE = 0.7, 0.5  # Ultralytics' NMS threshold, and that of AP50
 CONF = 0.01  # least confidence looked at
-DETECTIONS = 300  # of one picture, as Ultralytics' max_det
+DETECTIONS = 300  # of one image, as Ultralytics' max_det
 SCORES = 2**24  # computed together, which bounds the memory
 
 
 class Detections(NamedTuple):
-    """Detections in some pictures.
+    """Detections in some images.
 
     Attributes:
         cls (torch.Tensor): Class, (M,) int64.
@@ -38,36 +38,36 @@ class Detections(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How well objects agree with their classes, as cosines of centred embeddings.
+    """How well objects agree with their classes, as cosines of centered embeddings.
 
     Attributes:
-        own (torch.Tensor): Likeness to the other objects of its class, (N,) float32; NaN where there are none.
-        other (torch.Tensor): Likeness to the nearest other class, (N,) float32; NaN where there is none.
+        own (torch.Tensor): Similarity to the other objects of its class, (N,) float32; NaN where there are none.
+        other (torch.Tensor): Similarity to the nearest other class, (N,) float32; NaN where there is none.
         nearest (torch.Tensor): That class, (N,) int64; -1 where there is none.
-        doubtful (torch.Tensor): Whether the object disagrees with the rest of its class, (N,) bool.
+        suspect (torch.Tensor): Whether the object disagrees with the rest of its class, (N,) bool.
     """
 
     own: torch.Tensor
     other: torch.Tensor
     nearest: torch.Tensor
-    doubtful: torch.Tensor
+    suspect: torch.Tensor
 
 
 def detect(
     features: Features,
     labels: torch.Tensor,
-    pictures: torch.Tensor,
+    images: torch.Tensor,
     rows: tuple[torch.Tensor, torch.Tensor],
     bank: Prototypes,
     conf: float = CONF,
     nms: bool = True,
 ) -> Detections:
-    """Detect with classifiers in the plain view of pictures, from their kept anchors.
+    """Detect with classifiers in the plain view of images, from their kept anchors.
 
     Args:
         features (Features): Features with the anchors of the branch that predicts in front.
         labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for none of them.
-        pictures (torch.Tensor): Which pictures to look at, (number of pictures,) bool.
+        images (torch.Tensor): Which images to look at, (number of images,) bool.
         rows (tuple[torch.Tensor, torch.Tensor]): Vectors (n, D) and offsets (n,) of the classifiers.
         bank (Prototypes): Level scales and biases of the branch.
         conf (float): Least confidence.
@@ -77,7 +77,7 @@ def detect(
         (Detections): The detections, the most confident first.
     """
     anchors, (vectors, offsets), n = features.anchors[0], rows, len(rows[0])
-    anchors = select(anchors, (anchors.view == 0) & pictures[anchors.picture])
+    anchors = select(anchors, (anchors.view == 0) & images[anchors.image])
     scale, bias = (x.detach().float().cpu()[anchors.level, None] for x in (bank.logit_scale, bank.bias))
     found = []
     for part in torch.arange(len(anchors.embeds)).split(max(SCORES // n, 1)):
@@ -85,17 +85,17 @@ def detect(
         a, c = (scores > conf).nonzero(as_tuple=True)
         found.append((part[a], c, scores[a, c]))
     a, c, s = map(torch.cat, zip(*found)) if found else (torch.zeros(0, dtype=t) for t in (int, int, torch.float))
-    boxes, picture, kept = anchors.boxes[a], anchors.picture[a], [a[:0]]
-    counts = torch.bincount(picture, minlength=len(pictures)).tolist()
-    for part in picture.argsort(stable=True).split(counts):  # each alone, for the cost of NMS grows with the square
+    boxes, image, kept = anchors.boxes[a], anchors.image[a], [a[:0]]
+    counts = torch.bincount(image, minlength=len(images)).tolist()
+    for part in image.argsort(stable=True).split(counts):  # each alone, for the cost of NMS grows with the square
         best = batched_nms(boxes[part], s[part], c[part], IOU_NMS) if nms else s[part].argsort(descending=True)
         kept.append(part[best[:DETECTIONS]])
     kept = torch.cat(kept)
     kept = kept[s[kept].argsort(descending=True, stable=True)]
-    group = picture * n + c
+    group = image * n + c
     known = (labels >= 0).nonzero()[:, 0]
-    hit = _hits(boxes[kept], group[kept], features.boxes[known], features.picture[known] * n + labels[known])
-    shown = labels[(labels >= 0) & pictures[features.picture]]
+    hit = _hits(boxes[kept], group[kept], features.boxes[known], features.image[known] * n + labels[known])
+    shown = labels[(labels >= 0) & images[features.image]]
     return Detections(c[kept], s[kept], hit, torch.bincount(shown, minlength=n))
 
 
@@ -104,16 +104,16 @@ def _hits(boxes: torch.Tensor, group: torch.Tensor, truths: torch.Tensor, owner:
 
     Args:
         boxes (torch.Tensor): Boxes of the detections, the most confident first, (M, 4).
-        group (torch.Tensor): Picture and class of every detection as one number, (M,).
+        group (torch.Tensor): Image and class of every detection as one number, (M,).
         truths (torch.Tensor): Boxes of the objects, (N, 4).
-        owner (torch.Tensor): Picture and class of every object likewise, (N,).
+        owner (torch.Tensor): Image and class of every object likewise, (N,).
 
     Returns:
         (torch.Tensor): (M,) bool.
     """
     hit, (owner, order) = torch.zeros(len(boxes), dtype=torch.bool), owner.sort(stable=True)
     low, high = (torch.searchsorted(owner, group, right=side) for side in (False, True))
-    near = (high > low).nonzero()[:, 0]  # detections with an object of their class in their picture
+    near = (high > low).nonzero()[:, 0]  # detections with an object of their class in their image
     if not len(near):
         return hit
     place = low[near, None] + torch.arange(int((high - low).max()))
@@ -130,20 +130,20 @@ def _hits(boxes: torch.Tensor, group: torch.Tensor, truths: torch.Tensor, owner:
 
 
 def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
-    """Deal the pictures into folds so that the shots of every class are spread.
+    """Deal the images into folds so that the shots of every class are spread.
 
     Args:
         features (Features): Features of a support set.
         labels (torch.Tensor): Class of every object, (N,).
 
     Returns:
-        (torch.Tensor): Fold of every picture, (number of pictures,) int64.
+        (torch.Tensor): Fold of every image, (number of images,) int64.
     """
     n, fold = int(labels.max()) + 1, torch.zeros(len(features.files), dtype=torch.int64)
     held = torch.zeros(FOLDS, n)
     rare = 1 / torch.bincount(labels[labels >= 0], minlength=n).clamp(min=1)  # classes of few shots matter more
-    for p in features.picture.unique().tolist():
-        shown = torch.bincount(labels[(features.picture == p) & (labels >= 0)], minlength=n) * rare
+    for p in features.image.unique().tolist():
+        shown = torch.bincount(labels[(features.image == p) & (labels >= 0)], minlength=n) * rare
         fold[p] = (held @ shown + held.sum(1) * 1e-6).argmin()
         held[fold[p]] += shown
     return fold
@@ -152,7 +152,7 @@ def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
 def detect_left_out(
     features: Features, labels: torch.Tensor, pull: torch.Tensor, bank: Prototypes, nms: bool = True
 ) -> Detections:
-    """Detect in every picture with classifiers that were made without it and the others of its fold.
+    """Detect in every image with classifiers that were made without it and the others of its fold.
 
     Args:
         features (Features): Features of a support set, with the anchors of the branch that predicts in front.
@@ -162,13 +162,13 @@ def detect_left_out(
         nms (bool): Whether NMS follows; not for the one-to-one branch.
 
     Returns:
-        (Detections): Of classes that have shots outside the fold; one whose shots are all in one picture has no truths.
+        (Detections): Of classes that have shots outside the fold; one whose shots are all in one image has no truths.
     """
     fold, first, found = folds(features, labels), features.anchors[0], []
-    for f in fold[features.picture].unique().tolist():
-        seen = torch.where(fold[features.picture] == f, -1, labels)
+    for f in fold[features.image].unique().tolist():
+        seen = torch.where(fold[features.image] == f, -1, labels)
         known = torch.bincount(seen[seen >= 0], minlength=len(pull)) > 0
-        part = features._replace(anchors=[select(first, (first.picture < 0) | (fold[first.picture] != f))])
+        part = features._replace(anchors=[select(first, (first.image < 0) | (fold[first.image] != f))])
         rows = classifiers(part, seen, torch.where(known, pull, torch.inf), 0, bank)
         out = detect(features, labels, fold == f, rows, bank, nms=nms)
         found.append((*(x[known[out.cls]] for x in out[:3]), out.truths * known))
@@ -195,7 +195,7 @@ def thresholds(found: Detections) -> list[float | None]:
     """Suggest the confidence of best F1 for every class.
 
     Args:
-        found (Detections): Detections of n classes in pictures that their classifiers never saw.
+        found (Detections): Detections of n classes in images that their classifiers never saw.
 
     Returns:
         (list[float | None]): Of every class, in 0..1; None where nothing tells.
@@ -229,8 +229,8 @@ def best_conf(conf: torch.Tensor, hit: torch.Tensor, truths: int) -> float | Non
 def agreement(features: Features, labels: torch.Tensor, n: int) -> Agreement:
     """Compare every object with the rest of its class and with the other classes.
 
-    Likeness is the cosine to the mean of a class after subtracting the mean of the class means, which all objects
-    share. An object is doubtful if its own class, without it, is less like it than another class is, and less than half
+    Similarity is the cosine to the mean of a class after subtracting the mean of the class means, which all objects
+    share. An object is suspect if its own class, without it, is less like it than another class is, and less than half
     as like it as it is to the class's objects in the median. Classes of fewer than 3 objects are not judged, nor is a
     single class.
 
@@ -264,5 +264,5 @@ def agreement(features: Features, labels: torch.Tensor, n: int) -> Agreement:
         if counts[c] > 1:
             own = (embeds[mine] * F.normalize(sums[c] - embeds[mine], dim=1)).sum(1)
             found.own[mine] = own
-            found.doubtful[mine] = (counts[c] >= 3) & (own < other) & (own < own.median() / 2)
+            found.suspect[mine] = (counts[c] >= 3) & (own < other) & (own < own.median() / 2)
     return found

@@ -1,4 +1,4 @@
-"""Enrolment: classes from a few labelled examples, without training and without touching a weight of the others."""
+"""Enrollment: classes from a few labeled examples, without training and without touching a weight of the others."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Shot(NamedTuple):
     """An object that a class was enrolled from, with the figures of `Agreement`.
 
     Attributes:
-        file (str): Picture file.
+        file (str): Image file.
         box (list[float]): Its box, x1, y1, x2, y2 in 0..1.
-        own (float | None): Likeness to the other shots of its class; None where there are none.
-        other (float | None): Likeness to the nearest other class; None where there is none.
+        own (float | None): Similarity to the other shots of its class; None where there are none.
+        other (float | None): Similarity to the nearest other class; None where there is none.
         nearest (str | None): Name of that class.
-        doubtful (bool): Whether it disagrees with the rest of its class.
+        suspect (bool): Whether it disagrees with the rest of its class.
     """
 
     file: str
@@ -44,11 +44,11 @@ class Shot(NamedTuple):
     own: float | None
     other: float | None
     nearest: str | None
-    doubtful: bool
+    suspect: bool
 
 
 class Shots(NamedTuple):
-    """Outcome of an enrolment.
+    """Outcome of an enrollment.
 
     Attributes:
         classes (dict[str, dict]): By class name, what the model now knows of it: `shots`, the number of its objects;
@@ -61,9 +61,9 @@ class Shots(NamedTuple):
     objects: dict[str, list[Shot]]
 
     @property
-    def doubtful(self) -> dict[str, list[str]]:
-        """By class name, the pictures of shots that disagree with the rest of the class."""
-        found = {name: [x.file for x in row if x.doubtful] for name, row in self.objects.items()}
+    def suspect(self) -> dict[str, list[str]]:
+        """By class name, the images of shots that disagree with the rest of the class."""
+        found = {name: [x.file for x in row if x.suspect] for name, row in self.objects.items()}
         return {name: list(dict.fromkeys(files)) for name, files in found.items() if files}
 
 
@@ -82,12 +82,12 @@ def enroll(
     Args:
         model (nn.Module): Few-shot model in eval mode; changed in place.
         support (Support): The support set.
-        imgsz (int): Picture size in pixels.
-        batch (int): Pictures per forward pass.
+        imgsz (int): Image size in pixels.
+        batch (int): Images per forward pass.
         method (str): 'mean', the mean of the shots' embeddings (Snell et al. 2017); 'fit', a classifier fitted on all
-            anchors of the support pictures with a pull towards that mean; or 'auto', see `choose`.
-        views (list[View], optional): Views of the pictures, those of `support_views` if not given.
-        keep (Collection[str]): Classes of the model that stay as they are. Their objects in the support pictures are
+            anchors of the support images with a pull towards that mean; or 'auto', see `choose`.
+        views (list[View], optional): Views of the images, those of `support_views` if not given.
+        keep (Collection[str]): Classes of the model that stay as they are. Their objects in the support images are
             negatives of the others, and help to choose the method.
         nms (bool, optional): As in prediction: where it is False, the one-to-one branch of a dual head will predict, so
             thresholds and the choice of the method are for it.
@@ -148,7 +148,7 @@ def enroll(
 
 
 def forget(model: nn.Module, name: str) -> None:
-    """Undo the enrolment of a class: remove it, or give a base class its own classifier back.
+    """Undo the enrollment of a class: remove it, or give a base class its own classifier back.
 
     Args:
         model (nn.Module): Few-shot model; changed in place. Classes after a removed one move up by one index.
@@ -210,14 +210,14 @@ def _check_anchors(
         if owner[i] in keep:
             continue
         same = bbox_iou(features.boxes[i], features.boxes, xywh=False)[:, 0] > SAME
-        same &= features.picture == features.picture[i]
+        same &= features.image == features.image[i]
         same[i] = False
         if same.any():
             shared, what = True, f"{owner[i]} shares its box with {owner[int(same.nonzero()[0])]}"
         else:
             w, h = (features.boxes[i, 2:] - features.boxes[i, :2]).tolist()
             small, what = True, f"{owner[i]} ({w:.3g} x {h:.3g} pixels)"
-        texts.append(f"{features.files[int(features.picture[i])]}: {what}")
+        texts.append(f"{features.files[int(features.image[i])]}: {what}")
     if not texts:
         return
     advice = " An anchor belongs to one object only: of labels that share a box, keep one." if shared else ""
@@ -246,11 +246,11 @@ def _objects(support: Support, features: Features, labels: torch.Tensor, names: 
     objects: dict[str, list[Shot]] = {name: [] for name in names}
     boxes = xywh2xyxy(np.concatenate([x["bboxes"] for x in support.labels])).tolist()
     figures = (x.tolist() for x in agreement(features, labels, len(names)))
-    for c, p, box, own, other, nearest, doubtful in zip(labels.tolist(), features.picture.tolist(), boxes, *figures):
+    for c, p, box, own, other, nearest, suspect in zip(labels.tolist(), features.image.tolist(), boxes, *figures):
         if c >= 0:
             own, other = (None if math.isnan(x) else x for x in (own, other))
             name = None if other is None else names[nearest]
-            objects[names[c]].append(Shot(features.files[p], box, own, other, name, doubtful))
+            objects[names[c]].append(Shot(features.files[p], box, own, other, name, suspect))
     return objects
 
 
@@ -263,10 +263,10 @@ def choose(
     single: float,
     nms: bool = True,
 ) -> tuple[torch.Tensor, Detections]:
-    """Choose the pull of every class, and detect in the support pictures with classifiers that did not see them.
+    """Choose the pull of every class, and detect in the support images with classifiers that did not see them.
 
     The pull is `PULL` over the number of shots for 'fit', and infinite for 'mean'. 'auto' fits, unless 'mean' finds
-    more by `MARGIN` (AP50) in the support pictures with these left out, for classes of at least `ENOUGH` shots; fewer
+    more by `MARGIN` (AP50) in the support images with these left out, for classes of at least `ENOUGH` shots; fewer
     tell too little, so there it takes what was better on base classes enrolled from one shot when training ended.
 
     Args:
@@ -301,10 +301,10 @@ def log(shots: Shots) -> None:
     """Say what was enrolled, and which shots to check.
 
     Args:
-        shots (Shots): Outcome of an enrolment.
+        shots (Shots): Outcome of an enrollment.
     """
     LOGGER.info(table_of(shots.classes))
-    for name, files in shots.doubtful.items():
+    for name, files in shots.suspect.items():
         LOGGER.warning(f"{name}: check {', '.join(files)}, which looks more like another class of the support set.")
 
 

@@ -1,4 +1,4 @@
-"""Features of a support set: what enrolment needs of its pictures, from one forward pass of each view."""
+"""Features of a support set: what enrollment needs of its images, from one forward pass of each view."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = 200_000  # anchors kept of a support set, about 100 MB with D = 128
 
 
 class View(NamedTuple):
-    """A way to look at a picture.
+    """A way to look at a image.
 
     Attributes:
         scale (float): Factor of its size.
@@ -46,7 +46,7 @@ class Anchors(NamedTuple):
         objects (torch.Tensor): Index of the object that the anchor belongs to, -1 for none, (M,) int64.
         weight (torch.Tensor): IoU-based weight of an anchor of an object; of others, their weight as a negative, (M,)
             float32.
-        picture (torch.Tensor): Index of the picture, -1 for one that is not of the support set, (M,) int64.
+        image (torch.Tensor): Index of the image, -1 for one that is not of the support set, (M,) int64.
         view (torch.Tensor): Index of the view, -1 likewise, (M,) int64.
     """
 
@@ -55,7 +55,7 @@ class Anchors(NamedTuple):
     boxes: torch.Tensor
     objects: torch.Tensor
     weight: torch.Tensor
-    picture: torch.Tensor
+    image: torch.Tensor
     view: torch.Tensor
 
 
@@ -65,8 +65,8 @@ class Features(NamedTuple):
     Attributes:
         cls (torch.Tensor): Label index of every object, (N,) int64.
         boxes (torch.Tensor): Its box in the first view, x1, y1, x2, y2 in pixels, (N, 4) float32.
-        picture (torch.Tensor): Index of its picture, (N,) int64.
-        files (list[str]): Picture files.
+        image (torch.Tensor): Index of its image, (N,) int64.
+        files (list[str]): Image files.
         embeds (list[torch.Tensor]): Of each branch, mean embedding over the views, of unit length, (N, D) float32; rows
             of zeros for an object that no anchor belongs to.
         anchors (list[Anchors]): Of each branch.
@@ -75,7 +75,7 @@ class Features(NamedTuple):
 
     cls: torch.Tensor
     boxes: torch.Tensor
-    picture: torch.Tensor
+    image: torch.Tensor
     files: list[str]
     embeds: list[torch.Tensor]
     anchors: list[Anchors]
@@ -100,7 +100,7 @@ def support_views(args: dict[str, Any], crops: bool) -> list[View]:
 
     Args:
         args (dict[str, Any]): Training arguments of the model; a missing one counts as off.
-        crops (bool): Whether the pictures are cropped objects, which are then shown smaller than the picture.
+        crops (bool): Whether the images are cropped objects, which are then shown smaller than the image.
 
     Returns:
         (list[View]): The views, the plain one first.
@@ -116,9 +116,9 @@ def show(batch: dict[str, Any], view: View, stride: int) -> dict[str, Any]:
 
     Args:
         batch (dict[str, Any]): With `img` (B, C, H, W) float in 0..1 and `bboxes` (N, 4), x, y, w, h in 0..1.
-        view (View): The view. A smaller picture lies in the middle of a grey one of the old size, a greater one at the
-            top left of a grey one whose size is a multiple of the stride.
-        stride (int): Greatest stride of the model in pixels.
+        view (View): The view. A smaller image lies in the middle of a gray one of the old size, a greater one at the
+            top left of a gray one whose size is a multiple of the stride.
+        stride (int): Maximum stride of the model in pixels.
 
     Returns:
         (dict[str, Any]): The batch with other `img` and `bboxes`.
@@ -150,7 +150,7 @@ def extract(
     rows: int = ROWS,
     desc: str = "Enrolling",
 ) -> Features:
-    """Extract the features of a support set: one forward pass of each view of each picture.
+    """Extract the features of a support set: one forward pass of each view of each image.
 
     An object's anchors are the ones that training would assign to it in the branch by the IoU of their boxes alone,
     since a class that is not enrolled yet has no score.
@@ -158,8 +158,8 @@ def extract(
     Args:
         model (nn.Module): Few-shot model in eval mode.
         support (Support): The support set.
-        imgsz (int): Picture size in pixels.
-        batch (int): Pictures per forward pass.
+        imgsz (int): Image size in pixels.
+        batch (int): Images per forward pass.
         views (list[View], optional): The views, those of `support_views` if not given.
         rows (int): Anchors to keep, roughly, which bounds the memory.
         desc (str): Text of the progress bar.
@@ -173,9 +173,9 @@ def extract(
     trained = [i for i, n in model.names.items() if str(n) not in model.enrolled]
     keep = min(max(rows // (len(support.labels) * len(views)), 32), 512)
     assign = BoxAssignment.of_branches(model)
-    cls, boxes, pictures = [], [], []
+    cls, boxes, images = [], [], []
     branches = [([], []) for _ in model.model[-1].branches]  # of each one, embeddings of objects, and anchors
-    n_pictures = n_objects = 0
+    n_images = n_objects = 0
     dataset = SupportDataset(support, imgsz)
     dataset = MaskedDataset.of(dataset, support.ignore) if support.ignore else dataset
     loader = build_dataloader(dataset, batch=batch, workers=0, shuffle=False, device=device)
@@ -189,27 +189,27 @@ def extract(
             if v == 0:
                 boxes.append(ops.xywh2xyxy(shown["bboxes"]) * size.repeat(2))
             for b, preds in enumerate(branch_predictions(model, shown["img"])):
-                centres, strides = make_anchors(preds["feats"], model.stride, 0.5)
-                free = outside(ignored, centres * strides, size, len(shown["img"]))
-                assigned, picture = assign[b](preds, shown), shown["batch_idx"].long()
-                embeds, anchors = _features(preds, assigned, picture, free, keep, trained)
+                centers, strides = make_anchors(preds["feats"], model.stride, 0.5)
+                free = outside(ignored, centers * strides, size, len(shown["img"]))
+                assigned, image = assign[b](preds, shown), shown["batch_idx"].long()
+                embeds, anchors = _features(preds, assigned, image, free, keep, trained)
                 sums[b] = sums[b] + embeds
                 anchors = anchors._replace(
                     objects=torch.where(anchors.objects < 0, -1, anchors.objects + n_objects),
-                    picture=anchors.picture + n_pictures,
-                    view=torch.full_like(anchors.picture, v),
+                    image=anchors.image + n_images,
+                    view=torch.full_like(anchors.image, v),
                 )
                 branches[b][1].append(Anchors(*(x.cpu() for x in anchors)))
         for (embeds, _), total in zip(branches, sums):
             embeds.append(F.normalize(total, dim=1))
         cls.append(shown["cls"].view(-1).long())
-        pictures.append(shown["batch_idx"].long() + n_pictures)
+        images.append(shown["batch_idx"].long() + n_images)
         n_objects += len(cls[-1])
-        n_pictures += len(item["img"])
+        n_images += len(item["img"])
     return Features(
         torch.cat(cls).cpu(),
         torch.cat(boxes).cpu(),
-        torch.cat(pictures).cpu(),
+        torch.cat(images).cpu(),
         [x["im_file"] for x in support.labels],
         [torch.cat(embeds).cpu() for embeds, _ in branches],
         [Anchors(*map(torch.cat, zip(*anchors))) for _, anchors in branches],
@@ -220,7 +220,7 @@ def extract(
 def _features(
     preds: dict[str, torch.Tensor],
     assigned: tuple,
-    picture: torch.Tensor,
+    image: torch.Tensor,
     free: torch.Tensor,
     keep: int,
     trained: list[int],
@@ -228,29 +228,29 @@ def _features(
     """Return the embeddings of the objects and the anchors to keep of one batch in one branch.
 
     Args:
-        preds (dict[str, torch.Tensor]): Predictions of the branch, A anchors in each of B pictures.
+        preds (dict[str, torch.Tensor]): Predictions of the branch, A anchors in each of B images.
         assigned (tuple): Their assignment, from `BoxAssignment`.
-        picture (torch.Tensor): Picture of every object, (N,) int64, ascending.
+        image (torch.Tensor): Image of every object, (N,) int64, ascending.
         free (torch.Tensor): Which anchors are outside all boxes to ignore, (B, A) bool.
-        keep (int): Anchors without an object to keep of each picture.
+        keep (int): Anchors without an object to keep of each image.
         trained (list[int]): Classes that were not enrolled, so that what is kept does not depend on what was.
 
     Returns:
         embeds (torch.Tensor): Embeddings of the objects, (N, D) float32.
-        anchors (Anchors): The anchors, with pictures and objects counted from 0, and `view` empty.
+        anchors (Anchors): The anchors, with images and objects counted from 0, and `view` empty.
     """
     fg, gt_idx, weight, n_max, boxes = assigned
     embeds = preds["embeds"].transpose(1, 2).float()
-    first = torch.searchsorted(picture, picture)  # objects of a picture are neighbours
-    place = torch.arange(len(picture), device=picture.device) - first
-    objects = pool_objects(embeds, fg, gt_idx, weight, n_max)[0][picture * n_max + place]
-    start = torch.searchsorted(picture, torch.arange(len(embeds), device=picture.device))
+    first = torch.searchsorted(image, image)  # objects of a image are neighbors
+    place = torch.arange(len(image), device=image.device) - first
+    objects = pool_objects(embeds, fg, gt_idx, weight, n_max)[0][image * n_max + place]
+    start = torch.searchsorted(image, torch.arange(len(embeds), device=image.device))
     owner, weights = torch.full(embeds.shape[:2], -1, device=embeds.device), embeds.new_ones(embeds.shape[:2])
     owner[fg], weights[fg] = start[fg[0]] + gt_idx.long(), weight.float()
-    # The hardest of the others are those that look like an object of this picture, or like one of a trained class.
+    # The hardest of the others are those that look like an object of this image, or like one of a trained class.
     alike = embeds.new_zeros(embeds.shape[:2])
-    for b in picture.unique().tolist():
-        alike[b] = (F.normalize(embeds[b], dim=1) @ objects[picture == b].t()).amax(1)
+    for b in image.unique().tolist():
+        alike[b] = (F.normalize(embeds[b], dim=1) @ objects[image == b].t()).amax(1)
     scores = preds["scores"][:, trained].float().amax(1) if len(trained) else alike
     other = (owner < 0) & free
     rank = torch.maximum(*(_rank(x.masked_fill(~other, -torch.inf)) for x in (alike, scores)))

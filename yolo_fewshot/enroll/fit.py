@@ -1,4 +1,4 @@
-"""The `fit` enrolment: classifiers of new classes, fitted on the anchors of their support pictures."""
+"""The `fit` enrollment: classifiers of new classes, fitted on the anchors of their support images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from yolo_fewshot.nn.head import Prototypes
 from yolo_fewshot.nn.prototypes import class_means
 
 PULL = 3.0  # of one shot; K shots pull K times less
-MARGIN = 0.01  # AP50 by which `mean` must beat a fit: known classes and fewer shots, as in the comparisons, favour it
+MARGIN = 0.01  # AP50 by which `mean` must beat a fit: known classes and fewer shots, as in the comparisons, favor it
 NEGATIVES = 20_000  # anchors without an object of the classes, the hardest, that a fit uses
 CLASSES = 64  # classes fitted together, which bounds the memory
 
@@ -45,7 +45,7 @@ def fit_classes(
     """Fit the classifiers of some classes by convex logistic regression with a pull towards their prototypes.
 
     Class by class, over the anchors a with embedding e_a, level l_a and target t_ac (the IoU-based weight of an anchor
-    of the class, else 0), minimises over the vector v and the offset o
+    of the class, else 0), minimizes over the vector v and the offset o
 
         sum_a w_a BCE(s_l <e_a, v> + b_l + o, t_ac) / sum_a t_ac  +  pull (|v - p_c|^2 + o^2 / 100),
 
@@ -73,12 +73,12 @@ def fit_classes(
         y = F.one_hot(index[targets[rows]] + 1, len(classes) + 1)[:, 1:] * anchors.weight[rows, None]
         w = torch.where(anchors.objects[rows] < 0, anchors.weight[rows], 1.0)
         x, b = anchors.embeds[rows] * scale[rows, None], bias[rows]
-        vectors[classes], offsets[classes] = _minimise(x, b, y, w, prototypes[classes], pull[classes])
+        vectors[classes], offsets[classes] = _minimize(x, b, y, w, prototypes[classes], pull[classes])
     return vectors, offsets
 
 
 def _hardest(cosine: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the rows of all anchors of the classes and of the negatives with the greatest logits."""
+    """Return the rows of all anchors of the classes and of the negatives with the maximum logits."""
     logit = (cosine * scale[:, None]).amax(1) + bias
     positive = target >= 0
     hard = torch.where(positive, float("inf"), logit).topk(min(len(logit), NEGATIVES + int(positive.sum())))[1]
@@ -86,7 +86,7 @@ def _hardest(cosine: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, targ
 
 
 @torch.enable_grad()
-def _minimise(
+def _minimize(
     x: torch.Tensor,
     bias: torch.Tensor,
     y: torch.Tensor,
@@ -94,7 +94,7 @@ def _minimise(
     prototypes: torch.Tensor,
     pull: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimise the objective of `fit_classes` by L-BFGS; the classes do not influence each other's minimum."""
+    """Minimize the objective of `fit_classes` by L-BFGS; the classes do not influence each other's minimum."""
     vectors, offsets = prototypes.clone().requires_grad_(), torch.zeros(len(prototypes), requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [vectors, offsets], max_iter=100, history_size=20, tolerance_change=1e-7, line_search_fn="strong_wolfe"

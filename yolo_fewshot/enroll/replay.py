@@ -1,4 +1,4 @@
-"""Memory of the base pictures: anchors that a new class must not take for its own, kept with the model."""
+"""Memory of the base images: anchors that a new class must not take for its own, kept with the model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 from yolo_fewshot.data.support import Support
 from yolo_fewshot.enroll.features import Anchors, Features, View, extract
 
-PICTURES = 200  # looked at
+IMAGES = 200  # looked at
 ROWS = 4096  # anchors kept, about 1 MB with D = 128
-WEIGHT = 0.3  # of one of them in a fit, beside 1 of an anchor of the support pictures
+WEIGHT = 0.3  # of one of them in a fit, beside 1 of an anchor of the support images
 
 # Of each branch: embeddings (M, D) float16, levels (M,) and classes (M,) int16, -1 for background.
 Memory = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -35,20 +35,20 @@ def base_support(model: nn.Module, labels: list[dict[str, Any]]) -> Support:
 
 
 def remember(model: nn.Module, train: list[dict[str, Any]], imgsz: int, seed: int = 0) -> Memory:
-    """Keep anchors of training pictures: of objects, and background that looks most like an object. Deterministic.
+    """Keep anchors of training images: of objects, and background that looks most like an object. Deterministic.
 
     Args:
         model (nn.Module): Few-shot model in eval mode, left as it is.
-        train (list[dict[str, Any]]): Labels of the training pictures, as in `YOLODataset.labels`.
-        imgsz (int): Picture size in pixels.
+        train (list[dict[str, Any]]): Labels of the training images, as in `YOLODataset.labels`.
+        imgsz (int): Image size in pixels.
         seed (int): Seed of the choice.
 
     Returns:
         (Memory): The anchors, on the CPU.
     """
     rng = np.random.default_rng(seed)
-    support = base_support(model, [train[i] for i in np.sort(rng.permutation(len(train))[:PICTURES])])
-    features = extract(model, support, imgsz, views=[View()], rows=0, desc="Remembering base pictures")
+    support = base_support(model, [train[i] for i in np.sort(rng.permutation(len(train))[:IMAGES])])
+    features = extract(model, support, imgsz, views=[View()], rows=0, desc="Remembering base images")
     memory = []
     for anchors in features.anchors:
         chosen = []
@@ -61,7 +61,7 @@ def remember(model: nn.Module, train: list[dict[str, Any]], imgsz: int, seed: in
 
 
 def recall(memory: Memory, features: Features, own: list[int]) -> Features:
-    """Add the remembered anchors to the features of a support set, as anchors of no object and no picture.
+    """Add the remembered anchors to the features of a support set, as anchors of no object and no image.
 
     Args:
         memory (Memory): Memory of the model; may be empty.

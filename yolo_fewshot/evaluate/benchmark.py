@@ -1,4 +1,4 @@
-"""The K-shot protocol: stock fine-tuning, enrolment, adaptation and ablations on the same draws of shots."""
+"""The K-shot protocol: stock fine-tuning, enrollment, adaptation and ablations on the same draws of shots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ import yolo_fewshot
 from yolo_fewshot import args as table
 from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.splits import shot_counts
-from yolo_fewshot.data.support import list_pictures
+from yolo_fewshot.data.support import list_images
 from yolo_fewshot.errors import few, no_head
 from yolo_fewshot.evaluate.metrics import harmonic_mean
 from yolo_fewshot.evaluate.report import FIGURES, FILES, LEAKAGE, Row, add_row, read_rows, report
@@ -47,7 +47,7 @@ STOCK = {
     "save": False,
 }  # fmt: skip
 MIN_STEPS, MIN_EPOCHS = 300, 60  # of the stock fine-tuning
-ENROLMENTS = ("mean", "fit", "auto")
+ENROLLMENTS = ("mean", "fit", "auto")
 ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 anew with the seed of the draw, as it is or with one change
     "full": {},
     "minus_supcon": {"supcon": 0.0},
@@ -56,9 +56,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 anew with the seed of the dr
     "minus_contrast": {"supcon": 0.0, "cpe": 0.0, "triplet": 0.0},
     "two_way": {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False},
 }
-# Stage 3 on the shots of the novel classes, with base pictures, to the trained weights, and on shots of all classes.
+# Stage 3 on the shots of the novel classes, with base images, to the trained weights, and on shots of all classes.
 ADAPTATIONS = ("adapt", "replay", "adapt_full", "adapt_all")
-DEFAULT_METHODS = (*STOCKS, *ENROLMENTS, *ADAPTATIONS)
+DEFAULT_METHODS = (*STOCKS, *ENROLLMENTS, *ADAPTATIONS)
 METHODS = (*DEFAULT_METHODS, "no_episodes", *ABLATIONS)
 
 STAGE2_ONLY = {"epochs", "episodes", "lr0", "lrf", "val", "patience"}
@@ -116,7 +116,7 @@ def benchmark(
     """Measure methods with K shots of novel classes, over several draws of the shots.
 
     Everything is checked first. Each result is a row of `rows.csv` at once, and a run that is started again with the
-    same `out` does what is missing. Nothing is chosen by results, except the best stock fine-tuning, in its favour.
+    same `out` does what is missing. Nothing is chosen by results, except the best stock fine-tuning, in its favor.
 
     Args:
         data (str | Path): Folder that `yolo-fewshot split` wrote, or one with the same kinds of data.yaml.
@@ -247,7 +247,7 @@ def _find_shots(
 
 
 def _check_models(files: dict[str, Path | None]) -> int:
-    """Raise an error if a checkpoint is of the wrong kind; return the picture size that `model` was trained with."""
+    """Raise an error if a checkpoint is of the wrong kind; return the image size that `model` was trained with."""
     for key, file in files.items():
         if file:
             yolo = YOLO(file)
@@ -323,9 +323,9 @@ def _describe(target: Path, file: Path, listed: Path | None) -> Path:
 
 
 def _run_method(plan: Plan, method: str, shots: int, seed: int) -> Row:
-    """Train or enrol, then measure; return the figures, and the seconds of the training or enrolment.
+    """Train or enroll, then measure; return the figures, and the seconds of the training or enrollment.
 
-    An ablation's seconds are those of the enrolment, as for the model whose ablation it is.
+    An ablation's seconds are those of the enrollment, as for the model whose ablation it is.
     """
     data, folder = plan.shots[shots, seed], plan.out / "runs" / f"{method}_{shots}shot_seed{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
@@ -341,7 +341,7 @@ def _run_method(plan: Plan, method: str, shots: int, seed: int) -> Row:
     else:
         start = plan.files["stage1" if method == "no_episodes" else "model"]
         start = _ablated(plan, method, seed) if method in ABLATIONS else start
-        file, seconds = _enrol(plan, folder, start, data, method if method in ENROLMENTS else "auto")
+        file, seconds = _enroll(plan, folder, start, data, method if method in ENROLLMENTS else "auto")
     figures = {"seconds": round(seconds, 2)}
     few_shot, every = (_measure(plan, folder, file, x) for x in (data, plan.folder / "data.yaml"))
     figures |= dict(zip(FIGURES["FSOD"], few_shot["novel"]))
@@ -385,16 +385,16 @@ def _fine_tune(plan: Plan, folder: Path, data: Path, freeze: int, seed: int) -> 
     if not start.exists():
         FewShotYOLO(plan.files["model"]).fold().save(start)
     keys, train = _settings_for("stock", plan.settings), check_det_dataset(data)["train"]
-    pictures = sum(len(list_pictures(Path(x))) for x in (train if isinstance(train, list) else [train]))
-    epochs = _epochs_for(pictures, keys.get("batch", DEFAULT_CFG_DICT["batch"]))
+    images = sum(len(list_images(Path(x))) for x in (train if isinstance(train, list) else [train]))
+    epochs = _epochs_for(images, keys.get("batch", DEFAULT_CFG_DICT["batch"]))
     keys |= {**STOCK, "data": str(data), "freeze": freeze, "seed": seed, "epochs": epochs}
     trainer, seconds = _train(start, folder, **keys)
     return Path(trainer.last), seconds
 
 
-def _epochs_for(pictures: int, batch: int) -> int:
+def _epochs_for(images: int, batch: int) -> int:
     """Return the epochs of the stock fine-tuning: enough for both `MIN_STEPS` and `MIN_EPOCHS`."""
-    batches, per_step = -(-pictures // batch), max(round(STOCK["nbs"] / batch), 1)
+    batches, per_step = -(-images // batch), max(round(STOCK["nbs"] / batch), 1)
     return max(MIN_EPOCHS, -(-MIN_STEPS * per_step // batches))
 
 
@@ -413,8 +413,8 @@ def _ablated(plan: Plan, method: str, seed: int) -> Path:
     return file
 
 
-def _enrol(plan: Plan, folder: Path, start: Path, data: Path, method: str) -> tuple[Path, float]:
-    """Enrol shots, and save the model."""
+def _enroll(plan: Plan, folder: Path, start: Path, data: Path, method: str) -> tuple[Path, float]:
+    """Enroll shots, and save the model."""
     yolo, keys = FewShotYOLO(start), _settings_for("val", plan.settings)
     began = time.perf_counter()
     yolo.enroll(data, imgsz=keys.get("imgsz"), method=method, device=keys.get("device"))

@@ -146,7 +146,7 @@ def _text(figures: tuple[float, float | None], sign: str = "") -> str:
 
 
 def report(out: Path, record: dict[str, Any], novel: int) -> None:
-    """Write and log the tables, and draw the picture.
+    """Write and log the tables, and draw the image.
 
     Args:
         out (Path): Folder of the results.
@@ -157,7 +157,7 @@ def report(out: Path, record: dict[str, Any], novel: int) -> None:
     read, tables = read_rows(out / "rows.csv"), {}
     leakage = f" {LEAKAGE} {', '.join(record['leakage'])}" if record["leakage"] else ""
     lines = []
-    for kind, what in (("FSOD", "novel pictures alone"), ("G-FSOD", "base and novel pictures together")):
+    for kind, what in (("FSOD", "novel images alone"), ("G-FSOD", "base and novel images together")):
         title = f"{kind}: {what}, {novel} novel classes, {seeds} seed{'s' * (seeds > 1)}."
         tables[kind], best = with_baseline(read, methods, counts, seeds, kind)
         listed = [BASELINE] * bool(best) + methods
@@ -178,7 +178,7 @@ def _plot(tables: dict[str, Rows], methods: list[str], counts: list[int], seeds:
     import matplotlib.pyplot as plt  # as Ultralytics does, where it is needed
 
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    labels = {"FSOD": "nAP50, novel pictures alone", "G-FSOD": "harmonic mean of bAP50 and nAP50"}
+    labels = {"FSOD": "nAP50, novel images alone", "G-FSOD": "harmonic mean of bAP50 and nAP50"}
     for ax, (kind, label) in zip(axes, labels.items()):
         for i, method in enumerate(methods):
             points = [interval(tables[kind][method, k, s][MAIN[kind]] for s in range(seeds)) for k in counts]

@@ -44,7 +44,7 @@ class FewShotValidator(DetectionValidator):
         """Initialize the validator.
 
         Args:
-            dataloader (DataLoader, optional): Loader of the pictures.
+            dataloader (DataLoader, optional): Loader of the images.
             save_dir (Path, optional): Folder of the results.
             args (dict | SimpleNamespace, optional): Configuration.
             _callbacks (dict, optional): Callbacks, as in Ultralytics.
@@ -56,8 +56,8 @@ class FewShotValidator(DetectionValidator):
         """Return Ultralytics' loader with all labels of the data.
 
         Args:
-            dataset_path (str): Path to the pictures.
-            batch_size (int): Pictures per batch.
+            dataset_path (str): Path to the images.
+            batch_size (int): Images per batch.
 
         Returns:
             (DataLoader): The loader.
@@ -74,7 +74,7 @@ class FewShotValidator(DetectionValidator):
             model (nn.Module): Model to validate.
 
         Raises:
-            ValueError: If the pictures show a class that the model does not know, or whose name is ambiguous, or if
+            ValueError: If the images show a class that the model does not know, or whose name is ambiguous, or if
                 the data's section `fewshot` is malformed.
         """
         super().init_metrics(model)
@@ -91,7 +91,7 @@ class FewShotValidator(DetectionValidator):
         unknown = [names[i] for i in shown if index[i] == UNKNOWN]
         if unknown:
             raise ValueError(
-                f"The pictures of '{self.args.data}' show {', '.join(unknown)}, which the model does not know. Enroll "
+                f"The images of '{self.args.data}' show {', '.join(unknown)}, which the model does not know. Enroll "
                 "these classes first, i.e. FewShotYOLO(...).enroll('shots.yaml'), or validate on other data."
             )
         self.metrics.novel = set() if self.training or self.args.single_cls else self._novel_classes(model, index)

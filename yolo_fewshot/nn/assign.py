@@ -90,17 +90,17 @@ class BoxAssignment(v8DetectionLoss):
     def __call__(
         self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, int, torch.Tensor]:
-        """Assign anchors to the labelled objects of a batch.
+        """Assign anchors to the labeled objects of a batch.
 
         Args:
             preds (dict[str, torch.Tensor]): Raw predictions of one branch.
             batch (dict[str, torch.Tensor]): Labels as collated by Ultralytics.
 
         Returns:
-            fg (tuple[torch.Tensor, torch.Tensor]): Picture and anchor index of the M assigned anchors.
-            gt_idx (torch.Tensor): Index of the object within its picture, (M,).
+            fg (tuple[torch.Tensor, torch.Tensor]): Image and anchor index of the M assigned anchors.
+            gt_idx (torch.Tensor): Index of the object within its image, (M,).
             weight (torch.Tensor): IoU-based weight of the anchor, (M,).
-            n_max (int): Objects per picture, padding included.
+            n_max (int): Objects per image, padding included.
             boxes (torch.Tensor): Decoded boxes of all anchors, x1, y1, x2, y2 in pixels, (B, A, 4).
         """
         sure = {**preds, "scores": torch.full_like(preds["boxes"][:, :1], 20.0)}  # sigmoid(20) is 1

@@ -30,9 +30,9 @@ class Pooled(NamedTuple):
     Attributes:
         objects (torch.Tensor): Unit embeddings of its N objects, (N, D) float32.
         y (torch.Tensor): Their classes, (N,) int64.
-        prototypes (torch.Tensor): Prototypes of its w classes, from the support pictures, (w, D) float32.
+        prototypes (torch.Tensor): Prototypes of its w classes, from the support images, (w, D) float32.
         ways (torch.Tensor): Their classes, (w,) int64.
-        anchors (tuple[torch.Tensor, torch.Tensor]): Picture and index of the M anchors assigned to objects, (M,) int64.
+        anchors (tuple[torch.Tensor, torch.Tensor]): Image and index of the M anchors assigned to objects, (M,) int64.
     """
 
     objects: torch.Tensor
@@ -47,10 +47,10 @@ class Retained(NamedTuple):
 
     Attributes:
         branch (int): Index of the branch.
-        silent (torch.Tensor): Classes of the model without a label in the training pictures, (S,) int64.
+        silent (torch.Tensor): Classes of the model without a label in the training images, (S,) int64.
         embeds (torch.Tensor): Remembered anchors, (M, D) float32.
         level (torch.Tensor): Index of their level, (M,) int64.
-        targets (torch.Tensor): Scores of all classes there, (M, nc) float32 in 0..1; 0 for classes that are labelled.
+        targets (torch.Tensor): Scores of all classes there, (M, nc) float32 in 0..1; 0 for classes that are labeled.
     """
 
     branch: int
@@ -84,7 +84,7 @@ class RecordingBboxLoss(BboxLoss):
 
     Attributes:
         last (tuple[torch.Tensor, torch.Tensor]): CIoU loss and DFL as last returned.
-        fg (tuple[torch.Tensor, torch.Tensor]): Picture and index of the M anchors assigned to objects, (M,) int64.
+        fg (tuple[torch.Tensor, torch.Tensor]): Image and index of the M anchors assigned to objects, (M,) int64.
     """
 
     def __init__(self, reg_max: int, dfl: ClampedDFLoss | None = None):
@@ -135,10 +135,10 @@ class FewShotLoss(v8DetectionLoss):
     """Detection loss of one branch of a few-shot model.
 
     Stage 1 is Ultralytics' `v8DetectionLoss`. Stage 2 adds, for a batch that is an episode, the detection loss of the
-    query pictures under prototypes of the support pictures (`epi_loss`), SupCon, CPE and triplet terms, and replaces
+    query images under prototypes of the support images (`epi_loss`), SupCon, CPE and triplet terms, and replaces
     the DFL by the clamped one. For other batches, as in validation, those terms are zero.
 
-    Stage 3 adds two terms for the classes without a label in the training pictures: where no object is labelled, their
+    Stage 3 adds two terms for the classes without a label in the training images: where no object is labeled, their
     scores are not pushed to zero but to those of a teacher (`tea_loss`), and they are rehearsed on remembered anchors
     (`mem_loss`). Without such classes, and in validation, both are zero.
 
@@ -196,8 +196,8 @@ class FewShotLoss(v8DetectionLoss):
         Args:
             preds (dict[str, torch.Tensor]): Raw predictions of one branch, see `FewShotDetect.forward_head`.
             batch (dict[str, torch.Tensor]): Labels as collated by Ultralytics; an episode also has `support` (B,) bool
-                and `way` (B,), the class each picture was drawn for, and may have `query` (Q,), the indices of the
-                others, which spares a wait for the device; `teacher` is what `Teacher` says of the pictures.
+                and `way` (B,), the class each image was drawn for, and may have `query` (Q,), the indices of the
+                others, which spares a wait for the device; `teacher` is what `Teacher` says of the images.
 
         Returns:
             loss (torch.Tensor): (3,) in stage 1, (5,) in stage 3, (7,) in stage 2 without further terms, as
@@ -339,7 +339,7 @@ class FewShotLoss(v8DetectionLoss):
             batch (dict[str, torch.Tensor]): The episode.
 
         Returns:
-            (Pooled): Objects with an anchor, in the order of the pictures, and the prototypes.
+            (Pooled): Objects with an anchor, in the order of the images, and the prototypes.
         """
         labels, _, target_scores, _, gt_idx = self.assigner.assigned
         embeds, fg = preds["embeds"].transpose(1, 2), self.bbox_loss.fg
@@ -393,7 +393,7 @@ class FewShotLoss(v8DetectionLoss):
         ways: torch.Tensor,
         counted: torch.Tensor | None,
     ) -> torch.Tensor:
-        """BCE of the query pictures' episode logits; objects of classes that are no way are negatives."""
+        """BCE of the query images' episode logits; objects of classes that are no way are negatives."""
         sizes = [x.shape[2] * x.shape[3] for x in preds["feats"]]
         scale, bias = (
             torch.cat([v.float().expand(n) for v, n in zip(preds[k], sizes)])[None, :, None]
@@ -513,7 +513,7 @@ def balanced_sample(labels: torch.Tensor, n: int) -> torch.Tensor:
 
     Args:
         labels (torch.Tensor): Class of each entry, (M,).
-        n (int): Greatest number of entries.
+        n (int): Maximum number of entries.
 
     Returns:
         (torch.Tensor): Indices, (min(M, n),) long.

@@ -1,7 +1,7 @@
 """The few-shot detection head: class logits are products of an embedding with class prototypes.
 
 Per level: stock class stem -> 1x1 conv to D -> BatchNorm -> e, and the logit of class c is s * <e, p_c / |p_c|> + b
-with s and b of the level. BatchNorm instead of a normalised e keeps everything after the stem linear, so that it can be
+with s and b of the level. BatchNorm instead of a normalized e keeps everything after the stem linear, so that it can be
 folded into the one 1x1 conv that a stock `Detect` has there.
 """
 
@@ -21,7 +21,7 @@ BOX_PRIOR = 2.0  # Ultralytics' initial bias of the box branch
 
 
 def class_prior(nc: int, stride: torch.Tensor) -> torch.Tensor:
-    """Return Ultralytics' initial bias of a class logit: about 5 objects in a picture of 640 x 640.
+    """Return Ultralytics' initial bias of a class logit: about 5 objects in a image of 640 x 640.
 
     Args:
         nc (int): Number of classes.
@@ -59,7 +59,7 @@ class Prototypes(nn.Module):
 
     Attributes:
         weight (nn.Parameter): Prototypes, (nc, D, 1). The third axis keeps them out of the matrices that Ultralytics'
-            MuSGD orthogonalises: rows are classes and must be free to be alike.
+            MuSGD orthogonalizes: rows are classes and must be free to be alike.
         logit_scale (nn.Parameter): s of every level, (nl,).
         bias (nn.Parameter): b of every level, (nl,).
         gain (torch.Tensor): Factor of a class's scale, (nc,) float buffer; 1 except for classes enrolled by `fit`.

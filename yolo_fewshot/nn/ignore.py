@@ -16,8 +16,8 @@ def without_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor
         batch (dict): Collated batch.
 
     Returns:
-        batch (dict): The batch with the labelled objects only.
-        ignored (torch.Tensor): Picture index, x, y, w, h, normalized, of the others, (n, 5).
+        batch (dict): The batch with the labeled objects only.
+        ignored (torch.Tensor): Image index, x, y, w, h, normalized, of the others, (n, 5).
     """
     drop = batch["cls"].view(-1) == IGNORED
     ignored = torch.cat([batch["batch_idx"].view(-1, 1), batch["bboxes"]], 1)[drop]
@@ -32,7 +32,7 @@ def blank_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
 
     Returns:
         batch (dict): The batch in which the objects to ignore have boxes of zeros, which the loss takes for padding.
-        ignored (torch.Tensor): Picture index, x, y, w, h, normalized, of all objects, (N, 5); labelled ones have boxes
+        ignored (torch.Tensor): Image index, x, y, w, h, normalized, of all objects, (N, 5); labeled ones have boxes
             of zeros, in which there is no anchor.
     """
     drop = batch["cls"].view(-1, 1) == IGNORED
@@ -42,19 +42,19 @@ def blank_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
 
 
 def outside(ignored: torch.Tensor, anchors: torch.Tensor, size: torch.Tensor | tuple[int, int], n: int) -> torch.Tensor:
-    """Return which anchors have their centre outside all boxes to ignore.
+    """Return which anchors have their center outside all boxes to ignore.
 
     Args:
-        ignored (torch.Tensor): Picture index, x, y, w, h, normalized, (n, 5).
-        anchors (torch.Tensor): Centres in pixels, (A, 2).
-        size (torch.Tensor | tuple[int, int]): Width and height of the pictures in pixels.
-        n (int): Number of pictures B.
+        ignored (torch.Tensor): Image index, x, y, w, h, normalized, (n, 5).
+        anchors (torch.Tensor): Centers in pixels, (A, 2).
+        size (torch.Tensor | tuple[int, int]): Width and height of the images in pixels.
+        n (int): Number of images B.
 
     Returns:
         (torch.Tensor): (B, A) bool.
     """
-    (b, *centre, w, h), (width, height) = ignored.unbind(1), size  # numbers that are on the CPU need no copy
-    inside = (anchors[:, 0] - centre[0][:, None] * width).abs() < w[:, None] * width / 2
-    inside &= (anchors[:, 1] - centre[1][:, None] * height).abs() < h[:, None] * height / 2
+    (b, *center, w, h), (width, height) = ignored.unbind(1), size  # numbers that are on the CPU need no copy
+    inside = (anchors[:, 0] - center[0][:, None] * width).abs() < w[:, None] * width / 2
+    inside &= (anchors[:, 1] - center[1][:, None] * height).abs() < h[:, None] * height / 2
     count = inside.new_zeros(n, len(anchors), dtype=torch.int).index_add(0, b.long(), inside.int())
     return count == 0

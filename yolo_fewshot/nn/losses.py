@@ -48,7 +48,7 @@ def _check_batch(embeddings: Tensor, **per_row: Tensor) -> None:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """L2-normalise rows without overflow; rows too short to have a direction become zero with zero gradient.
+    """L2-normalize rows without overflow; rows too short to have a direction become zero with zero gradient.
 
     Args:
         x (Tensor): Rows, shape (N, D), any float dtype.
@@ -240,7 +240,7 @@ class SupConLoss(nn.Module):
         """Return the mean loss over the anchors that have a positive.
 
         Args:
-            embeddings (Tensor): Rows to compare, shape (N, D), any float dtype; normalised here.
+            embeddings (Tensor): Rows to compare, shape (N, D), any float dtype; normalized here.
             labels (Tensor): Class of each row, shape (N,), integer.
 
         Returns:
@@ -278,7 +278,7 @@ class CPELoss(nn.Module):
             temperature (float): Divisor t of the similarities, above zero.
             iou_threshold (float): Lowest IoU of an anchor, in [0, 1].
             reweight (str): g(u): "none" is 1, "linear" is u, "exp" is e^u - 1.
-            normalize (bool): Whether to L2-normalise the rows. Raw entries are clipped to [-1000, 1000].
+            normalize (bool): Whether to L2-normalize the rows. Raw entries are clipped to [-1000, 1000].
 
         Raises:
             ValueError: If `temperature` is not above zero, `iou_threshold` is outside [0, 1], or `reweight` is

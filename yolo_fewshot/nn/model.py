@@ -29,8 +29,8 @@ class FewShotDetectionModel(DetectionModel):
     Attributes:
         transferred (list[int]): Classes whose prototypes the last `load` took from its source.
         enrolled (dict[str, dict]): What is known of every enrolled class, see `yolo_fewshot.enroll.enroll.Shots`.
-        pull (float | None): Pull of one shot under enrolment `auto`, chosen when training ended, see `choose_pull`.
-        memory (list): Anchors of base pictures, kept when training ended, see `yolo_fewshot.enroll.replay`.
+        pull (float | None): Pull of one shot under enrollment `auto`, chosen when training ended, see `choose_pull`.
+        memory (list): Anchors of base images, kept when training ended, see `yolo_fewshot.enroll.replay`.
         loss_class (type[FewShotLoss]): Loss to train with; copies and checkpoints have ours.
 
     Examples:
@@ -45,7 +45,7 @@ class FewShotDetectionModel(DetectionModel):
 
         Args:
             cfg (str | dict): Model YAML or its content.
-            ch (int): Channels of the pictures.
+            ch (int): Channels of the images.
             nc (int, optional): Number of classes, overriding the YAML.
             verbose (bool): Whether to log the layers.
 
@@ -83,7 +83,7 @@ class FewShotDetectionModel(DetectionModel):
 
         Args:
             verbose (bool): Whether to log a summary.
-            imgsz (int): Picture size for the summary.
+            imgsz (int): Image size for the summary.
 
         Returns:
             (DetectionModel): The stock model; this one stays as it is.

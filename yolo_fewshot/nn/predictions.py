@@ -13,7 +13,7 @@ def branch_predictions(model: nn.Module, img: torch.Tensor) -> list[dict[str, to
 
     Args:
         model (nn.Module): Few-shot model.
-        img (torch.Tensor): Pictures, (B, C, H, W) float in 0..1.
+        img (torch.Tensor): Images, (B, C, H, W) float in 0..1.
 
     Returns:
         (list[dict[str, torch.Tensor]]): As `FewShotDetect.forward_head` returns them in training.

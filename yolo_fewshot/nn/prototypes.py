@@ -13,10 +13,10 @@ def pool_objects(
 
     Args:
         embeds (torch.Tensor): Anchor embeddings, (B, A, D).
-        fg (tuple[torch.Tensor, torch.Tensor]): Picture and anchor index of the M foreground anchors, (M,) each.
-        gt_idx (torch.Tensor): Index of the object, within its picture, that each of them is assigned to, (M,).
+        fg (tuple[torch.Tensor, torch.Tensor]): Image and anchor index of the M foreground anchors, (M,) each.
+        gt_idx (torch.Tensor): Index of the object, within its image, that each of them is assigned to, (M,).
         weight (torch.Tensor): Weight of each of them, (M,).
-        n_max (int): Objects per picture, padding included.
+        n_max (int): Objects per image, padding included.
 
     Returns:
         pooled (torch.Tensor): Weighted means of unit length, (B * n_max, D) float32; rows of zeros where an object has

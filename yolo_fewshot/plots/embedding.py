@@ -1,4 +1,4 @@
-"""The picture of the embedding: objects with their prototypes, and which classes are alike."""
+"""The image of the embedding: objects with their prototypes, and which classes are alike."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ def plot_embedding(
         prototypes (torch.Tensor): Prototypes of the classes, (nc, D) float32.
         names (dict[int, str]): Class names.
         novel (set[str]): Names of the novel classes.
-        file (Path): Picture to write.
+        file (Path): Image to write.
     """
     import matplotlib.pyplot as plt  # as Ultralytics does, where it is needed
 
     units = F.normalize(prototypes, dim=1)
-    centre = units.mean(0)
-    rows = F.normalize(torch.cat([F.normalize(embeds, dim=1), units]) - centre, dim=1)
+    center = units.mean(0)
+    rows = F.normalize(torch.cat([F.normalize(embeds, dim=1), units]) - center, dim=1)
     places = flat(rows)
     dots, stars = places[: len(embeds)], places[len(embeds) :]
     side = min(max(6.0, 0.2 * len(names)), 20.0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(2.2 * side, side), layout="constrained")
     for c, name in names.items():
-        colour, mine = [x / 255 for x in colors(c)], (cls == c).numpy()
+        color, mine = [x / 255 for x in colors(c)], (cls == c).numpy()
         marker = "^" if name in novel else "o"
-        left.scatter(*dots[mine].T, s=14, color=colour, alpha=0.5, marker=marker, linewidths=0)
+        left.scatter(*dots[mine].T, s=14, color=color, alpha=0.5, marker=marker, linewidths=0)
         edge = "red" if name in novel else "black"
-        left.scatter(*stars[c], s=140, color=colour, marker="*", edgecolors=edge, linewidths=0.8, zorder=3)
+        left.scatter(*stars[c], s=140, color=color, marker="*", edgecolors=edge, linewidths=0.8, zorder=3)
         if len(names) <= NAMED:
             left.annotate(name, stars[c], fontsize=7, xytext=(4, 4), textcoords="offset points", zorder=4)
     what = "; novel: triangles, stars with a red edge" if novel else ""
     left.set(xticks=[], yticks=[])
     left.set_title(f"objects (dots) and prototypes (stars){what}", fontsize=9)
 
-    order = by_likeness(units @ units.T)
+    order = by_similarity(units @ units.T)
     shown = right.imshow((units @ units.T)[order][:, order].numpy(), vmin=-1, vmax=1, cmap="coolwarm")
     right.set_title("cosine of the prototypes", fontsize=9)
     if len(names) <= NAMED:
@@ -72,10 +72,10 @@ def plot_embedding(
             for tick in axis:
                 tick.set_color("red" if tick.get_text() in novel else "black")
     fig.colorbar(shown, ax=right, shrink=0.7)
-    picture = io.BytesIO()
-    fig.savefig(picture, dpi=120, format="png")
+    image = io.BytesIO()
+    fig.savefig(image, dpi=120, format="png")
     plt.close(fig)
-    AtomicPath(file).write_bytes(picture.getvalue())
+    AtomicPath(file).write_bytes(image.getvalue())
 
 
 def flat(rows: torch.Tensor) -> np.ndarray:
@@ -100,8 +100,8 @@ def flat(rows: torch.Tensor) -> np.ndarray:
     return F.pad(places, (0, 2 - places.shape[1])).numpy()
 
 
-def by_likeness(cosine: torch.Tensor) -> list[int]:
-    """Return an order in which neighbours are alike: from the least typical on, always the nearest that is left.
+def by_similarity(cosine: torch.Tensor) -> list[int]:
+    """Return an order in which neighbors are alike: from the least typical on, always the nearest that is left.
 
     Args:
         cosine (torch.Tensor): Cosine of every two classes, (n, n).

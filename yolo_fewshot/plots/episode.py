@@ -1,4 +1,4 @@
-"""The picture of an episode: support objects on the left, query pictures on the right, one row a class."""
+"""The image of an episode: support objects on the left, query images on the right, one row a class."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ultralytics.utils.plotting import Annotator, colors
 
 from yolo_fewshot.files import AtomicPath
 
-CELL = 320  # longer side of a picture in the table, pixels
+CELL = 320  # longer side of a image in the table, pixels
 ROWS = 16  # classes drawn, at most
-GAP, HEADER = 12, 28  # pixels between support and query pictures, and above them
+GAP, HEADER = 12, 28  # pixels between support and query images, and above them
 
-Boxes = list[tuple[list[float], int, str]]  # corners in pixels of the picture, class, text
+Boxes = list[tuple[list[float], int, str]]  # corners in pixels of the image, class, text
 
 
 def plot_episode(
@@ -26,15 +26,15 @@ def plot_episode(
 ) -> None:
     """Draw an episode as the model sees it.
 
-    Of a support picture the objects of the class that it was drawn for are shown; of a query picture all labelled
+    Of a support image the objects of the class that it was drawn for are shown; of a query image all labeled
     objects, or what was found in it.
 
     Args:
         batch (dict): Preprocessed episode with `img` (B, C, H, W) float in 0..1, `cls`, `bboxes` (x, y, w, h in 0..1),
-            `batch_idx`, `support` (B,) bool and `way` (B,), the class that each picture was drawn for.
+            `batch_idx`, `support` (B,) bool and `way` (B,), the class that each image was drawn for.
         names (dict[int, str]): Class names.
-        file (Path): Picture to write.
-        found (list[torch.Tensor], optional): Of each query picture in turn its detections, (n, 6): corners in pixels,
+        file (Path): Image to write.
+        found (list[torch.Tensor], optional): Of each query image in turn its detections, (n, 6): corners in pixels,
             confidence, class. They take the place of the labels.
     """
     support, way = batch["support"].cpu(), batch["way"].cpu()
@@ -51,9 +51,9 @@ def plot_episode(
     file.write_bytes(cv2.imencode(".jpg", _table(rows, "query" if found is None else "found in query"))[1].tobytes())
 
 
-def _labels(batch: dict[str, Any], names: dict[int, str], picture: int, only: int | None = None) -> Boxes:
-    """Return the labelled objects of a picture, or those of one class."""
-    mine = batch["batch_idx"].cpu().view(-1) == picture
+def _labels(batch: dict[str, Any], names: dict[int, str], image: int, only: int | None = None) -> Boxes:
+    """Return the labeled objects of a image, or those of one class."""
+    mine = batch["batch_idx"].cpu().view(-1) == image
     cls, size = batch["cls"].cpu().view(-1)[mine].int(), torch.tensor(batch["img"].shape[:1:-1]).repeat(2)
     corners = xywh2xyxy(batch["bboxes"].cpu()[mine].float()) * size
     objects = zip(corners.tolist(), cls.tolist())
@@ -61,13 +61,13 @@ def _labels(batch: dict[str, Any], names: dict[int, str], picture: int, only: in
 
 
 def _detections(found: torch.Tensor, names: dict[int, str]) -> Boxes:
-    """Return the detections of a picture."""
+    """Return the detections of a image."""
     return [(x[:4], int(x[5]), f"{names[int(x[5])]} {x[4]:.2f}") for x in found.cpu().float().tolist()]
 
 
-def _cell(batch: dict[str, Any], picture: int, boxes: Boxes) -> np.ndarray:
-    """Return a picture with its boxes, (h, w, 3) uint8, BGR."""
-    img = batch["img"][picture].cpu().float()
+def _cell(batch: dict[str, Any], image: int, boxes: Boxes) -> np.ndarray:
+    """Return a image with its boxes, (h, w, 3) uint8, BGR."""
+    img = batch["img"][image].cpu().float()
     c = len(img)
     img = img.expand(3, -1, -1) if c == 1 else F.pad(img, (0, 0, 0, 0, 0, max(3 - c, 0)))[:3]  # as in plot_images
     img = (img * 255).byte().permute(1, 2, 0).numpy()
@@ -80,7 +80,7 @@ def _cell(batch: dict[str, Any], picture: int, boxes: Boxes) -> np.ndarray:
 
 
 def _table(rows: list[tuple[list[np.ndarray], list[np.ndarray]]], title: str) -> np.ndarray:
-    """Return the rows of cells as one picture; rows with fewer cells than others end in white."""
+    """Return the rows of cells as one image; rows with fewer cells than others end in white."""
     h, w = rows[0][0][0].shape[:2]
     n_support, n_query = (max(len(row[side]) for row in rows) for side in (0, 1))
     table = np.full((HEADER + len(rows) * h, (n_support + n_query) * w + GAP, 3), 255, np.uint8)

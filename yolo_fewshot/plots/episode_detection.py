@@ -16,7 +16,7 @@ from yolo_fewshot.nn.prototypes import class_means, pool_objects
 
 @torch.no_grad()
 def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, iou: float = 0.7) -> list[torch.Tensor]:
-    """Detect in the query pictures of an episode, with the prototypes of its support objects for classifiers.
+    """Detect in the query images of an episode, with the prototypes of its support objects for classifiers.
 
     Args:
         model (nn.Module): Few-shot model in eval mode, with the run's arguments attached as `args`.
@@ -25,17 +25,17 @@ def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, 
         iou (float): IoU from which NMS takes two boxes of a class for one object.
 
     Returns:
-        (list[torch.Tensor]): Detections of each query picture, (n, 6): corners in pixels, confidence, class.
+        (list[torch.Tensor]): Detections of each query image, (n, 6): corners in pixels, confidence, class.
     """
     preds, bank = branch_predictions(model, batch["img"])[0], model.model[-1].banks[0]
     fg, gt_idx, weight, n_max, boxes = BoxAssignment.of_branches(model)[0](preds, batch)
     embeds, support = preds["embeds"].transpose(1, 2).float(), batch["support"]
     objects, valid = pool_objects(embeds, fg, gt_idx, weight, n_max)
-    # Objects of a picture are numbered in the order of the labels.
-    picture, cls = batch["batch_idx"].long().view(-1), batch["cls"].long().view(-1)
-    place = torch.arange(len(picture), device=picture.device) - torch.searchsorted(picture, picture)
+    # Objects of a image are numbered in the order of the labels.
+    image, cls = batch["batch_idx"].long().view(-1), batch["cls"].long().view(-1)
+    place = torch.arange(len(image), device=image.device) - torch.searchsorted(image, image)
     y = cls.new_full((len(objects),), -1)
-    y[picture * n_max + place] = cls
+    y[image * n_max + place] = cls
     y = torch.where(valid & support.repeat_interleave(n_max), y, -1)
     prototypes, counts = class_means(objects, y, model.model[-1].nc)
     ways = counts.nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Pictures of a run, beside Ultralytics' own."""
+"""Images of a run, beside Ultralytics' own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def plot_losses(results: dict[str, list[float]], file: Path, gains: dict[str, fl
 
     Args:
         results (dict[str, list[float]]): Columns of results.csv, those of the loss doctor included.
-        file (Path): Picture to write.
+        file (Path): Image to write.
         gains (dict[str, float], optional): Gains of terms; the axis on the right has the values without them.
     """
     import matplotlib.pyplot as plt  # as Ultralytics does, where it is needed

@@ -19,11 +19,11 @@ DASH, GAP = 5, 3  # lengths in line widths
 ROWS = 10  # classes in the legend, at most
 TEXT = 0.7  # height of the legend's text, relative to labels
 SMALL = 9  # its least height, pixels
-PLATE, INK, FRAME = (255, 255, 255), (40, 40, 40), (150, 150, 150)  # colours of the legend, BGR
+PLATE, INK, FRAME = (255, 255, 255), (40, 40, 40), (150, 150, 150)  # colors of the legend, BGR
 
 
 class FewShotResults(Results):
-    """Results of a few-shot model: Ultralytics' own, but for the picture.
+    """Results of a few-shot model: Ultralytics' own, but for the image.
 
     Attributes:
         enrolled (dict[str, int]): Number of shots of every enrolled class, by name.
@@ -59,20 +59,20 @@ class FewShotResults(Results):
         return result
 
     def new(self) -> FewShotResults:
-        """Return results of the same picture and classes without detections, which slices and copies start from."""
+        """Return results of the same image and classes without detections, which slices and copies start from."""
         return self.of(super().new(), self.enrolled)
 
     def plot(self, *args: Any, **kwargs: Any) -> Any:
         """Draw the results as Ultralytics does, with dashed boxes and a legend for enrolled classes.
 
-        The legend lists the enrolled classes in this picture; `labels=False` leaves it out.
+        The legend lists the enrolled classes in this image; `labels=False` leaves it out.
 
         Args:
             *args (Any): Ultralytics' arguments.
             **kwargs (Any): Ultralytics' arguments.
 
         Returns:
-            (np.ndarray | PIL.Image.Image): The picture, BGR, or RGB with `pil=True`.
+            (np.ndarray | PIL.Image.Image): The image, BGR, or RGB with `pil=True`.
         """
         given = inspect.signature(super().plot).bind(*args, **kwargs)
         given.apply_defaults()
@@ -87,23 +87,23 @@ class FewShotResults(Results):
         data[novel, 2:4] = data[novel, :2]
         labels.boxes = Boxes(data, self.orig_shape)
         drawn = {**given, "show": False, "save": False}
-        solid, picture = (np.array(Results.plot(x, **drawn)) for x in (self, labels))
+        solid, image = (np.array(Results.plot(x, **drawn)) for x in (self, labels))
         if given["pil"]:
-            solid, picture = (np.ascontiguousarray(x[..., ::-1]) for x in (solid, picture))
+            solid, image = (np.ascontiguousarray(x[..., ::-1]) for x in (solid, image))
 
         annotate = functools.partial(Annotator, font=given["font"], pil=given["pil"], example=self.names)
-        label = annotate(picture, given["line_width"], given["font_size"])
+        label = annotate(image, given["line_width"], given["font_size"])
         boxes = self.boxes.xyxy.tolist()
         for i in novel:
             for area in _dashed(boxes[i], label.lw):
-                picture[area] = solid[area]
+                image[area] = solid[area]
         if given["labels"]:
             shown = {c: str(self.names[c]) for c in sorted({int(classes[i]) for i in novel})}
             by_class = given["color_mode"] == "class"
             rows = [(name, self.enrolled[name], colors(c, True) if by_class else INK) for c, name in shown.items()]
-            _add_legend(picture, rows, np.array(boxes), label, annotate)
+            _add_legend(image, rows, np.array(boxes), label, annotate)
         last = {k: given[k] for k in ("pil", "show", "save", "filename")}
-        return Results.plot(self.new(), img=picture, **last)
+        return Results.plot(self.new(), img=image, **last)
 
 
 class FewShotPredictor(DetectionPredictor):
@@ -114,7 +114,7 @@ class FewShotPredictor(DetectionPredictor):
     """
 
     def construct_result(self, *args: Any) -> FewShotResults:
-        """Return the results of one picture.
+        """Return the results of one image.
 
         Args:
             *args (Any): Ultralytics' arguments.
@@ -135,7 +135,7 @@ def _spans(start: int, end: int, lw: float) -> list[tuple[int, int]]:
 
 
 def _dashed(box: list[float], lw: float) -> list[tuple[slice, slice]]:
-    """Return the areas of a picture in which the outline of a box is kept, so that it is dashed."""
+    """Return the areas of a image in which the outline of a box is kept, so that it is dashed."""
     reach = int(lw) + 1  # cv2 draws a line around the edge, and PIL inside of it
     spans, bands = [], []  # along x and y
     for low, high in ((int(box[0]), int(box[2])), (int(box[1]), int(box[3]))):
@@ -162,23 +162,23 @@ def _row(name: str, shots: int, width: int, annotator: Annotator) -> str | None:
 
 
 def _add_legend(
-    picture: np.ndarray,
+    image: np.ndarray,
     classes: list[tuple[str, int, tuple[int, int, int]]],
     boxes: np.ndarray,
     label: Annotator,
     annotate: Callable[..., Annotator],
 ) -> None:
-    """Draw the legend into the corner of a picture where it hides least, if there is room for a readable one.
+    """Draw the legend into the corner of a image where it hides least, if there is room for a readable one.
 
     Args:
-        picture (np.ndarray): Picture (H, W, 3), BGR, changed in place.
-        classes (list[tuple]): Name, number of shots and colour of every class.
-        boxes (np.ndarray): Corners of the boxes in the picture (n, 4).
+        image (np.ndarray): Image (H, W, 3), BGR, changed in place.
+        classes (list[tuple]): Name, number of shots and color of every class.
+        boxes (np.ndarray): Corners of the boxes in the image (n, 4).
         label (Annotator): What draws the labels there.
-        annotate (Callable): Returns an Annotator for a picture, a line width and a font size.
+        annotate (Callable): Returns an Annotator for a image, a line width and a font size.
     """
     tall, margin = _text_size(label, "Ag")[1], int(label.lw) + 2
-    height, width = (x - 2 * margin for x in picture.shape[:2])
+    height, width = (x - 2 * margin for x in image.shape[:2])
     size = max(min(round(tall * TEXT), width // 20), SMALL)
     pad, pitch, key = size // 2, round(size * 1.6), 2 * size
     if height < 2 * pitch + pad or width < key + 3 * pad:
@@ -196,14 +196,14 @@ def _add_legend(
         plate.box_label([2 * pad + key, y + size // 2 + 2] * 2, text, PLATE, INK)
     h, w = len(rows) * pitch + pad, max(_text_size(plate, x)[0] for x in rows) + 3 * pad + key
     legend, half = np.array(plate.result()[:h, :w]), max(size // 8, 1)
-    for y, (_, _, colour) in zip(middle, classes[:limit]):
+    for y, (_, _, color) in zip(middle, classes[:limit]):
         for a, b in _spans(pad, pad + key, key / (2 * DASH + GAP)):
             cv2.rectangle(legend, (a, y - half - 1), (b, y + half + 1), FRAME, -1)
-            cv2.rectangle(legend, (a + 1, y - half), (b - 1, y + half), colour, -1)
+            cv2.rectangle(legend, (a + 1, y - half), (b - 1, y + half), color, -1)
     cv2.rectangle(legend, (0, 0), (w - 1, h - 1), FRAME, 1)
 
     low, high = boxes[:, :2] - [0, tall], boxes[:, 2:]  # with their labels
     corners = [(x, y) for y in (margin + height - h, margin) for x in (margin, margin + width - w)]
     hidden = [(np.minimum(high, np.add(c, (w, h))) - np.maximum(low, c)).clip(0).prod(1).sum() for c in corners]
     x, y = corners[int(np.argmin(hidden))]
-    picture[y : y + h, x : x + w] = legend
+    image[y : y + h, x : x + w] = legend

@@ -1,4 +1,4 @@
-"""The picture of an enrolment: its shots, one row a class, with their agreement; what looks mislabelled is framed."""
+"""The image of an enrollment: its shots, one row a class, with their agreement; what looks mislabeled is framed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ROWS, COLUMNS = 32, 10  # classes, and shots of a class, drawn at most
 CELL, LINE, GAP, FRAME = 120, 16, 12, 4  # side of a shot, height of a line, space between shots, and frame, pixels
 LEFT, RIGHT, HEAD, WIDTH = 160, 70, 56, 600  # columns beside the shots, title above them, and least width, pixels
 ROW = CELL + 2 * LINE + GAP
-CONTEXT = 1.6  # side of what is shown of a picture, in longer sides of the box
-RED, BLACK, GREY, PAPER = (0, 0, 255), (0, 0, 0), (110, 110, 110), (230, 230, 230)
+CONTEXT = 1.6  # side of what is shown of a image, in longer sides of the box
+RED, BLACK, GRAY, PAPER = (0, 0, 255), (0, 0, 0), (110, 110, 110), (230, 230, 230)
 TITLE = (
-    "Number: likeness to the other shots of the class, 1 at most ('-': nothing to compare with).\n"
+    "Number: similarity to the other shots of the class, 1 at most ('-': nothing to compare with).\n"
     "Red frame: much less than usual, and more like the class named below. Check the label."
 )
 
@@ -36,7 +36,7 @@ class Text(NamedTuple):
         x (int): Left end in pixels.
         y (int): Upper end in pixels.
         text (str): The text.
-        colour (tuple[int, int, int]): Colour, BGR.
+        color (tuple[int, int, int]): Color, BGR.
         width (int): Width in pixels, beyond which it goes on in the next line.
         lines (int): Lines at most.
     """
@@ -44,7 +44,7 @@ class Text(NamedTuple):
     x: int
     y: int
     text: str
-    colour: tuple[int, int, int] = BLACK
+    color: tuple[int, int, int] = BLACK
     width: int = WIDTH
     lines: int = 2
 
@@ -52,12 +52,12 @@ class Text(NamedTuple):
 def plot_support(shots: Shots, names: dict[int, str], file: str | Path) -> bool:
     """Draw the shots of enrolled classes, those to be checked first.
 
-    An error is reported, not raised: an enrolment does not depend on its picture.
+    An error is reported, not raised: an enrollment does not depend on its image.
 
     Args:
         shots (Shots): What was enrolled.
         names (dict[int, str]): Class names of the model.
-        file (str | Path): Picture to write.
+        file (str | Path): Image to write.
 
     Returns:
         (bool): Whether it was written.
@@ -74,44 +74,44 @@ def plot_support(shots: Shots, names: dict[int, str], file: str | Path) -> bool:
     return True
 
 
-def _table(shots: Shots, colours: dict[str, tuple[int, int, int]]) -> np.ndarray:
-    """Return the rows of classes as one picture, (h, w, 3) uint8, BGR."""
-    rows = {n: sorted(row, key=lambda x: not x.doubtful) for n, row in shots.objects.items()}
-    order = sorted(rows, key=lambda n: not rows[n][0].doubtful)
+def _table(shots: Shots, colors: dict[str, tuple[int, int, int]]) -> np.ndarray:
+    """Return the rows of classes as one image, (h, w, 3) uint8, BGR."""
+    rows = {n: sorted(row, key=lambda x: not x.suspect) for n, row in shots.objects.items()}
+    order = sorted(rows, key=lambda n: not rows[n][0].suspect)
     drawn, rest = order[:ROWS], order[ROWS:]
     longest = max(len(rows[n]) for n in drawn)
     width = LEFT + min(longest, COLUMNS) * (CELL + GAP) + RIGHT * (longest > COLUMNS)
     height = HEAD + len(drawn) * ROW + (2 * LINE + GAP) * bool(rest)
     table = np.full((height, max(width, WIDTH), 3), 255, np.uint8)
-    texts = [Text(GAP, GAP, TITLE, GREY)]
-    read = functools.lru_cache(4)(_read)  # a picture may show several shots
+    texts = [Text(GAP, GAP, TITLE, GRAY)]
+    read = functools.lru_cache(4)(_read)  # a image may show several shots
     for r, name in enumerate(drawn):
         y, about, more = HEAD + r * ROW, shots.classes[name], len(rows[name]) - COLUMNS
-        table[y : y + CELL, GAP : GAP + FRAME] = colours[name]
+        table[y : y + CELL, GAP : GAP + FRAME] = colors[name]
         conf = "-" if about["conf"] is None else f"{about['conf']:g}"
         count = f"{about['shots']} shot{'s' * (about['shots'] > 1)}"
         label = f"{name}\n{count}, {about['method']}\nconf {conf}"
         texts.append(Text(2 * GAP, y, label, width=LEFT - 3 * GAP, lines=CELL // LINE))
         for i, shot in enumerate(rows[name][:COLUMNS]):
-            texts.append(_draw(table, read(shot.file), shot, colours[name], LEFT + i * (CELL + GAP), y))
+            texts.append(_draw(table, read(shot.file), shot, colors[name], LEFT + i * (CELL + GAP), y))
         if more > 0:
-            texts.append(Text(LEFT + COLUMNS * (CELL + GAP), y + CELL // 2, f"+ {more} more", GREY))
+            texts.append(Text(LEFT + COLUMNS * (CELL + GAP), y + CELL // 2, f"+ {more} more", GRAY))
     if rest:
-        texts.append(Text(GAP, height - 2 * LINE - GAP, f"Not drawn: {few(rest)}", GREY))
+        texts.append(Text(GAP, height - 2 * LINE - GAP, f"Not drawn: {few(rest)}", GRAY))
     return _write(table, texts)
 
 
 def _read(file: str) -> np.ndarray:
-    """Return a picture, (h, w, channels) uint8, BGR."""
+    """Return a image, (h, w, channels) uint8, BGR."""
     img = imread(file)
     if img is None:
         raise FileNotFoundError(f"{file} cannot be read")
     return img
 
 
-def _draw(table: np.ndarray, img: np.ndarray, shot: Shot, colour: tuple[int, int, int], x: int, y: int) -> Text:
+def _draw(table: np.ndarray, img: np.ndarray, shot: Shot, color: tuple[int, int, int], x: int, y: int) -> Text:
     """Draw a shot with some context at a place of the table, and return the text below it."""
-    if shot.doubtful:
+    if shot.suspect:
         table[y - FRAME : y + CELL + 2 * LINE + FRAME, x - FRAME : x + CELL + FRAME] = RED
         table[y : y + CELL + 2 * LINE, x : x + CELL] = 255
     size = np.array(img.shape[1::-1])
@@ -125,18 +125,18 @@ def _draw(table: np.ndarray, img: np.ndarray, shot: Shot, colour: tuple[int, int
     part = cv2.resize(img[y1:y2, x1:x2], (w, h), interpolation=how)
     pen = Annotator(np.ascontiguousarray(part), line_width=2)
     corners = np.clip((np.array([low, high]) - start) * scale, 1, (w - 2, h - 2))
-    pen.box_label(corners.ravel().tolist(), "", colour)
+    pen.box_label(corners.ravel().tolist(), "", color)
     cell = table[y : y + CELL, x : x + CELL]
     cell[:] = PAPER
     cell[(CELL - h) // 2 : (CELL - h) // 2 + h, (CELL - w) // 2 : (CELL - w) // 2 + w] = pen.result()
     text = "-" if shot.own is None else f"{shot.own:.2f}"
-    if shot.doubtful:
+    if shot.suspect:
         text += f", but {shot.other:.2f} like\n{shot.nearest}"
-    return Text(x + 2, y + CELL, text, RED if shot.doubtful else BLACK, CELL - 2)
+    return Text(x + 2, y + CELL, text, RED if shot.suspect else BLACK, CELL - 2)
 
 
 def _write(table: np.ndarray, texts: list[Text]) -> np.ndarray:
-    """Return a picture with texts."""
+    """Return a image with texts."""
     # This font comes with matplotlib, so nothing is downloaded; names it lacks get that of Ultralytics.
     pen = Annotator(table, font="DejaVuSans.ttf", font_size=12, pil=True, example="".join(x.text for x in texts))
     for x in texts:
@@ -144,7 +144,7 @@ def _write(table: np.ndarray, texts: list[Text]) -> np.ndarray:
         if len(lines) > x.lines:
             lines[x.lines - 1 :] = [lines[x.lines - 1][:-2] + "…"]
         for i, line in enumerate(lines):
-            pen.text([x.x, x.y + i * LINE], line, x.colour)
+            pen.text([x.x, x.y + i * LINE], line, x.color)
     return pen.result()
 
 

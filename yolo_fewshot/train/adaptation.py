@@ -25,18 +25,18 @@ from yolo_fewshot.nn.criterion import branch_losses
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.train.retention import Teacher, retain, silent_classes
 
-STEPS, PASSES = 300, 60  # optimizer steps, and passes over the pictures of the shots, at least
+STEPS, PASSES = 300, 60  # optimizer steps, and passes over the images of the shots, at least
 FROZEN = 10  # layers, which are the backbone
 ENROLLED = "enrolled.pt"  # what training starts from, beside its checkpoints
-SPOILT = 0.05  # AP50 on the shots that training may lose against the enrolment
+SPOILT = 0.05  # AP50 on the shots that training may lose against the enrollment
 
 
 def steps_for(shots: int, batch: int) -> int:
     """Return the number of optimizer steps.
 
     Args:
-        shots (int): Pictures of the shots.
-        batch (int): Pictures in a batch.
+        shots (int): Images of the shots.
+        batch (int): Images in a batch.
 
     Returns:
         (int): The steps, at least `STEPS`.
@@ -74,7 +74,7 @@ def freeze_for(names: dict[int, str], support: Support) -> int:
 def blend(model: nn.Module, start: dict[str, torch.Tensor], part: float) -> None:
     """Move the weights and statistics of a model towards those that its training started from.
 
-    Between the two lies a model that has learned from a few pictures and forgotten less: Wortsman et al. 2022, "Robust
+    Between the two lies a model that has learned from a few images and forgotten less: Wortsman et al. 2022, "Robust
     fine-tuning of zero-shot models", arXiv:2109.01903.
 
     Args:
@@ -88,12 +88,12 @@ def blend(model: nn.Module, start: dict[str, torch.Tensor], part: float) -> None
 
 
 def ap50_on_shots(model: nn.Module, support: Support, imgsz: int) -> float:
-    """Return how well a model finds the shots, from the anchors that enrolment looks at.
+    """Return how well a model finds the shots, from the anchors that enrollment looks at.
 
     Args:
         model (nn.Module): Few-shot model in eval mode that knows the classes of the shots.
         support (Support): The shots.
-        imgsz (int): Picture size in pixels.
+        imgsz (int): Image size in pixels.
 
     Returns:
         (float): Mean AP50 of the classes of the shots, 0 to 1.
@@ -112,7 +112,7 @@ class Adaptation:
     Attributes:
         names (dict[int, str]): Classes of the model that it starts from, then those of the shots that are new; known
             after `take_classes`.
-        labelled (list[dict]): What Ultralytics knows of the data of the shots and, if there are any, of base pictures.
+        labeled (list[dict]): What Ultralytics knows of the data of the shots and, if there are any, of base images.
     """
 
     def __init__(self, args: SimpleNamespace, data: dict[str, Any]):
@@ -123,7 +123,7 @@ class Adaptation:
             data (dict): What Ultralytics knows of the data of the shots.
         """
         self.args = args
-        self.labelled = [data, *([check_det_dataset(args.base_replay)] if args.base_replay else [])]
+        self.labeled = [data, *([check_det_dataset(args.base_replay)] if args.base_replay else [])]
         self.names: dict[int, str] = {}
         self._start: dict[str, torch.Tensor] = {}
         self._blend = args.blend
@@ -190,8 +190,8 @@ class Adaptation:
         """Return what draws the batches, and say how many and how far the weights will go.
 
         Args:
-            dataset (ShotsAndBase): Pictures to train on.
-            batch (int): Pictures in a batch of this process.
+            dataset (ShotsAndBase): Images to train on.
+            batch (int): Images in a batch of this process.
             processes (int): Processes that train together; a step sees a batch of each.
 
         Returns:
@@ -201,17 +201,17 @@ class Adaptation:
         steps = a.steps or steps_for(shots, batch * processes)
         if a.blend is None:
             self._blend = blend_for(dataset.parts[0].labels)
-        pictures, where = f"{shots} pictures of shots and {base} of base classes", f"blend={self._blend:g}"
-        what = f"{steps} steps on {pictures}, freeze={a.freeze}, {where}"
+        images, where = f"{shots} images of shots and {base} of base classes", f"blend={self._blend:g}"
+        what = f"{steps} steps on {images}, freeze={a.freeze}, {where}"
         LOGGER.info(f"{colorstr('adapt:')} {what}")
         return AdaptSampler(shots, base, batch, -(-steps // a.epochs), a.seed, max(RANK, 0), processes)
 
     def retain(self, model: FewShotDetectionModel, labels: list[dict[str, Any]]) -> None:
-        """Let the model that training starts from teach the classes that no picture labels.
+        """Let the model that training starts from teach the classes that no image labels.
 
         Args:
             model (FewShotDetectionModel): Model in training.
-            labels (list[dict]): Labels of the pictures to train on, as in `YOLODataset.labels`.
+            labels (list[dict]): Labels of the images to train on, as in `YOLODataset.labels`.
         """
         start = deepcopy(model, {id(model.criterion): None})
         start.load_state_dict(self._start)
@@ -239,7 +239,7 @@ class Adaptation:
 
         Args:
             last (str): Checkpoint of the last epoch; replaced by the end.
-            best (str): Checkpoint that becomes the same, since no result on other pictures chooses an epoch.
+            best (str): Checkpoint that becomes the same, since no result on other images chooses an epoch.
             device (torch.device): Where to compute.
         """
         ckpt = torch.load(last, map_location="cpu", weights_only=False)

@@ -21,7 +21,7 @@ class Diagnosis(NamedTuple):
 
     Attributes:
         what (str): The first parameter whose gradient is not finite, with figures, or what else is not.
-        where (str): Classes and picture files of the batch.
+        where (str): Classes and image files of the batch.
         terms (list[str]): Names of the loss terms whose value or gradient is not finite.
         cause (str): Likely cause.
         advice (str): What to change, with the key.
@@ -77,7 +77,7 @@ def diagnose(
     what, where = describe_gradients(model), describe_batch(batch, names)
     weights = nonfinite(dict(model.named_parameters()))
     files = _files(batch)
-    pictures = [f for f, ok in zip(files, torch.isfinite(batch["img"]).flatten(1).all(1).tolist()) if not ok]
+    images = [f for f, ok in zip(files, torch.isfinite(batch["img"]).flatten(1).all(1).tolist()) if not ok]
     labels = []
     if "bboxes" in batch:
         corrupt = ~(batch["bboxes"][:, :4].float().abs() <= FAR).all(1)  # true for NaN, too; a fifth number is an angle
@@ -88,11 +88,11 @@ def diagnose(
         return Diagnosis(what, where, [], cause, advice, certain=False, overflow=True)
     if weights:
         cause, advice = f"the weights of {few(weights)} are not finite", "If it happens again, set a smaller lr0."
-    elif pictures:
-        cause = f"pixels of {few(pictures)} are not finite"
+    elif images:
+        cause = f"pixels of {few(images)} are not finite"
         advice = "Repair or remove them, or look at augmentations."
     elif labels:
-        cause = f"labels of {few(labels)} are not finite or lie far outside the picture"
+        cause = f"labels of {few(labels)} are not finite or lie far outside the image"
         advice = "Correct them; 'yolo-fewshot doctor' looks for such labels."
     elif run is None:
         cause, advice = "unknown, for there is no memory left to run the batch again", "Set a smaller lr0."
@@ -132,7 +132,7 @@ def describe_gradients(model: nn.Module) -> str:
 
 
 def describe_batch(batch: dict[str, Any], names: dict[int, str]) -> str:
-    """Say what is in a batch: the classes that an episode was drawn for, or those labelled, and its picture files.
+    """Say what is in a batch: the classes that an episode was drawn for, or those labeled, and its image files.
 
     Args:
         batch (dict): Collated batch of any task.

@@ -43,7 +43,7 @@ class Rehearsal(FewShotTrainer):
 
     Attributes:
         first (dict[str, float]): Weighted terms of the first batch.
-        seconds (list[float]): Duration of each step, the loading of its pictures included.
+        seconds (list[float]): Duration of each step, the loading of its images included.
         memory (int): Most memory in use, in bytes: of the GPU, or else of this process.
     """
 

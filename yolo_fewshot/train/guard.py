@@ -50,7 +50,7 @@ class Guard:
         give the same answer.
 
         Args:
-            max_norm (float | None): Greatest norm of the gradient divided by `scale`; None for Ultralytics' own clip,
+            max_norm (float | None): Maximum norm of the gradient divided by `scale`; None for Ultralytics' own clip,
                 which is on the gradient itself.
             scale (float): Factor by which the loss was multiplied before the backward pass.
             loss (torch.Tensor): That loss.

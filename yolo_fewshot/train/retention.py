@@ -1,6 +1,6 @@
-"""What keeps old classes in stage 3: those that no picture labels are taught by the model that training started from.
+"""What keeps old classes in stage 3: those that no image labels are taught by the model that training started from.
 
-That model looks at the pictures of the shots, where they must not be taken for absent, and at the memory of the base
+That model looks at the images of the shots, where they must not be taken for absent, and at the memory of the base
 data, of which the shots may show nothing.
 """
 
@@ -36,7 +36,7 @@ class Teacher:
         """Return the scores of the silent classes.
 
         Args:
-            img (torch.Tensor): Pictures, (B, C, H, W) float in 0..1.
+            img (torch.Tensor): Images, (B, C, H, W) float in 0..1.
 
         Returns:
             (list[torch.Tensor]): Of every branch, scores at the anchors, (B, A, S) float32 in 0..1.
@@ -46,11 +46,11 @@ class Teacher:
 
 
 def silent_classes(classes: int, labels: list[dict[str, Any]]) -> torch.Tensor:
-    """Return the classes that no picture has a label of.
+    """Return the classes that no image has a label of.
 
     Args:
         classes (int): Number of classes.
-        labels (list[dict]): Labels of the pictures, as in `YOLODataset.labels`.
+        labels (list[dict]): Labels of the images, as in `YOLODataset.labels`.
 
     Returns:
         (torch.Tensor): Class indices, ascending, (S,) int64.
@@ -65,10 +65,10 @@ def retain(model: nn.Module, silent: torch.Tensor) -> list[Retained]:
 
     Args:
         model (nn.Module): Few-shot model as training starts from it.
-        silent (torch.Tensor): Classes without a label in the training pictures, (S,) int64.
+        silent (torch.Tensor): Classes without a label in the training images, (S,) int64.
 
     Returns:
-        (list[Retained]): Of every branch. Remembered anchors of classes that are labelled now are left out.
+        (list[Retained]): Of every branch. Remembered anchors of classes that are labeled now are left out.
     """
     head, found = model.model[-1], []
     for i, bank in enumerate(head.banks):

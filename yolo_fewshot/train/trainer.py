@@ -28,7 +28,7 @@ from ultralytics.utils.torch_utils import init_seeds, unwrap_model
 from yolo_fewshot import args as table
 from yolo_fewshot.compat import warn_untested
 from yolo_fewshot.data.episodes import EpisodeSampler, EpisodicDataset
-from yolo_fewshot.data.ignore import fully_labelled, has_ignored, masked
+from yolo_fewshot.data.ignore import fully_labeled, has_ignored, masked
 from yolo_fewshot.data.shots_and_base import ShotsAndBase, relabel
 from yolo_fewshot.data.support import SupportDataset
 from yolo_fewshot.enroll.calibrate import choose_pull
@@ -48,8 +48,8 @@ from yolo_fewshot.train.guard import nonfinite
 from yolo_fewshot.train.guarded import GuardedTrainer
 from yolo_fewshot.train.monitor import LossDoctor, report
 
-MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put other pictures into a picture
-VAL_EPISODES, EMBEDDED = 3, 200  # episodes, and pictures whose objects are embedded, plotted at the end
+MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put other images into a image
+VAL_EPISODES, EMBEDDED = 3, 200  # episodes, and images whose objects are embedded, plotted at the end
 
 
 class AllEpochsDone(Exception):
@@ -57,7 +57,7 @@ class AllEpochsDone(Exception):
 
 
 class FewShotTrainer(GuardedTrainer, DetectionTrainer):
-    """Trains a few-shot detector: stage 1 on ordinary batches, stage 2 on episodes, stage 3 on shots from enrolment.
+    """Trains a few-shot detector: stage 1 on ordinary batches, stage 2 on episodes, stage 3 on shots from enrollment.
 
     Attributes:
         episodic (bool): Whether this run is stage 2.
@@ -145,7 +145,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         if given.get("batch") not in {None, DEFAULT_CFG_DICT["batch"], size}:
             LOGGER.warning(
                 f"'batch={given['batch']}' is ignored in stage 2: a batch is an episode, n_way x (k_shot + n_query) = "
-                f"{size} pictures."
+                f"{size} images."
             )
         mixing = [k for k in MIXING if merged[k]]
         if any(given.get(k) for k in mixing):
@@ -237,22 +237,22 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         return data
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Dataset:
-        """Return Ultralytics' data set; in stage 3 with the model's class indices, and with base pictures to train on.
+        """Return Ultralytics' data set; in stage 3 with the model's class indices, and with base images to train on.
 
         Args:
-            img_path (str): Path to the pictures.
+            img_path (str): Path to the images.
             mode (str): 'train' or 'val'.
-            batch (int, optional): Pictures in a batch.
+            batch (int, optional): Images in a batch.
 
         Returns:
             (Dataset): The data set.
 
         Raises:
-            ValueError: If pictures of stage 3 show a class that neither the model nor the shots know.
+            ValueError: If images of stage 3 show a class that neither the model nor the shots know.
         """
         if not self.adaptation:
             return masked(super().build_dataset(img_path, mode, batch), self.data, mode)
-        shots, *base = self.adaptation.labelled
+        shots, *base = self.adaptation.labeled
         own = self._build_part(shots, img_path, mode, batch)
         if mode != "train":
             return own
@@ -270,11 +270,11 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         return dataset
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
-        """Return Ultralytics' loader, in stage 2 the loader of episodes, in stage 3 that of shots and base pictures.
+        """Return Ultralytics' loader, in stage 2 the loader of episodes, in stage 3 that of shots and base images.
 
         Args:
-            dataset_path (str): Path to the pictures.
-            batch_size (int): Pictures per batch; episodes have their own size.
+            dataset_path (str): Path to the images.
+            batch_size (int): Images per batch; episodes have their own size.
             rank (int): Rank of this process, -1 for a single one.
             mode (str): 'train' or 'val'.
 
@@ -287,7 +287,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         if mode == "train" and self.episodic and self.batch_size < table.episode_size(vars(self.args)):
             raise MemoryError(
                 f"An episode of n_way={self.args.n_way} x (k_shot={self.args.k_shot} + n_query={self.args.n_query}) = "
-                f"{table.episode_size(vars(self.args))} pictures of imgsz={self.args.imgsz} needs more memory than "
+                f"{table.episode_size(vars(self.args))} images of imgsz={self.args.imgsz} needs more memory than "
                 f"{self.device} has. Set a smaller n_way, k_shot, n_query or imgsz."
             )
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
@@ -321,7 +321,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         )
 
     def _close_dataloader_mosaic(self) -> None:
-        """Stop mixing pictures as Ultralytics does, which then asks the loader for this epoch anew."""
+        """Stop mixing images as Ultralytics does, which then asks the loader for this epoch anew."""
         super()._close_dataloader_mosaic()
         if self.adaptation:
             self.train_loader.sampler.restart(self.epoch)
@@ -474,17 +474,17 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         self.on_plot(file)
 
     def _plot_val_episodes(self) -> None:
-        """Plot episodes of the val split with what the best model finds in their query pictures."""
+        """Plot episodes of the val split with what the best model finds in their query images."""
         a, val, names = self.args, self.test_loader.dataset, self.data["names"]
         shown = np.bincount([c for x in val.labels for c in np.unique(x["cls"]).astype(int)], minlength=len(names))
         n_way = min(a.n_way, int((shown > a.k_shot).sum()))
         if n_way < 2:
-            LOGGER.info("No val_episode.jpg: the val split has too few classes with k_shot + 1 pictures.")
+            LOGGER.info("No val_episode.jpg: the val split has too few classes with k_shot + 1 images.")
             return
         try:
             sampler = EpisodeSampler(val.labels, names, n_way, a.k_shot, a.n_query, VAL_EPISODES, a.seed)
         except ValueError:
-            LOGGER.info("No val_episode.jpg: the pictures of the val split do not divide into support and query.")
+            LOGGER.info("No val_episode.jpg: the images of the val split do not divide into support and query.")
             return
         model = load_checkpoint(self.best, self.device)[0]
         episodes = EpisodicDataset(SupportDataset(base_support(model, val.labels), a.imgsz))
@@ -522,15 +522,15 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
                 _meet()  # the others validate what is staged, too
                 super().final_eval()
                 if writes:
-                    self._prepare_enrolment()
+                    self._prepare_enrollment()
         finally:
             self.last, self.best = files
         _meet()
         if self.episodic and self.args.plots and writes and self.best.exists():
             self._plot_val_episodes()
 
-    def _prepare_enrolment(self) -> None:
-        """Store what enrolment needs of the base data, for the best model, in both checkpoints."""
+    def _prepare_enrollment(self) -> None:
+        """Store what enrollment needs of the base data, for the best model, in both checkpoints."""
         files = [os.fspath(f) for f in (self.best, self.last) if f.exists()]
         if not files:  # stopped before an epoch was saved
             return
@@ -539,13 +539,13 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         trained_on, about = self.train_loader.dataset, (self.args.imgsz, self.args.seed)
         if self.adaptation:  # what the base data told before holds, except for their embeddings
             for base in trained_on.parts[1:]:
-                model.memory = remember(model, fully_labelled(base), *about)
+                model.memory = remember(model, fully_labeled(base), *about)
         else:
-            labels = fully_labelled(trained_on.dataset if self.episodic else trained_on)
+            labels = fully_labeled(trained_on.dataset if self.episodic else trained_on)
             model.memory = remember(model, labels, *about)
             model.pull = choose_pull(model, labels, self.test_loader.dataset.labels, *about)
             better = "mean" if model.pull == math.inf else "fit"
-            LOGGER.info(f"Enrolment from one shot, on base classes: '{better}' is better")
+            LOGGER.info(f"Enrollment from one shot, on base classes: '{better}' is better")
         if self.args.plots:
             self._plot_embedding(model)
         for ckpt, file in zip(ckpts, files):

@@ -14,7 +14,7 @@ from ultralytics import YOLO
 from yolo_fewshot import FewShotYOLO, cli
 from yolo_fewshot.data.checks import Finding
 from yolo_fewshot.data.demo import BASE, draw_glyph
-from yolo_fewshot.enroll.enroll import enroll as enrollment
+from yolo_fewshot.enroll import enroll as enrollment
 
 
 @pytest.fixture(scope="module")

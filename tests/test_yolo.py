@@ -17,8 +17,8 @@ from ultralytics.utils import YAML
 
 from yolo_fewshot import FewShotYOLO, files
 from yolo_fewshot.data.demo import BASE, NOVEL, SIZE, draw_glyph, draw_scene
-from yolo_fewshot.enroll.enroll import enroll as enrollment
-from yolo_fewshot.enroll.enroll import features
+from yolo_fewshot.enroll import enroll as enrollment
+from yolo_fewshot.enroll import features
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
 SHOTS = "fewshot-demo-novel.yaml"

@@ -14,7 +14,7 @@ from ultralytics.utils.torch_utils import select_device
 
 from yolo_fewshot import args as table
 from yolo_fewshot.data.support import Support, fingerprint, read_support, shown_beside
-from yolo_fewshot.enroll.enroll import enroll as enrollment
+from yolo_fewshot.enroll import enroll as enrollment
 from yolo_fewshot.enroll.features import support_views
 from yolo_fewshot.errors import few, no_head
 from yolo_fewshot.files import save_checkpoint

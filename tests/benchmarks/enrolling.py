@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from yolo_fewshot.data.support import read_support
-from yolo_fewshot.enroll.enroll import enroll as module
+from yolo_fewshot.enroll import enroll as module
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
 SIZE = 64

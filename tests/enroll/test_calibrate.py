@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from test_features import model_of
 
 from yolo_fewshot.data.support import Support
+from yolo_fewshot.enroll import calibrate as module
 from yolo_fewshot.enroll.calibrate import choose_pull
-from yolo_fewshot.enroll.enroll import calibrate as module
 from yolo_fewshot.enroll.features import Anchors, Features, View
 from yolo_fewshot.enroll.fit import PULL
 from yolo_fewshot.nn.head import Prototypes

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from yolo_fewshot.enroll import cross_validation as module
 from yolo_fewshot.enroll.cross_validation import (
     Detections,
     agreement,
@@ -16,7 +17,6 @@ from yolo_fewshot.enroll.cross_validation import (
     select,
     thresholds,
 )
-from yolo_fewshot.enroll.enroll import cross_validation as module
 from yolo_fewshot.enroll.features import Anchors, Features
 from yolo_fewshot.nn.head import Prototypes
 

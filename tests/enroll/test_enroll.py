@@ -10,9 +10,9 @@ from ultralytics.utils.nms import non_max_suppression
 
 from yolo_fewshot import FewShotYOLO
 from yolo_fewshot.data.support import Support, read_support
+from yolo_fewshot.enroll import enroll as module
 from yolo_fewshot.enroll.cross_validation import Agreement, Detections, agreement, detect, detect_left_out
 from yolo_fewshot.enroll.enroll import Shot, Shots, choose, compact, enroll, forget
-from yolo_fewshot.enroll.enroll import enroll as module
 from yolo_fewshot.enroll.features import Features, View, extract
 from yolo_fewshot.enroll.fit import PULL
 from yolo_fewshot.nn.model import FewShotDetectionModel

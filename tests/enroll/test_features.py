@@ -12,7 +12,7 @@ from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.ops import xywh2xyxy
 
 from yolo_fewshot.data.support import read_support
-from yolo_fewshot.enroll.enroll import features as module
+from yolo_fewshot.enroll import features as module
 from yolo_fewshot.enroll.features import View, extract, show, support_views
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.predictions import branch_predictions

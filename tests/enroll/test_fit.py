@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from yolo_fewshot.enroll.enroll import fit as module
+from yolo_fewshot.enroll import fit as module
 from yolo_fewshot.enroll.features import Anchors, Features
 from yolo_fewshot.enroll.fit import classifiers, fit_classes
 from yolo_fewshot.nn.head import Prototypes

@@ -5,7 +5,7 @@ import torch
 from test_features import BASE, draw_shots, model_of
 
 from yolo_fewshot.data.support import read_support
-from yolo_fewshot.enroll.enroll import replay as module
+from yolo_fewshot.enroll import replay as module
 from yolo_fewshot.enroll.features import View, extract
 from yolo_fewshot.enroll.replay import WEIGHT, recall, remember
 

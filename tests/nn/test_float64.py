@@ -9,7 +9,8 @@ from test_criterion import make
 from test_features import BASE, draw_shots, model_of
 
 from yolo_fewshot.data.support import read_support
-from yolo_fewshot.enroll.enroll import enroll, features
+from yolo_fewshot.enroll import features
+from yolo_fewshot.enroll.enroll import enroll
 from yolo_fewshot.enroll.features import View
 from yolo_fewshot.nn.criterion import branch_losses
 from yolo_fewshot.train.guard import Guard

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from yolo_fewshot.plots import embedding as module
 from yolo_fewshot.plots.embedding import by_similarity, flat, plot_embedding
-from yolo_fewshot.plots.losses import embedding as module
 
 
 def test_the_map_is_that_of_the_principal_components():

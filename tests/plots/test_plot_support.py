@@ -4,7 +4,7 @@ import pytest
 from ultralytics.utils.plotting import Annotator, colors
 
 from yolo_fewshot.enroll.enroll import Shot, Shots
-from yolo_fewshot.plots.losses import support as module
+from yolo_fewshot.plots import support as module
 from yolo_fewshot.plots.support import CELL, COLUMNS, FRAME, GAP, HEAD, LEFT, LINE, ROW, plot_support
 
 NAMES = {4: "dog", 5: "ant", 6: "bee", 7: "cat"}  # of the model

@@ -13,7 +13,7 @@ from ultralytics.utils import ROOT, YAML
 from ultralytics.utils.plotting import Annotator, colors
 
 from yolo_fewshot import FewShotYOLO
-from yolo_fewshot.plots.losses import results
+from yolo_fewshot.plots import results
 from yolo_fewshot.plots.results import FewShotPredictor, FewShotResults
 
 NAMES = {0: "car", 1: "person", 2: "bus", 3: "scooter", 4: "stroller", 5: "cart"}

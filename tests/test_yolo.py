@@ -527,7 +527,9 @@ def test_a_saved_model_predicts_the_same(model, queries, tmp_path, method):
     for a, b in zip(before, predict(again, queries), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     assert all(equal(v, classifiers(again)[k]) for k, v in classifiers(model).items())
-    assert again.names == model.names and again.model.memory and again.model.pull == model.model.pull
+    assert (
+        again.names == model.names and again.model.memory and again.model.prior_strength == model.model.prior_strength
+    )
     assert again.model.enrolled == model.model.enrolled and again.ckpt["train_args"] == model.ckpt["train_args"]
     again.forget("hourglass")
     assert "hourglass" in model.names.values()

@@ -68,7 +68,7 @@ class FewShotYOLO(YOLO):
             imgsz (int, optional): Image size in pixels, that of training if not given.
             batch (int): Images per forward pass.
             method (str): 'mean': the mean embedding of the shots (Snell et al. 2017). 'fit': a classifier fitted on all
-                anchors of the support images, with a pull towards that mean. 'auto': 'fit', unless 'mean' is
+                anchors of the support images, with an L2 prior around that mean. 'auto': 'fit', unless 'mean' is
                 clearly better, see `yolo_fewshot.enroll.enroll.choose`.
             device (str, optional): Device, as in Ultralytics; that of the model if not given.
             plot (str | Path, optional): Image of the shots to write, i.e. 'support_check.png'; none if not given.

@@ -10,9 +10,9 @@ from test_features import model_of
 
 from yolo_fewshot.data.support import Support
 from yolo_fewshot.enroll import calibrate as module
-from yolo_fewshot.enroll.calibrate import choose_pull
+from yolo_fewshot.enroll.calibrate import choose_prior_strength
 from yolo_fewshot.enroll.features import Anchors, Features, View
-from yolo_fewshot.enroll.fit import PULL
+from yolo_fewshot.enroll.fit import PRIOR_STRENGTH
 from yolo_fewshot.nn.head import Prototypes
 
 INF = math.inf
@@ -77,20 +77,24 @@ class Model:
 
 
 def choose(train=TRAIN, val=VAL, **kwargs):
-    return choose_pull(Model(), train, val, 64, **kwargs)
+    return choose_prior_strength(Model(), train, val, 64, **kwargs)
 
 
 def scores(monkeypatch, mean, fit):
     """Let `mean` and `fit` have these AP50, trial by trial."""
     mean, fit = iter(mean), iter(fit)
-    monkeypatch.setattr(module, "_ap50", lambda s, q, n, pull, bank: next(mean) if pull == INF else next(fit))
+    monkeypatch.setattr(
+        module, "_ap50", lambda s, q, n, prior_strength, bank: next(mean) if prior_strength == INF else next(fit)
+    )
 
 
 @pytest.fixture
 def trials(monkeypatch):
-    """Features and labels of the support and of the queries that every trial is given, with its pull."""
+    """Features and labels of the support and of the queries that every trial is given, with its prior strength."""
     given = []
-    monkeypatch.setattr(module, "_ap50", lambda s, q, n, pull, bank: given.append((s, q, pull)) or 0.0)
+    monkeypatch.setattr(
+        module, "_ap50", lambda s, q, n, prior_strength, bank: given.append((s, q, prior_strength)) or 0.0
+    )
     return given
 
 
@@ -126,7 +130,10 @@ def test_every_trial_has_shots_of_its_own_that_show_every_class(extracted, trial
     val = labels_of("val", [[0, 1], [2, 3]])
     choose(train, val)
     used = set()
-    assert len(trials) == 2 * module.TRIALS and [pull for _, _, pull in trials] == [INF, PULL] * module.TRIALS
+    assert (
+        len(trials) == 2 * module.TRIALS
+        and [prior_strength for _, _, prior_strength in trials] == [INF, PRIOR_STRENGTH] * module.TRIALS
+    )
     for i in range(0, len(trials), 2):
         ((features, labels), queries, _), (second, same, _) = trials[i], trials[i + 1]
         assert torch.equal(labels, second[1]) and queries is same
@@ -204,11 +211,11 @@ def test_the_better_pull_is_chosen(extracted, monkeypatch):
     scores(monkeypatch, [0.5] * n, [0.4] * n)
     assert choose(train) == INF
     scores(monkeypatch, [0.4] * n, [0.5] * n)
-    assert choose(train) == PULL
+    assert choose(train) == PRIOR_STRENGTH
     scores(monkeypatch, [0.4] * (n - 1) + [0.9], [0.45] * n)  # worse in most trials, better in the mean
     assert choose(train) == INF
     scores(monkeypatch, [0.45 + module.MARGIN / 2] * n, [0.45] * n)  # too little better
-    assert choose(train) == PULL
+    assert choose(train) == PRIOR_STRENGTH
 
 
 def test_a_draw_that_cannot_show_every_class_is_no_trial(extracted, trials):
@@ -220,7 +227,7 @@ def test_a_draw_that_cannot_show_every_class_is_no_trial(extracted, trials):
     "train, val", [([[0], [1]], [[2], [3]]), ([[0], [1]], [[0], [2]]), ([[0, 0]], [[0]]), ([[]], [[]])]
 )
 def test_without_two_classes_in_both_splits_nothing_is_looked_at(extracted, train, val):
-    assert choose(labels_of("train", train), labels_of("val", val)) == PULL
+    assert choose(labels_of("train", train), labels_of("val", val)) == PRIOR_STRENGTH
     assert not extracted
 
 
@@ -236,7 +243,9 @@ def test_labels_are_places_among_the_classes_that_are_drawn(extracted):
 
 def test_the_pull_is_divided_by_the_shots_of_each_class(monkeypatch):
     pulls = []
-    monkeypatch.setattr(module, "classifiers", lambda f, labels, pull, branch, bank: pulls.append(pull))
+    monkeypatch.setattr(
+        module, "classifiers", lambda f, labels, prior_strength, branch, bank: pulls.append(prior_strength)
+    )
     monkeypatch.setattr(module, "detect", lambda *args: args)
     monkeypatch.setattr(module, "ap50", lambda found: 0.25)
     support, queries = (
@@ -276,13 +285,15 @@ def test_a_real_model_is_left_as_it_was_and_chooses_the_same_again(drawn, monkey
         model.model[-1].set_class(i, model.model[-1].get_class(i - 2))
     model.names = {i: f"class{i}" for i in range(4)}
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    public = {k: v for k, v in vars(model).items() if k in {"names", "nc", "pull", "enrolled", "args", "training"}}
+    public = {
+        k: v for k, v in vars(model).items() if k in {"names", "nc", "prior_strength", "enrolled", "args", "training"}
+    }
     public = {k: dict(v) if isinstance(v, dict) else v for k, v in public.items()}
-    first = choose_pull(model, *drawn, 64)
-    assert first == choose_pull(model, *drawn, 64)
+    first = choose_prior_strength(model, *drawn, 64)
+    assert first == choose_prior_strength(model, *drawn, 64)
     assert len(values) == 8 and values[:4] == values[4:] and max(values) > 0 and values[::2] != values[1::2]
     gain = (values[0] - values[1] + values[2] - values[3]) / 2
-    assert first == (INF if gain > module.MARGIN else PULL)
+    assert first == (INF if gain > module.MARGIN else PRIOR_STRENGTH)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(vars(model)[k] == v for k, v in public.items()) and not any(m.training for m in model.modules())
     assert not [f for f in Path(drawn[0][0]["im_file"]).parent.parent.rglob("*") if f.suffix == ".cache"]

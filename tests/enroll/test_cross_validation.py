@@ -313,7 +313,7 @@ def test_left_out_detections_of_the_same_classifiers_are_those_of_one_pass(bank,
 
 def test_a_image_is_judged_by_classifiers_that_never_saw_it(bank, monkeypatch):
     features, labels = labeled_scene()
-    fitted, judged, pull = [], [], torch.tensor([3.0, 2.0, 1.0])
+    fitted, judged, prior_strength = [], [], torch.tensor([3.0, 2.0, 1.0])
 
     def fit(part, seen, *args):
         fitted.append((part, seen, args))
@@ -326,7 +326,7 @@ def test_a_image_is_judged_by_classifiers_that_never_saw_it(bank, monkeypatch):
     classifiers, find = module.classifiers, module.detect
     monkeypatch.setattr(module, "classifiers", fit)
     monkeypatch.setattr(module, "detect", look)
-    detect_left_out(features, labels, pull, bank)
+    detect_left_out(features, labels, prior_strength, bank)
     assert len(fitted) == len(judged) == 5
     assert torch.equal(sum(images.int() for _, images in judged), torch.ones(12, dtype=torch.int32))
     for (part, seen, args), (truth, images) in zip(fitted, judged):

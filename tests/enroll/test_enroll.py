@@ -14,7 +14,7 @@ from yolo_fewshot.enroll import enroll as module
 from yolo_fewshot.enroll.cross_validation import Agreement, Detections, agreement, detect, detect_left_out
 from yolo_fewshot.enroll.enroll import Shot, Shots, choose, compact, enroll, forget
 from yolo_fewshot.enroll.features import Features, View, extract
-from yolo_fewshot.enroll.fit import PULL
+from yolo_fewshot.enroll.fit import PRIOR_STRENGTH
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
 FAMILIES = ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"]
@@ -192,8 +192,10 @@ def test_confidences_come_from_the_shots(model, shots, monkeypatch, method):
     features = extract(model, shots, SIZE)
     names, labels = compact(features, shots.names)
     result = enroll(model, shots, SIZE, method=method)
-    pull = torch.tensor([PULL / 4, PULL / 2]) if method == "fit" else torch.full((2,), math.inf)
-    found = detect_left_out(features, labels, pull, model.model[-1].banks[0])
+    prior_strength = (
+        torch.tensor([PRIOR_STRENGTH / 4, PRIOR_STRENGTH / 2]) if method == "fit" else torch.full((2,), math.inf)
+    )
+    found = detect_left_out(features, labels, prior_strength, model.model[-1].banks[0])
     assert len(asked) == 1 and all(map(torch.equal, asked[0], found)) and len(found.conf) > 50
     assert [r["conf"] for r in result.classes.values()] == [0.25, None] and names == ["square", "disc"]
 
@@ -317,10 +319,10 @@ def test_a_head_without_a_branch_that_is_free_of_nms_predicts_as_always(model, s
     assert enroll(model, shots, SIZE, nms=False) == enroll(other, shots, SIZE) and same(model, other)
 
 
-@pytest.mark.parametrize("single, method", [(None, "fit"), (PULL, "fit"), (math.inf, "mean")])
+@pytest.mark.parametrize("single, method", [(None, "fit"), (PRIOR_STRENGTH, "fit"), (math.inf, "mean")])
 def test_auto_enrolls_few_shots_as_training_found_best(model, shots, single, method):
     other = deepcopy(model)
-    model.pull = single
+    model.prior_strength = single
     few = shots._replace(labels=shots.labels[1:2])  # one shot of each class
     result = enroll(model, few, SIZE)
     assert [r["method"] for r in result.classes.values()] == [method] * 2
@@ -336,9 +338,9 @@ def left_out(monkeypatch):
     """Let detections with `fit` and `mean` pulls find these objects of three classes; yields the pulls looked at."""
     pulls, hits = [], {}
 
-    def detect(features, labels, pull, bank, nms):
-        pulls.append(pull)
-        found = hits["mean" if pull[0].isinf() else "fit"]
+    def detect(features, labels, prior_strength, bank, nms):
+        pulls.append(prior_strength)
+        found = hits["mean" if prior_strength[0].isinf() else "fit"]
         cls = torch.arange(3).repeat_interleave(COUNTS)
         hit = torch.cat([torch.arange(k) < n for k, n in zip(COUNTS.tolist(), found)])
         return Detections(cls, torch.linspace(0.9, 0.5, 10), hit, COUNTS)
@@ -347,16 +349,19 @@ def left_out(monkeypatch):
     return pulls, hits
 
 
-def choice(method, single=PULL, counts=COUNTS):
-    pull, found = choose(None, None, counts, method, None, single)
-    return pull.tolist(), found.hit.sum().item()
+def choice(method, single=PRIOR_STRENGTH, counts=COUNTS):
+    prior_strength, found = choose(None, None, counts, method, None, single)
+    return prior_strength.tolist(), found.hit.sum().item()
 
 
 def test_methods_other_than_auto_do_not_compare(left_out):
     pulls, hits = left_out
     hits.update(mean=[1, 1, 1], fit=[4, 0, 0])
     assert choice("mean") == ([math.inf] * 3, 3)
-    assert choice("fit", single=math.inf) == (pytest.approx([PULL / 5, PULL / 2, PULL / 3]), 4)
+    assert choice("fit", single=math.inf) == (
+        pytest.approx([PRIOR_STRENGTH / 5, PRIOR_STRENGTH / 2, PRIOR_STRENGTH / 3]),
+        4,
+    )
     assert len(pulls) == 2
 
 
@@ -366,16 +371,18 @@ def test_methods_other_than_auto_do_not_compare(left_out):
 )
 def test_auto_takes_what_finds_more_of_the_classes_of_enough_shots(left_out, mean, fit, best):
     left_out[1].update(mean=mean, fit=fit)
-    for single in (PULL, math.inf):
-        pull = [math.inf, single / 2, math.inf] if best == "mean" else [PULL / 5, single / 2, PULL / 3]
+    for single in (PRIOR_STRENGTH, math.inf):
+        prior_strength = (
+            [math.inf, single / 2, math.inf] if best == "mean" else [PRIOR_STRENGTH / 5, single / 2, PRIOR_STRENGTH / 3]
+        )
         found = sum(mean if best == "mean" else fit)
-        assert choice("auto", single) == (pytest.approx(pull), found)
+        assert choice("auto", single) == (pytest.approx(prior_strength), found)
 
 
 @pytest.mark.parametrize("method, scores", [("mean", [0.1, 0.2]), ("fit", [0.2, 0.1])])
 def test_auto_decides_on_classes_of_enough_shots_by_what_is_left_out(model, shots, monkeypatch, method, scores):
     """The squares get what finds more of them, the discs, of which there are two, what training found best."""
-    model.pull, values = math.inf, iter(scores)
+    model.prior_strength, values = math.inf, iter(scores)
     monkeypatch.setattr(module, "ap50", lambda found: next(values))
     result = enroll(model, shots, SIZE)
     assert [r["method"] for r in result.classes.values()] == [method, "mean"]

@@ -38,7 +38,7 @@ def anchors_of(n=3, own=15, others=300, d=12, seed=0):
     return Anchors(embeds, level, torch.zeros(len(targets), 4), targets, weight, none, none), targets, prototypes
 
 
-def objective(v, o, anchors, targets, c, prototype, pull, bank):
+def objective(v, o, anchors, targets, c, prototype, prior_strength, bank):
     """Objective of one class as `fit_classes` states it, with gradient and Hessian, in float64."""
     s, b = (x.detach().double().numpy()[anchors.level.numpy()] for x in (bank.logit_scale, bank.bias))
     e, p = anchors.embeds.double().numpy(), prototype.double().numpy()
@@ -47,7 +47,7 @@ def objective(v, o, anchors, targets, c, prototype, pull, bank):
     z = s * (e @ v) + b + o
     bce = w * (np.logaddexp(0, z) - t * z)
     sigmoid, x = 1 / (1 + np.exp(-z)), np.concatenate([s[:, None] * e, np.ones((len(e), 1))], 1)
-    prior = pull * np.r_[np.ones(len(v)), 0.01]
+    prior = prior_strength * np.r_[np.ones(len(v)), 0.01]
     off = np.r_[v - p, o]
     value = bce.sum() / t.sum() + (prior * off**2).sum()
     gradient = x.T @ (w * (sigmoid - t)) / t.sum() + 2 * prior * off
@@ -72,19 +72,21 @@ def bce(vectors, offsets, anchors, targets, c, prototypes, bank):
     return objective(vectors[c].double().numpy(), float(offsets[c]), anchors, targets, c, prototypes[c], 0.0, bank)[0]
 
 
-@pytest.mark.parametrize("pull", [0.03, 0.6, 3.0, 100.0])
-def test_a_fit_is_the_minimum_of_the_stated_objective(pull):
+@pytest.mark.parametrize("prior_strength", [0.03, 0.6, 3.0, 100.0])
+def test_a_fit_is_the_minimum_of_the_stated_objective(prior_strength):
     (anchors, targets, prototypes), bank = anchors_of(), bank_of()
-    vectors, offsets = fit_classes(anchors, targets, prototypes, torch.full((3,), pull), bank)
+    vectors, offsets = fit_classes(anchors, targets, prototypes, torch.full((3,), prior_strength), bank)
     for c in range(3):
-        args = (anchors, targets, c, prototypes[c], pull, bank)
+        args = (anchors, targets, c, prototypes[c], prior_strength, bank)
         v, o = newton(*args)
         least = objective(v, o, *args)[0]
         found = objective(vectors[c].double().numpy(), float(offsets[c]), *args)[0]
         assert least - 1e-9 < found < least + 1e-4 * abs(least)
         torch.testing.assert_close(vectors[c], torch.tensor(v).float(), rtol=0, atol=5e-3)
         assert offsets[c].item() == pytest.approx(o, abs=3e-2)
-        assert np.abs(v - prototypes[c].numpy()).max() > (1e-2 if pull < 10 else 0)  # the prototype is not the minimum
+        assert np.abs(v - prototypes[c].numpy()).max() > (
+            1e-2 if prior_strength < 10 else 0
+        )  # the prototype is not the minimum
 
 
 def test_an_infinite_pull_gives_the_prototype():
@@ -96,8 +98,8 @@ def test_an_infinite_pull_gives_the_prototype():
 def test_the_smaller_the_pull_the_closer_the_fit_and_the_farther_the_prototype():
     (anchors, targets, prototypes), bank = anchors_of(), bank_of()
     losses, ways = [], []
-    for pull in (1e6, 100.0, 3.0, 0.1):
-        vectors, offsets = fit_classes(anchors, targets, prototypes, torch.full((3,), pull), bank)
+    for prior_strength in (1e6, 100.0, 3.0, 0.1):
+        vectors, offsets = fit_classes(anchors, targets, prototypes, torch.full((3,), prior_strength), bank)
         losses.append([bce(vectors, offsets, anchors, targets, c, prototypes, bank) for c in range(3)])
         ways.append((vectors - prototypes).norm(dim=1).tolist())
     assert (np.diff(losses, axis=0) < 0).all() and (np.diff(ways, axis=0) > 0).all()
@@ -106,23 +108,23 @@ def test_the_smaller_the_pull_the_closer_the_fit_and_the_farther_the_prototype()
 
 def test_classes_do_not_influence_each_other():
     (anchors, targets, prototypes), bank = anchors_of(), bank_of()
-    pull = torch.tensor([3.0, 0.5, 1.0])
-    vectors, offsets = fit_classes(anchors, targets, prototypes, pull, bank)
+    prior_strength = torch.tensor([3.0, 0.5, 1.0])
+    vectors, offsets = fit_classes(anchors, targets, prototypes, prior_strength, bank)
     for c in range(3):
         alone = torch.where(targets == c, 0, -1)
-        v, o = fit_classes(anchors, alone, prototypes[c : c + 1], pull[c : c + 1], bank)
+        v, o = fit_classes(anchors, alone, prototypes[c : c + 1], prior_strength[c : c + 1], bank)
         torch.testing.assert_close(vectors[c], v[0], rtol=0, atol=2e-3)
         torch.testing.assert_close(offsets[c], o[0], rtol=0, atol=2e-2)
 
 
 def test_many_classes_are_fitted_in_parts(monkeypatch):
     (anchors, targets, prototypes), bank = anchors_of(n=5), bank_of()
-    pull = torch.tensor([3.0, 0.5, 1.0, 2.0, 0.7])
-    expected = fit_classes(anchors, targets, prototypes, pull, bank)
+    prior_strength = torch.tensor([3.0, 0.5, 1.0, 2.0, 0.7])
+    expected = fit_classes(anchors, targets, prototypes, prior_strength, bank)
     sizes, minimize = [], module._minimize
     monkeypatch.setattr(module, "CLASSES", 2)
     monkeypatch.setattr(module, "_minimize", lambda *args: sizes.append(args[2].shape[1]) or minimize(*args))
-    vectors, offsets = fit_classes(anchors, targets, prototypes, pull, bank)
+    vectors, offsets = fit_classes(anchors, targets, prototypes, prior_strength, bank)
     assert sizes == [2, 2, 1]
     torch.testing.assert_close(vectors, expected[0], rtol=0, atol=2e-3)
     torch.testing.assert_close(offsets, expected[1], rtol=0, atol=2e-2)
@@ -130,8 +132,8 @@ def test_many_classes_are_fitted_in_parts(monkeypatch):
 
 def test_infinite_and_finite_pulls_mix():
     (anchors, targets, prototypes), bank = anchors_of(n=4), bank_of()
-    pull = torch.tensor([INF, 1.0, INF, 2.0])
-    vectors, offsets = fit_classes(anchors, targets, prototypes, pull, bank)
+    prior_strength = torch.tensor([INF, 1.0, INF, 2.0])
+    vectors, offsets = fit_classes(anchors, targets, prototypes, prior_strength, bank)
     assert torch.equal(vectors[[0, 2]], prototypes[[0, 2]]) and not offsets[[0, 2]].any()
     finite = fit_classes(anchors, targets, prototypes, torch.tensor([5.0, 1.0, 5.0, 2.0]), bank)
     torch.testing.assert_close(vectors[[1, 3]], finite[0][[1, 3]], rtol=0, atol=2e-3)
@@ -140,9 +142,9 @@ def test_infinite_and_finite_pulls_mix():
 
 def test_of_many_negatives_the_hardest_are_used_and_all_positives(monkeypatch):
     (anchors, targets, prototypes), bank = anchors_of(), bank_of()
-    pull = torch.full((3,), 0.5)
+    prior_strength = torch.full((3,), 0.5)
     monkeypatch.setattr(module, "NEGATIVES", 40)
-    found = fit_classes(anchors, targets, prototypes, pull, bank)
+    found = fit_classes(anchors, targets, prototypes, prior_strength, bank)
     hardness = []
     for e, level in zip(anchors.embeds, anchors.level):
         hardness.append(
@@ -152,18 +154,18 @@ def test_of_many_negatives_the_hardest_are_used_and_all_positives(monkeypatch):
     chosen = sorted(negatives, key=lambda i: -hardness[i])[:40] + (targets >= 0).nonzero()[:, 0].tolist()
     monkeypatch.setattr(module, "NEGATIVES", 10_000)
     part = Anchors(*(x[sorted(chosen)] for x in anchors))
-    expected = fit_classes(part, targets[sorted(chosen)], prototypes, pull, bank)
+    expected = fit_classes(part, targets[sorted(chosen)], prototypes, prior_strength, bank)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
-    every = fit_classes(anchors, targets, prototypes, pull, bank)
+    every = fit_classes(anchors, targets, prototypes, prior_strength, bank)
     assert not torch.allclose(found[1], every[1], atol=0.1)
 
 
 def test_weights_of_almost_zero_do_not_outweigh_the_pull():
     (anchors, targets, prototypes), bank = anchors_of(), bank_of()
     faint = anchors._replace(weight=torch.where(targets < 0, anchors.weight, anchors.weight * 1e-15))
-    for pull, far in ((3.0, 100), (1e7, 0.1)):
-        vectors, offsets = fit_classes(faint, targets, prototypes, torch.full((3,), pull), bank)
+    for prior_strength, far in ((3.0, 100), (1e7, 0.1)):
+        vectors, offsets = fit_classes(faint, targets, prototypes, torch.full((3,), prior_strength), bank)
         assert (vectors - prototypes).norm(dim=1).max() < far and offsets.isfinite().all()
 
 
@@ -191,15 +193,15 @@ def features_of(branches=1):
 
 
 def test_classifiers_of_a_branch_are_fitted_on_its_anchors_from_the_means_of_its_objects():
-    features, bank, pull = features_of(branches=2), bank_of(), torch.tensor([0.5, 1.0, INF])
+    features, bank, prior_strength = features_of(branches=2), bank_of(), torch.tensor([0.5, 1.0, INF])
     outcomes = []
     for b in range(2):
         anchors = features.anchors[b]
         targets = torch.tensor([int(features.cls[i]) if i >= 0 else -1 for i in anchors.objects.tolist()])
         means = torch.stack([features.embeds[b][features.cls == c].mean(0) for c in range(3)])
         means = means / means.norm(dim=1, keepdim=True)
-        expected = fit_classes(anchors, targets, means, pull, bank)
-        found = classifiers(features, features.cls, pull, b, bank)
+        expected = fit_classes(anchors, targets, means, prior_strength, bank)
+        found = classifiers(features, features.cls, prior_strength, b, bank)
         torch.testing.assert_close(found[0], expected[0], rtol=0, atol=2e-3)
         torch.testing.assert_close(found[1], expected[1], rtol=0, atol=2e-2)
         torch.testing.assert_close(found[0][2], means[2])
@@ -218,7 +220,7 @@ def test_objects_that_are_left_out_have_no_part_in_a_mean():
 
 
 def test_the_offset_follows_how_rare_a_class_is_among_the_anchors():
-    """With embeddings of zero only the offset is left to fit, and its minimum has a closed form without pull."""
+    """With embeddings of zero only the offset is left to fit, and its minimum has a closed form without a prior."""
     anchors, targets, prototypes = anchors_of(n=1, own=50, others=150)
     anchors = anchors._replace(
         embeds=torch.zeros_like(anchors.embeds),

@@ -146,7 +146,7 @@ def enrolled(cfg="yolo11n-fewshot.yaml", names=("cat", "dog", "bus", "car"), see
     rows = [(torch.randn(128, generator=generator) * 2, torch.tensor(-1.5)) for _ in model.model[-1].banks]
     model.model[-1].set_class(2, rows)
     model.enrolled = {"bus": {"shots": 5, "method": "fit", "conf": 0.3, "replaced": None}}
-    model.pull, model.memory = 3.0, [(torch.ones(2, 128).half(), torch.zeros(2), torch.zeros(2))]
+    model.prior_strength, model.memory = 3.0, [(torch.ones(2, 128).half(), torch.zeros(2), torch.zeros(2))]
     return model
 
 
@@ -166,7 +166,7 @@ def test_folding_and_fusing_leave_the_model_as_it_is(cfg):
     assert type(model) is FewShotDetectionModel and type(model.model[-1]) is FewShotDetect and model.training
     assert {k: id(v) for k, v in parameters.items()} == {k: id(v) for k, v in model.named_parameters()}
     assert model.criterion is criterion and model.yaml == yaml and model.names[0] == "cat" and "bus" in model.enrolled
-    assert model.pull == 3.0 and len(model.memory) == 1 and model.transferred == []
+    assert model.prior_strength == 3.0 and len(model.memory) == 1 and model.transferred == []
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
@@ -185,7 +185,7 @@ def test_a_folded_model_keeps_all_but_what_training_needs():
     model.task, model.pt_path = "detect", "best.pt"
     folded = model.fold()
     assert type(folded) is DetectionModel and type(folded.model[-1]) is Detect
-    assert not {"criterion", "transferred", "pull", "memory"} & set(vars(folded))
+    assert not {"criterion", "transferred", "prior_strength", "memory"} & set(vars(folded))
     for name in ("names", "args", "enrolled", "task", "pt_path", "save", "inplace"):
         assert getattr(folded, name) == getattr(model, name), name
     assert torch.equal(folded.stride, model.stride) and torch.equal(folded.model[-1].stride, model.stride)

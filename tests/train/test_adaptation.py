@@ -286,9 +286,9 @@ def test_labels_of_validation_images_are_those_of_the_model(adapted, site):
 
 def test_what_the_model_knows_of_its_classes_survives(adapted, start):
     before, (trainer, seen) = checkpoint(start.best), adapted
-    assert before.pull is not None and before.memory
+    assert before.prior_strength is not None and before.memory
     for model in (trainer.model, checkpoint(trainer.best), checkpoint(trainer.last)):
-        assert model.pull == before.pull
+        assert model.prior_strength == before.prior_strength
         assert model.enrolled.keys() == set(NOVEL)
         assert {k: v["conf"] for k, v in model.enrolled.items()} == {
             k: v["conf"] for k, v in seen.model.enrolled.items()
@@ -376,7 +376,7 @@ def test_an_interrupted_run_goes_on_with_the_same_batches_and_enrolls_only_once(
         torch.testing.assert_close(bank.weight.data, other.weight.data, rtol=1e-3, atol=1e-4)
     final = checkpoint(site / "cut/weights/best.pt")
     assert final.names == EXPECTED and final.enrolled.keys() == set(NOVEL) and final.memory
-    assert final.pull == checkpoint(start.best).pull
+    assert final.prior_strength == checkpoint(start.best).prior_strength
 
 
 def built(site, start, cfg="stage3.yaml", **overrides):

@@ -39,7 +39,9 @@ def test_both_stages_come_to_their_end(stages):
     for trainer in stages:
         for file in (trainer.best, trainer.last):
             ckpt = torch.load(file, weights_only=False)
-            assert ckpt["epoch"] == -1 and ckpt["model"].pull is not None  # stripped, and prepared for enrollment
+            assert (
+                ckpt["epoch"] == -1 and ckpt["model"].prior_strength is not None
+            )  # stripped, and prepared for enrollment
             assert ckpt["model"].yaml["channels"] == 1 and len(ckpt["model"].memory[0][0]) > 0
         assert (trainer.save_dir / "embedding.png").exists() and (trainer.save_dir / "losses.png").exists()
 

@@ -232,7 +232,7 @@ def check_finished(run, epochs=EPOCHS):
     for name in ("last.pt", "best.pt"):
         ckpt = torch.load(run / "weights" / name, weights_only=False)
         assert ckpt["epoch"] == -1 and ckpt["optimizer"] is None and ckpt["ema"] is None, name
-        assert ckpt["model"].memory and ckpt["model"].pull is not None, name
+        assert ckpt["model"].memory and ckpt["model"].prior_strength is not None, name
         assert all(len(x) > 0 for x in ckpt["model"].memory[0]), name
     assert len(YOLO(run / "weights/best.pt").model.names) == 4
     with open(run / "results.csv") as f:

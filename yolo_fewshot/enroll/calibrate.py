@@ -11,7 +11,7 @@ from torch import nn
 
 from yolo_fewshot.enroll.cross_validation import ap50, detect
 from yolo_fewshot.enroll.features import Features, View, extract, select
-from yolo_fewshot.enroll.fit import MARGIN, PULL, classifiers
+from yolo_fewshot.enroll.fit import MARGIN, PRIOR_STRENGTH, classifiers
 from yolo_fewshot.enroll.replay import base_support, recall
 
 TRIALS = 3  # draws of shots
@@ -19,7 +19,7 @@ CLASSES = 20  # that play novel ones, at most, and at most half of all
 QUERIES = 100  # images to detect them in, at most
 
 
-def choose_pull(
+def choose_prior_strength(
     model: nn.Module, train: list[dict[str, Any]], val: list[dict[str, Any]], imgsz: int, seed: int = 0
 ) -> float:
     """Choose how to enroll from one shot, by the AP50 of base classes that are enrolled from one like novel ones.
@@ -34,14 +34,14 @@ def choose_pull(
         seed (int): Seed of the draws.
 
     Returns:
-        (float): `PULL`, or infinity if the mean prototype itself is better; `PULL` too where fewer than two classes are
-            in both splits.
+        (float): `PRIOR_STRENGTH`, or infinity if the mean prototype itself is better; `PRIOR_STRENGTH` too where fewer
+            than two classes are in both splits.
     """
     rng = np.random.default_rng(seed)
     seen = [np.unique(np.concatenate([x["cls"].reshape(-1) for x in labels] or [[]])) for labels in (train, val)]
     able = np.intersect1d(*seen).astype(int)
     if len(able) < 2:
-        return PULL
+        return PRIOR_STRENGTH
     classes = rng.permutation(able)[: min(CLASSES, max(len(able) // 2, 2))]
     queries = _features(model, _images(val, classes, rng)[:QUERIES], classes, imgsz, [View()])
     images, drawn, ends = _images(train, classes, rng), [], [0]
@@ -53,14 +53,16 @@ def choose_pull(
         drawn += shots
         ends.append(len(drawn))
     if not drawn:
-        return PULL
+        return PRIOR_STRENGTH
     features, labels = _features(model, drawn, classes, imgsz)
     gains = []
     for low, high in zip(ends[:-1], ends[1:]):
         support = _only(features, labels, low, high)
-        mean, fit = (_ap50(support, queries, len(classes), p, model.model[-1].banks[0]) for p in (math.inf, PULL))
+        mean, fit = (
+            _ap50(support, queries, len(classes), p, model.model[-1].banks[0]) for p in (math.inf, PRIOR_STRENGTH)
+        )
         gains.append(mean - fit)
-    return math.inf if np.mean(gains) > MARGIN else PULL
+    return math.inf if np.mean(gains) > MARGIN else PRIOR_STRENGTH
 
 
 def _images(labels: list[dict[str, Any]], classes: np.ndarray, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -102,9 +104,9 @@ def _only(features: Features, labels: torch.Tensor, low: int, high: int) -> tupl
     return features._replace(anchors=[part]), torch.where(shown, labels, -1)
 
 
-def _ap50(support: tuple, queries: tuple, n: int, pull: float, bank: nn.Module) -> float:
+def _ap50(support: tuple, queries: tuple, n: int, prior_strength: float, bank: nn.Module) -> float:
     """Return the mean AP50 of classes enrolled from a support set."""
     counts = torch.bincount(support[1][support[1] >= 0], minlength=n)
-    rows = classifiers(*support, torch.where(counts > 0, pull / counts, torch.inf), 0, bank)
+    rows = classifiers(*support, torch.where(counts > 0, prior_strength / counts, torch.inf), 0, bank)
     every = torch.ones(len(queries[0].files), dtype=torch.bool)
     return ap50(detect(*queries, every, rows, bank))

@@ -150,14 +150,14 @@ def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
 
 
 def detect_left_out(
-    features: Features, labels: torch.Tensor, pull: torch.Tensor, bank: Prototypes, nms: bool = True
+    features: Features, labels: torch.Tensor, prior_strength: torch.Tensor, bank: Prototypes, nms: bool = True
 ) -> Detections:
     """Detect in every image with classifiers that were made without it and the others of its fold.
 
     Args:
         features (Features): Features of a support set, with the anchors of the branch that predicts in front.
         labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
-        pull (torch.Tensor): Pull of every class, (n,) float32.
+        prior_strength (torch.Tensor): Prior strength of every class, (n,) float32.
         bank (Prototypes): Prototypes of the branch that predicts.
         nms (bool): Whether NMS follows; not for the one-to-one branch.
 
@@ -167,9 +167,9 @@ def detect_left_out(
     fold, first, found = folds(features, labels), features.anchors[0], []
     for f in fold[features.image].unique().tolist():
         seen = torch.where(fold[features.image] == f, -1, labels)
-        known = torch.bincount(seen[seen >= 0], minlength=len(pull)) > 0
+        known = torch.bincount(seen[seen >= 0], minlength=len(prior_strength)) > 0
         part = features._replace(anchors=[select(first, (first.image < 0) | (fold[first.image] != f))])
-        rows = classifiers(part, seen, torch.where(known, pull, torch.inf), 0, bank)
+        rows = classifiers(part, seen, torch.where(known, prior_strength, torch.inf), 0, bank)
         out = detect(features, labels, fold == f, rows, bank, nms=nms)
         found.append((*(x[known[out.cls]] for x in out[:3]), out.truths * known))
     cls, conf, hit, truths = zip(*found)

@@ -18,7 +18,7 @@ from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.support import Support
 from yolo_fewshot.enroll.cross_validation import Detections, agreement, ap50, detect_left_out, thresholds
 from yolo_fewshot.enroll.features import Features, View, extract
-from yolo_fewshot.enroll.fit import MARGIN, PULL, classifiers
+from yolo_fewshot.enroll.fit import MARGIN, PRIOR_STRENGTH, classifiers
 from yolo_fewshot.enroll.replay import recall
 from yolo_fewshot.errors import few
 from yolo_fewshot.nn.head import Prototypes
@@ -85,7 +85,7 @@ def enroll(
         imgsz (int): Image size in pixels.
         batch (int): Images per forward pass.
         method (str): 'mean', the mean of the shots' embeddings (Snell et al. 2017); 'fit', a classifier fitted on all
-            anchors of the support images with a pull towards that mean; or 'auto', see `choose`.
+            anchors of the support images with an L2 prior around that mean; or 'auto', see `choose`.
         views (list[View], optional): Views of the images, those of `support_views` if not given.
         keep (Collection[str]): Classes of the model that stay as they are. Their objects in the support images are
             negatives of the others, and help to choose the method.
@@ -121,9 +121,11 @@ def enroll(
     branch = int(nms is False and len(head.banks) > 1)
     judged = recall(model.memory, features, list(shown.values()))  # none of the classes takes itself for a negative
     judged = judged._replace(embeds=judged.embeds[branch:], anchors=judged.anchors[branch:])
-    pull, left_out = choose(judged, labels, counts, method, head.banks[branch], model.pull or PULL, not branch)
+    prior_strength, left_out = choose(
+        judged, labels, counts, method, head.banks[branch], model.prior_strength or PRIOR_STRENGTH, not branch
+    )
     features = recall(model.memory, features, [i for n, i in shown.items() if n not in keep])
-    rows = [classifiers(features, labels, pull, i, bank) for i, bank in enumerate(head.banks)]
+    rows = [classifiers(features, labels, prior_strength, i, bank) for i, bank in enumerate(head.banks)]
     conf = thresholds(left_out)
     classes = {}
     for c, name in enumerate(names):
@@ -137,7 +139,7 @@ def enroll(
         model.names[index] = name
         classes[name] = {
             "shots": int(counts[c]),
-            "method": "mean" if pull[c].isinf() else "fit",
+            "method": "mean" if prior_strength[c].isinf() else "fit",
             "conf": conf[c],
             "replaced": before,
         }
@@ -263,10 +265,10 @@ def choose(
     single: float,
     nms: bool = True,
 ) -> tuple[torch.Tensor, Detections]:
-    """Choose the pull of every class, and detect in the support images with classifiers that did not see them.
+    """Choose the prior strength of every class, and detect in the support images with classifiers made without them.
 
-    The pull is `PULL` over the number of shots for 'fit', and infinite for 'mean'. 'auto' fits, unless 'mean' finds
-    more by `MARGIN` (AP50) in the support images with these left out, for classes of at least `ENOUGH` shots; fewer
+    The prior strength is `PRIOR_STRENGTH` over the number of shots for 'fit', and infinite for 'mean'. 'auto' fits,
+    unless 'mean' finds more by `MARGIN` (AP50) in the support images with these left out, for classes of at least `ENOUGH` shots; fewer
     tell too little, so there it takes what was better on base classes enrolled from one shot when training ended.
 
     Args:
@@ -275,21 +277,21 @@ def choose(
         counts (torch.Tensor): Shots of every class, (n,).
         method (str): 'auto', 'mean' or 'fit'.
         bank (Prototypes): Prototypes of the branch that predicts.
-        single (float): Pull of one shot for classes of few shots under 'auto'.
+        single (float): Prior strength of one shot for classes of few shots under 'auto'.
         nms (bool): Whether NMS follows; not for the one-to-one branch.
 
     Returns:
-        pull (torch.Tensor): (n,) float32.
-        left_out (Detections): Detections with this pull.
+        prior_strength (torch.Tensor): (n,) float32.
+        left_out (Detections): Detections with this prior strength.
     """
-    mean, fit = torch.full((len(counts),), math.inf), PULL / counts
+    mean, fit = torch.full((len(counts),), math.inf), PRIOR_STRENGTH / counts
     if method != "auto":
-        pull = mean if method == "mean" else fit
-        return pull, detect_left_out(features, labels, pull, bank, nms)
+        prior_strength = mean if method == "mean" else fit
+        return prior_strength, detect_left_out(features, labels, prior_strength, bank, nms)
     scarce = counts < ENOUGH
     if scarce.all():
-        pull = single / counts
-        return pull, detect_left_out(features, labels, pull, bank, nms)
+        prior_strength = single / counts
+        return prior_strength, detect_left_out(features, labels, prior_strength, bank, nms)
     options = [torch.where(scarce, single / counts, p) for p in (fit, mean)]
     found = [detect_left_out(features, labels, p, bank, nms) for p in options]
     scores = [ap50(x._replace(truths=x.truths * ~scarce)) for x in found]

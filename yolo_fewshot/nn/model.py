@@ -29,7 +29,7 @@ class FewShotDetectionModel(DetectionModel):
     Attributes:
         transferred (list[int]): Classes whose prototypes the last `load` took from its source.
         enrolled (dict[str, dict]): What is known of every enrolled class, see `yolo_fewshot.enroll.enroll.Shots`.
-        pull (float | None): Pull of one shot under enrollment `auto`, chosen when training ended, see `choose_pull`.
+        prior_strength (float | None): Of one shot under enrollment `auto`, chosen when training ended.
         memory (list): Anchors of base images, kept when training ended, see `yolo_fewshot.enroll.replay`.
         loss_class (type[FewShotLoss]): Loss to train with; copies and checkpoints have ours.
 
@@ -55,7 +55,7 @@ class FewShotDetectionModel(DetectionModel):
         super().__init__(cfg, ch=ch, nc=nc, verbose=verbose)
         self.transferred: list[int] = []
         self.enrolled: dict[str, dict] = {}
-        self.pull: float | None = None
+        self.prior_strength: float | None = None
         self.memory: list = []
         self.yaml["fewshot"] = {**FEWSHOT, **(self.yaml.get("fewshot") or {})}
         self.model[-1] = FewShotDetect.upgrade(self.model[-1], **self.yaml["fewshot"])
@@ -71,7 +71,7 @@ class FewShotDetectionModel(DetectionModel):
         """
         memo = {id(getattr(self, "criterion", None)): None}  # the loss is of no use to the copy
         folded = deepcopy(self, memo)
-        for name in ("criterion", "transferred", "pull", "memory"):
+        for name in ("criterion", "transferred", "prior_strength", "memory"):
             folded.__dict__.pop(name, None)
         folded.__class__ = DetectionModel
         folded.model[-1] = folded.model[-1].fold()

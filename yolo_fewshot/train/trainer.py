@@ -31,7 +31,7 @@ from yolo_fewshot.data.episodes import EpisodeSampler, EpisodicDataset
 from yolo_fewshot.data.ignore import fully_labeled, has_ignored, masked
 from yolo_fewshot.data.shots_and_base import ShotsAndBase, relabel
 from yolo_fewshot.data.support import SupportDataset
-from yolo_fewshot.enroll.calibrate import choose_pull
+from yolo_fewshot.enroll.calibrate import choose_prior_strength
 from yolo_fewshot.enroll.enroll import Shots
 from yolo_fewshot.enroll.features import View, extract
 from yolo_fewshot.enroll.replay import base_support, remember
@@ -188,7 +188,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
                 model.model[-1].freeze_prototypes(model.transferred)
             if self.adaptation:
                 model.enrolled = {n: x for n, x in weights.enrolled.items() if n in model.names.values()}
-                model.pull, model.memory = weights.pull, weights.memory
+                model.prior_strength, model.memory = weights.prior_strength, weights.memory
         return model
 
     def setup_model(self) -> dict[str, Any] | None:
@@ -543,13 +543,13 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         else:
             labels = fully_labeled(trained_on.dataset if self.episodic else trained_on)
             model.memory = remember(model, labels, *about)
-            model.pull = choose_pull(model, labels, self.test_loader.dataset.labels, *about)
-            better = "mean" if model.pull == math.inf else "fit"
+            model.prior_strength = choose_prior_strength(model, labels, self.test_loader.dataset.labels, *about)
+            better = "mean" if model.prior_strength == math.inf else "fit"
             LOGGER.info(f"Enrollment from one shot, on base classes: '{better}' is better")
         if self.args.plots:
             self._plot_embedding(model)
         for ckpt, file in zip(ckpts, files):
-            ckpt["model"].pull, ckpt["model"].memory = model.pull, model.memory
+            ckpt["model"].prior_strength, ckpt["model"].memory = model.prior_strength, model.memory
             if self.adaptation:  # its weights are those of no epoch
                 ckpt["train_metrics"] = {**(ckpt.get("train_metrics") or {}), **self.metrics}
             save_checkpoint(ckpt, file)

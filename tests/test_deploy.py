@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_iou
 from ultralytics import YOLO
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
@@ -66,6 +67,16 @@ def same(found, expected, boxes=0.5, scores=1e-3):
             free[fits.nonzero()[0]] = False
 
 
+def without_ties(found, iou=0.7, margin=0.03):
+    """Detections without those of which rounding decides whether NMS takes them for a more confident one."""
+    kept = []
+    for x in found:
+        near = (box_iou(x[:, :4], x[:, :4]) - iou).abs() < margin
+        near &= (x[:, None, 5] == x[None, :, 5]) & (x[:, None, 4] < x[None, :, 4])
+        kept.append(x[~near.any(1)])
+    return kept
+
+
 FORMATS = {
     "torchscript": {"format": "torchscript"},
     "onnx": {"format": "onnx"},
@@ -106,7 +117,11 @@ def test_an_exported_model_predicts_the_same(exported, pictures, expected, conf)
     name, path, _ = exported
     model = YOLO(path, task="detect")
     assert type(model) is YOLO
-    same(predict(model, pictures, conf=conf), expected, scores=5e-3 if "fp16" in name else 1e-3)
+    found = predict(model, pictures, conf=conf)
+    if "fp16" in name:
+        same(without_ties(found), without_ties(expected), scores=5e-3)
+    else:
+        same(found, expected)
 
 
 def metadata(path):

@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_iou
 from ultralytics import YOLO
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import ROOT, YAML
-
-from yolo_fewshot import FewShotYOLO
 from yolo_fewshot.data.demo import BASE, NOVEL
 from yolo_fewshot.nn.model import FewShotDetectionModel
+
+from yolo_fewshot import FewShotYOLO
 
 IMGSZ = 96
 
@@ -57,6 +58,11 @@ def expected(enrolled, images, conf):
 def same(found, expected, boxes=0.5, scores=1e-3):
     """Whether two predictions have the same detections; those that are equally confident may come in any order."""
     assert [len(x) for x in found] == [len(x) for x in expected]
+    contains(found, expected, boxes, scores)
+
+
+def contains(found, expected, boxes=0.5, scores=1e-3):
+    """Whether all expected detections were found, each by one of its own."""
     for a, b in zip(found, expected):
         free = torch.ones(len(a), dtype=torch.bool)
         for row in b:
@@ -64,6 +70,16 @@ def same(found, expected, boxes=0.5, scores=1e-3):
             fits &= (a[:, 5] == row[5]) & free
             assert fits.any(), f"no detection like {row} in {a}"
             free[fits.nonzero()[0]] = False
+
+
+def certain(found, conf, iou=0.7, margin=0.03):
+    """Detections without those of which rounding decides whether they pass the confidence threshold and NMS."""
+    kept = []
+    for x in found:
+        near = (box_iou(x[:, :4], x[:, :4]) - iou).abs() < margin
+        near &= (x[:, None, 5] == x[None, :, 5]) & (x[:, None, 4] < x[None, :, 4])
+        kept.append(x[~near.any(1) & (x[:, 4] > conf + 0.01)])
+    return kept
 
 
 FORMATS = {
@@ -106,7 +122,13 @@ def test_an_exported_model_predicts_the_same(exported, images, expected, conf):
     name, path, _ = exported
     model = YOLO(path, task="detect")
     assert type(model) is YOLO
-    same(predict(model, images, conf=conf), expected, scores=5e-3 if "fp16" in name else 1e-3)
+    found = predict(model, images, conf=conf)
+    if "fp16" in name:
+        assert sum(map(len, certain(expected, conf))) > 20
+        contains(found, certain(expected, conf), scores=5e-3)
+        contains(expected, certain(found, conf), scores=5e-3)
+    else:
+        same(found, expected)
 
 
 def metadata(path):

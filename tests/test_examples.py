@@ -131,8 +131,8 @@ def test_serving_with_onnxruntime_alone(example, enrolled, demo):
     images = [cv2.imread(str(x)) for x in sorted((demo / "images" / "val").iterdir())[:3]]
     images.append(np.ascontiguousarray(images[0][:, :103]))  # margins left and right
     for image in images:
-        want = yolo.predict(image, imgsz=96, conf=0.2, verbose=False)[0].boxes
-        found = detector(image, conf=0.2)
+        want = yolo.predict(image, imgsz=96, conf=0.05, verbose=False)[0].boxes  # the model is weak
+        found = detector(image, conf=0.05)
         assert len(found) == len(want) > 0
         assert [x.name for x in found] == [yolo.names[int(c)] for c in want.cls]
         np.testing.assert_allclose([x.score for x in found], want.conf, atol=1e-4)

@@ -115,7 +115,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         """
         super().check_resume(overrides)
         if self.resume:
-            weights, recorded = Path(self.args.resume).resolve().parent, self.args.save_dir
+            weights, recorded = Path(self.args.resume).resolve().parent, getattr(self.args, "save_dir", None)
             if weights.name == "weights" and not (recorded and Path(recorded).exists()):
                 self.args.save_dir = str(weights.parent)
 

@@ -132,8 +132,8 @@ def test_images_in_a_folder_called_labels(tmp_path):
 
 
 def test_labels_beside_their_images_are_not_taken_for_boxes_to_ignore(tmp_path):
-    build = plain(tmp_path, [tmp_path / "images/0.png"])
-    write(tmp_path / "images/0.txt", "0 0.3 0.3 0.4 0.4")
+    build = plain(tmp_path, [tmp_path / "photos/0.png"])
+    write(tmp_path / "photos/0.txt", "0 0.3 0.3 0.4 0.4")
     assert not build().ignored
 
 

@@ -49,7 +49,7 @@ def few(tmp_path_factory):
 
 
 def scenes(root, objects, names, file="shots.yaml"):
-    """Write a image for every (glyph, class index), with its label, and return the data.yaml."""
+    """Write an image for every (glyph, class index), with its label, and return the data.yaml."""
     rng = np.random.default_rng(0)
     for folder in ("images", "labels"):
         (root / folder).mkdir(parents=True)

@@ -80,7 +80,7 @@ class FewShotYOLO(YOLO):
 
         Raises:
             TypeError: If the model has no few-shot head.
-            FileNotFoundError: If the support set, or a image that it lists, does not exist.
+            FileNotFoundError: If the support set, or an image that it lists, does not exist.
             ValueError: If the support set is unusable, or an argument is invalid; the text says what to change.
         """
         with self._lock:
@@ -239,7 +239,7 @@ class FewShotYOLO(YOLO):
             if kept:
                 LOGGER.info(
                     f"{few(kept)}: {kind} classes, which stay as they are, for only images of other classes show "
-                    "them. To enroll one anew, add a image of it by itself."
+                    "them. To enroll one anew, add an image of it by itself."
                 )
             again = [n for n in names if n in shots.shown and n not in kept]
             if again:

@@ -565,7 +565,7 @@ def test_a_batch_with_nothing_to_ignore_has_the_same_loss_bit_by_bit(cfg, stage,
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_a_image_of_nothing_but_boxes_to_ignore_teaches_nothing_there():
+def test_an_image_of_nothing_but_boxes_to_ignore_teaches_nothing_there():
     batch, model = batch_of(), make()
     rows = torch.tensor([[b, IGNORED, 0.5, 0.5, 1.0, 1.0] for b in range(B)])
     batch = {**batch, "batch_idx": rows[:, 0], "cls": rows[:, 1:2], "bboxes": rows[:, 2:]}

@@ -339,7 +339,7 @@ def support_of(*classes):
     ("classes", "expected"),
     [
         ([[2, 0], [0, 4, 0]], ["a"]),
-        ([[2, 0], [0]], []),  # a image of its own
+        ([[2, 0], [0]], []),  # an image of its own
         ([[2, 0], [0, 1]], []),  # one with another old class
         ([[2, 0, 1], [3, 1], []], ["a"]),
         ([[4, 1, 0]], ["b", "a"]),
@@ -408,7 +408,7 @@ def test_five_missing_images_are_all_named(root):
 
 
 def test_images_that_cannot_be_read(root, shots):
-    (root / "images/b.png").write_bytes(b"not a image")
+    (root / "images/b.png").write_bytes(b"not an image")
     (root / "images/c.png").write_bytes((root / "images/a.png").read_bytes()[:200])
     with pytest.raises(ValueError) as e:
         read_support(shots, NAMES)

@@ -142,7 +142,7 @@ def test_every_trial_has_shots_of_its_own_that_show_every_class(extracted, trial
             own = features.image == p
             assert (labels[own] >= 0).all()  # whole images
             new = set(labels[own].tolist()) - shown
-            assert new  # a image that shows nothing new is no shot
+            assert new  # an image that shows nothing new is no shot
             shown |= new
             assert p not in used
             used.add(p)

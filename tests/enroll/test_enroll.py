@@ -11,7 +11,9 @@ from ultralytics.utils.nms import non_max_suppression
 from yolo_fewshot import FewShotYOLO
 from yolo_fewshot.data.support import Support, read_support
 from yolo_fewshot.enroll import enroll as module
-from yolo_fewshot.enroll.cross_validation import Agreement, Detections, agreement, detect, detect_left_out
+from yolo_fewshot.enroll.agreement import Agreement, agreement
+from yolo_fewshot.enroll.cross_validation import detect_left_out
+from yolo_fewshot.enroll.detection import Detections, detect
 from yolo_fewshot.enroll.enroll import Shot, Shots, choose, compact, enroll, forget
 from yolo_fewshot.enroll.features import Features, View, extract
 from yolo_fewshot.enroll.fit import PRIOR_STRENGTH
@@ -47,7 +49,7 @@ def model(models):
 
 @torch.no_grad()
 def logits(model, shots):
-    """Class logits of a image, in every branch."""
+    """Class logits of an image, in every branch."""
     preds = model(image_batch(shots.labels[0]["im_file"], SIZE)["img"])[1]
     branches = [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]
     return torch.stack([x["scores"][0] for x in branches])  # (branches, nc, anchors)
@@ -212,7 +214,9 @@ def test_shots_are_told_with_image_box_and_agreement(model, shots):
         x, y, w, h = label["bboxes"][which].tolist()
         assert shot.file == label["im_file"]
         assert shot.box == pytest.approx([x - w / 2, y - h / 2, x + w / 2, y + h / 2], abs=1e-6)
-        assert (shot.own, shot.other) == pytest.approx((found.own[i].item(), found.other[i].item()), abs=1e-4)
+        assert (shot.sim_own, shot.sim_other) == pytest.approx(
+            (found.sim_own[i].item(), found.sim_other[i].item()), abs=1e-4
+        )
         assert shot.nearest == names[1 - labels[i]] and shot.suspect is bool(found.suspect[i])
     assert not any(list(row) for row in rows.values())
 
@@ -351,7 +355,7 @@ def left_out(monkeypatch):
 
 def choice(method, single=PRIOR_STRENGTH, counts=COUNTS):
     prior_strength, found = choose(None, None, counts, method, None, single)
-    return prior_strength.tolist(), found.hit.sum().item()
+    return prior_strength.tolist(), found.tp.sum().item()
 
 
 def test_methods_other_than_auto_do_not_compare(left_out):

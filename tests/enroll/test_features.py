@@ -181,7 +181,7 @@ def test_the_plain_view_comes_first_and_crops_are_shown_smaller():
 
 
 def image_batch(file, size=96):
-    """A image in the middle of a gray square, with its labels."""
+    """An image in the middle of a gray square, with its labels."""
     image = cv2.imread(str(file))[..., ::-1].copy()
     height = len(image)
     top = (size - height) // 2

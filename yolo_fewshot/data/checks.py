@@ -20,7 +20,7 @@ from yolo_fewshot.errors import few
 
 OUTSIDE = 0.01  # how far a box may reach outside the image, in parts of its side; Ultralytics lets pass as much
 SIDE = 32  # of the thumbnails that are compared, in pixels
-LARGE = 512  # side in pixels from which a image is decoded at a quarter of its size
+LARGE = 512  # side in pixels from which an image is decoded at a quarter of its size
 # Correlation of two thumbnails' details above which images count as near-duplicates. Copies at 70 % of the size, JPEG
 # quality 50 and other brightness had 0.85 to 0.99 on three data sets, other images at most 0.75.
 ALIKE = 0.85
@@ -145,7 +145,7 @@ def _ignored(split: Split) -> list[Finding]:
 
 
 def check_classes(split: Split, names: dict[int, str]) -> Finding:
-    """Look for classes without a image.
+    """Look for classes without an image.
 
     Args:
         split (Split): A split.

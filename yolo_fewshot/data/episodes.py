@@ -84,7 +84,7 @@ class EpisodeSampler(EpochSampler):
         cls = cls.astype(np.min_scalar_type(max(len(names), 1)))  # 16 bits are sorted ten times faster than 64
         order = cls.argsort(kind="stable")
         owner, images = cls[order], np.repeat(np.arange(len(labels)), sizes)[order]
-        first = np.ones(len(order), bool)  # of the objects that a image has of a class
+        first = np.ones(len(order), bool)  # of the objects that an image has of a class
         first[1:] = (owner[1:] != owner[:-1]) | (images[1:] != images[:-1])
         owner, self.images = owner[first], images[first]
         self.start = np.searchsorted(owner, np.arange(len(names) + 1))
@@ -119,7 +119,7 @@ class EpisodeSampler(EpochSampler):
             epoch (int): Epoch, counted from 0.
 
         Yields:
-            (Draw): A image of an episode.
+            (Draw): An image of an episode.
         """
         for t in range(self.episodes):
             yield from self.episode(epoch, t)

@@ -1,4 +1,4 @@
-"""Objects that a image shows but that are not labeled there: training neither learns nor punishes them."""
+"""Objects that an image shows but that are not labeled there: training neither learns nor punishes them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class MaskedDataset(YOLODataset):
         """Add the boxes to ignore, with the class `IGNORED`, then proceed as Ultralytics does.
 
         Args:
-            label (dict): Labels of a image.
+            label (dict): Labels of an image.
 
         Returns:
             (dict): Labels with instances.

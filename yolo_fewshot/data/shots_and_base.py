@@ -42,7 +42,7 @@ def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str]
         classes (dict[int, str]): Class names of the model.
 
     Raises:
-        ValueError: If a image shows a class that is not among them, or whose name is ambiguous.
+        ValueError: If an image shows a class that is not among them, or whose name is ambiguous.
     """
     index = match_classes(names, classes)
     shown = {int(c) for x in dataset.labels for c in x["cls"].flat}
@@ -103,7 +103,7 @@ class AdaptSampler(EpochSampler):
     """Draws batches of shots, or half shots and half base images; every image comes before any comes again.
 
     Epoch e depends on (seed, e) alone. Processes that train together share one order and take turns, so that their
-    number changes neither the steps nor how often a image is seen.
+    number changes neither the steps nor how often an image is seen.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class AdaptSampler(EpochSampler):
             epoch (int): Epoch, counted from 0.
 
         Yields:
-            (int): Index of a image.
+            (int): Index of an image.
         """
         rng = np.random.default_rng((self.seed, epoch, 0))
         shots, base = self.sizes

@@ -25,7 +25,7 @@ from yolo_fewshot.paths import cfg_dir
 
 
 class Image(NamedTuple):
-    """A image of the data set.
+    """An image of the data set.
 
     Attributes:
         file (str): Where it is.
@@ -76,7 +76,7 @@ def split(
         (Path): The folder.
 
     Raises:
-        FileNotFoundError: If a file, a split or a image of a COCO json does not exist.
+        FileNotFoundError: If a file, a split or an image of a COCO json does not exist.
         ValueError: If an argument is invalid, or the data set cannot give what is asked for.
 
     Examples:
@@ -281,7 +281,7 @@ def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Ima
 
 
 def _read_image(task: Task) -> tuple[Any, Any, str, str]:
-    """Return the rows, the shape and the SHA-256 of a image, or why Ultralytics leaves it out."""
+    """Return the rows, the shape and the SHA-256 of an image, or why Ultralytics leaves it out."""
     file, label_file, nc, keypoints, rows = task
     ok, boxes, shape, *_, message = utils.verify_image_label((file, label_file, "", False, nc, *keypoints, False))
     if not ok:
@@ -296,7 +296,7 @@ def _sha256(file: Path) -> str:
 
 
 def _unique_name(file: str, taken: set[str], copies: Counter) -> str:
-    """Return the name of a image, with a number if another one has taken its stem, which label files go by."""
+    """Return the name of an image, with a number if another one has taken its stem, which label files go by."""
     stem, suffix = os.path.splitext(os.path.basename(file).lstrip("."))  # hidden images would not be found
     name = stem
     while name.casefold() in taken:
@@ -315,7 +315,7 @@ def _candidates(train: list[Image], val: list[Image], nc: int) -> list[dict[int,
     found: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(nc)]
     for i, p in enumerate(train):
         if p.digest not in seen:
-            seen.add(p.digest)  # a image that is there twice would give the same object twice
+            seen.add(p.digest)  # an image that is there twice would give the same object twice
             center, side = p.rows[:, 1:3], p.rows[:, 3:5]
             inside = (center + side / 2).clip(max=1) - (center - side / 2).clip(min=0)
             usable = (inside * p.shape[::-1] >= MIN_SIDE).all(1) & (p.rows[:, 5] == 0)
@@ -465,7 +465,7 @@ def _place(file: str, target: Path) -> str:
 
 
 def _save_image(task: tuple[Path, str, Image, np.ndarray]) -> tuple[dict[str, str], str]:
-    """Write a image with its labels and what is to be ignored in it.
+    """Write an image with its labels and what is to be ignored in it.
 
     Args:
         task (tuple[Path, str, Image, np.ndarray]): Root, folder, image, and which of its objects are labeled.

@@ -95,8 +95,8 @@ def read_support(support: str | Path, names: dict[int, str] | None = None, chann
         (Support): Images in the order of the list, or sorted in folders; each is read once.
 
     Raises:
-        FileNotFoundError: If the support set, or a image that it lists, does not exist.
-        ValueError: If there are no images or no boxes, a new class of a data.yaml has no box, or a image, a label
+        FileNotFoundError: If the support set, or an image that it lists, does not exist.
+        ValueError: If there are no images or no boxes, a new class of a data.yaml has no box, or an image, a label
             file or a box is unusable.
     """
     known = {int(i): str(n) for i, n in (names or {}).items()}
@@ -280,7 +280,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _is_image(file: str) -> bool:
-    """Return whether a file is a image by its suffix."""
+    """Return whether a file is an image by its suffix."""
     return file.rpartition(".")[-1].lower() in utils.IMG_FORMATS
 
 
@@ -368,7 +368,7 @@ def _no_label_files(unlabeled: list[tuple[str, str]], n: int) -> str:
 
 
 def _label(file: str, shape: tuple[int, int], cls: np.ndarray, bboxes: np.ndarray) -> dict[str, Any]:
-    """Return the labels of a image as a `YOLODataset` holds them."""
+    """Return the labels of an image as a `YOLODataset` holds them."""
     boxes = {"cls": cls, "bboxes": bboxes, "segments": [], "keypoints": None, "normalized": True, "bbox_format": "xywh"}
     return {"im_file": file, "shape": shape, **boxes}
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from yolo_fewshot.enroll.cross_validation import ap50, detect
+from yolo_fewshot.enroll.detection import ap50, detect
 from yolo_fewshot.enroll.features import Features, View, extract, select
 from yolo_fewshot.enroll.fit import MARGIN, PRIOR_STRENGTH, classifiers
 from yolo_fewshot.enroll.replay import base_support, recall

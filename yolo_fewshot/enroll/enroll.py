@@ -16,10 +16,13 @@ from ultralytics.utils.ops import xywh2xyxy
 from yolo_fewshot import args as table
 from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.support import Support
-from yolo_fewshot.enroll.cross_validation import Detections, agreement, ap50, detect_left_out, thresholds
+from yolo_fewshot.enroll.agreement import agreement
+from yolo_fewshot.enroll.cross_validation import detect_left_out
+from yolo_fewshot.enroll.detection import Detections, ap50
 from yolo_fewshot.enroll.features import Features, View, extract
 from yolo_fewshot.enroll.fit import MARGIN, PRIOR_STRENGTH, classifiers
 from yolo_fewshot.enroll.replay import recall
+from yolo_fewshot.enroll.thresholds import thresholds
 from yolo_fewshot.errors import few
 from yolo_fewshot.nn.head import Prototypes
 
@@ -33,16 +36,16 @@ class Shot(NamedTuple):
     Attributes:
         file (str): Image file.
         box (list[float]): Its box, x1, y1, x2, y2 in 0..1.
-        own (float | None): Similarity to the other shots of its class; None where there are none.
-        other (float | None): Similarity to the nearest other class; None where there is none.
+        sim_own (float | None): Similarity to the other shots of its class; None where there are none.
+        sim_other (float | None): Similarity to the nearest other class; None where there is none.
         nearest (str | None): Name of that class.
         suspect (bool): Whether it disagrees with the rest of its class.
     """
 
     file: str
     box: list[float]
-    own: float | None
-    other: float | None
+    sim_own: float | None
+    sim_other: float | None
     nearest: str | None
     suspect: bool
 
@@ -294,7 +297,7 @@ def choose(
         return prior_strength, detect_left_out(features, labels, prior_strength, bank, nms)
     options = [torch.where(scarce, single / counts, p) for p in (fit, mean)]
     found = [detect_left_out(features, labels, p, bank, nms) for p in options]
-    scores = [ap50(x._replace(truths=x.truths * ~scarce)) for x in found]
+    scores = [ap50(x._replace(n_gt=x.n_gt * ~scarce)) for x in found]
     best = scores[1] > scores[0] + MARGIN
     return options[best], found[best]
 

@@ -23,7 +23,7 @@ ROWS = 200_000  # anchors kept of a support set, about 100 MB with D = 128
 
 
 class View(NamedTuple):
-    """A way to look at a image.
+    """A way to look at an image.
 
     Attributes:
         scale (float): Factor of its size.
@@ -241,7 +241,7 @@ def _features(
     """
     fg, gt_idx, weight, n_max, boxes = assigned
     embeds = preds["embeds"].transpose(1, 2).float()
-    first = torch.searchsorted(image, image)  # objects of a image are neighbors
+    first = torch.searchsorted(image, image)  # objects of an image are neighbors
     place = torch.arange(len(image), device=image.device) - first
     objects = pool_objects(embeds, fg, gt_idx, weight, n_max)[0][image * n_max + place]
     start = torch.searchsorted(image, torch.arange(len(embeds), device=image.device))

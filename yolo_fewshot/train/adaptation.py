@@ -17,7 +17,7 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from yolo_fewshot.class_names import match_classes
 from yolo_fewshot.data.shots_and_base import AdaptSampler, ShotsAndBase, merged_names
 from yolo_fewshot.data.support import Support, read_support
-from yolo_fewshot.enroll.cross_validation import ap50, detect
+from yolo_fewshot.enroll.detection import ap50, detect
 from yolo_fewshot.enroll.enroll import Shots, enroll, log
 from yolo_fewshot.enroll.features import View, extract, support_views
 from yolo_fewshot.files import save_checkpoint

@@ -13,7 +13,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import select_device
 
 from yolo_fewshot import args as table
-from yolo_fewshot.data.support import Support, fingerprint, read_support, shown_beside
+from yolo_fewshot.data.support import Support, fingerprint, read_support, incidental_classes
 from yolo_fewshot.enroll import enroll as enrollment
 from yolo_fewshot.enroll.features import support_views
 from yolo_fewshot.errors import few, no_head
@@ -112,7 +112,7 @@ class FewShotYOLO(YOLO):
             model.train(training).to(home)
         self._changed()
         self.shots = result
-        enrollment.log(result)
+        enrollment.log_shots(result)
         if plot:
             plot_support(result, model.names, plot)
         return {name: record["shots"] for name, record in result.classes.items()}
@@ -230,9 +230,9 @@ class FewShotYOLO(YOLO):
         """Return the known classes that a support set merely shows beside others, and log what becomes of the known."""
         known = [str(n) for n in model.names.values()]
         trained, enrolled = ([n for n in known if (n in model.enrolled) is x] for x in (False, True))
-        beside = shown_beside(shots, known)
+        beside = incidental_classes(shots, known)
         by_kind = {
-            "trained": (trained, shown_beside(shots, trained)),
+            "trained": (trained, incidental_classes(shots, trained)),
             "already enrolled": (enrolled, [n for n in enrolled if n in beside]),
         }
         for kind, (names, kept) in by_kind.items():
@@ -241,7 +241,7 @@ class FewShotYOLO(YOLO):
                     f"{few(kept)}: {kind} classes, which stay as they are, for only images of other classes show "
                     "them. To enroll one anew, add an image of it by itself."
                 )
-            again = [n for n in names if n in shots.shown and n not in kept]
+            again = [n for n in names if n in shots.class_names and n not in kept]
             if again:
                 say = LOGGER.warning if names is trained else LOGGER.info
                 say(

@@ -12,7 +12,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import YAML
 
 from yolo_fewshot.data import support as module
-from yolo_fewshot.data.support import Support, SupportDataset, fingerprint, read_support, shown_beside
+from yolo_fewshot.data.support import Support, SupportDataset, fingerprint, read_support, incidental_classes
 
 NAMES = {0: "cat", 1: "dog"}  # of the model
 
@@ -348,7 +348,7 @@ def support_of(*classes):
     ],
 )
 def test_classes_that_are_labeled_beside_others_only(classes, expected):
-    assert shown_beside(support_of(*classes), ["c", "b", "a", "unseen"]) == expected
+    assert incidental_classes(support_of(*classes), ["c", "b", "a", "unseen"]) == expected
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

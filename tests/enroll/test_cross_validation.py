@@ -3,10 +3,12 @@ import torch
 from test_detection import EVERY, WEIGHTS, D, detect_by_loops, features_of, prototypes_of, scene
 
 from yolo_fewshot.enroll import cross_validation as module
-from yolo_fewshot.enroll.cross_validation import detect_left_out, folds
-from yolo_fewshot.enroll.detection import ap50, detect
+from yolo_fewshot.enroll.cross_validation import choose_methods, detect_left_out, folds
+from yolo_fewshot.enroll.detection import Detections, ap50, detect
 from yolo_fewshot.enroll.features import Anchors
 from yolo_fewshot.enroll.thresholds import thresholds
+
+SHOTS = torch.tensor([5, 2, 3])
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def by_class(detections, c):
 def test_left_out_detections_of_the_same_classifiers_are_those_of_one_pass(prototypes, monkeypatch):
     features, labels = labeled_scene()
     monkeypatch.setattr(module, "classifiers", lambda *args: WEIGHTS)
-    found = detect_left_out(features, labels, torch.ones(3), prototypes)
+    found = detect_left_out(features, labels, ["fit"] * 3, SHOTS, prototypes)
     detections, n_gt = detect_by_loops(features, labels, EVERY[:12], WEIGHTS, prototypes, 0.01)
     for c in range(2):
         conf, tp = by_class(detections, c)
@@ -88,7 +90,7 @@ def test_left_out_detections_of_the_same_classifiers_are_those_of_one_pass(proto
 
 def test_an_image_is_judged_by_classifiers_that_never_saw_it(prototypes, monkeypatch):
     features, labels = labeled_scene()
-    fitted, judged, prior_strength = [], [], torch.tensor([3.0, 2.0, 1.0])
+    fitted, judged, methods = [], [], ["fit", "mean", "fit"]
 
     def fit(part, seen, *args):
         fitted.append((part, seen, args))
@@ -101,7 +103,7 @@ def test_an_image_is_judged_by_classifiers_that_never_saw_it(prototypes, monkeyp
     classifiers, find = module.classifiers, module.detect
     monkeypatch.setattr(module, "classifiers", fit)
     monkeypatch.setattr(module, "detect", look)
-    detect_left_out(features, labels, prior_strength, prototypes)
+    detect_left_out(features, labels, methods, SHOTS, prototypes)
     assert len(fitted) == len(judged) == 5
     assert torch.equal(sum(images.int() for _, images in judged), torch.ones(12, dtype=torch.int32))
     for (part, seen, args), (truth, images) in zip(fitted, judged):
@@ -109,12 +111,12 @@ def test_an_image_is_judged_by_classifiers_that_never_saw_it(prototypes, monkeyp
         assert (seen[out] == -1).all() and torch.equal(seen[~out], labels[~out]) and torch.equal(truth, labels)
         assert not images[part.anchors[0].image].any()
         assert len(part.anchors[0].image) == (~images[features.anchors[0].image]).sum()
-        assert args[1] == 0 and args[2] is prototypes
+        assert args[0] is methods and args[1] is SHOTS and args[2] == 0 and args[3] is prototypes
     assert set(features.anchors[0].image.tolist()) == set(range(12))  # the features themselves stay complete
 
 
 def test_anchors_of_other_images_serve_every_fit_and_are_never_detected(prototypes, monkeypatch):
-    """Those that a model remembers have the image and view -1."""
+    """Those of the replay buffer have the image and view -1."""
     features, labels = labeled_scene()
     expected = detect_by_loops(features, labels, EVERY[:12], WEIGHTS, prototypes, 0.01)[0]
     first = features.anchors[0]
@@ -124,7 +126,7 @@ def test_anchors_of_other_images_serve_every_fit_and_are_never_detected(prototyp
     given = []
     monkeypatch.setattr(module, "classifiers", lambda part, *args: given.append(part.anchors[0]) or WEIGHTS)
     assert len(detect(features, labels, EVERY[:12], WEIGHTS, prototypes).conf) == len(expected) > 20
-    found = detect_left_out(features, labels, torch.ones(3), prototypes)
+    found = detect_left_out(features, labels, ["fit"] * 3, SHOTS, prototypes)
     assert (found.cls < 2).sum() == sum(c < 2 for c, _, _ in expected)
     assert len(given) == 5 and all((x.image < 0).sum() == 40 for x in given)
 
@@ -136,7 +138,57 @@ def test_separable_classes_are_found_and_get_a_threshold_between_true_and_false_
     anchors = [(i, 0, 0, box, 4 * axes[i % 2], i) for i in range(10)]
     anchors += [(i, 0, 0, beside, 1.5 * axes[i % 2]) for i in range(10)]
     features = features_of(objects, anchors, torch.stack([axes[i % 2] for i in range(10)]))
-    found = detect_left_out(features, features.cls, torch.full((2,), float("inf")), prototypes)
+    found = detect_left_out(features, features.cls, ["mean"] * 2, torch.tensor([5, 5]), prototypes)
     high, low = (torch.tensor(x - 1.0).sigmoid().item() for x in (4.0, 1.5))
     assert thresholds(found) == [pytest.approx((high + low) / 2, abs=1e-3)] * 2
     assert found.n_gt.tolist() == [5, 5] and ap50(found) > 0.99
+
+
+# Choice of the methods ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def left_out(monkeypatch):
+    """Let cross-validation of `fit` and `mean` find these objects of three classes; yields the methods looked at."""
+    asked, n_tp = [], {}
+
+    def detect(features, labels, methods, shots, prototypes, nms):
+        asked.append(methods)
+        cls = torch.arange(3).repeat_interleave(shots)
+        tp = torch.cat([torch.arange(k) < n for k, n in zip(shots.tolist(), n_tp[methods[0]])])
+        return Detections(cls, torch.linspace(0.9, 0.5, len(cls)), tp, shots)
+
+    monkeypatch.setattr(module, "detect_left_out", detect)
+    return asked, n_tp
+
+
+def choice(method, few_shot_method="fit", shots=SHOTS):
+    methods, detections = choose_methods(None, None, shots, method, few_shot_method, None)
+    return methods, detections.tp.sum().item()
+
+
+def test_methods_other_than_auto_do_not_compare(left_out):
+    asked, n_tp = left_out
+    n_tp.update(mean=[1, 1, 1], fit=[4, 0, 0])
+    assert choice("mean") == (["mean"] * 3, 3)
+    assert choice("fit", few_shot_method="mean") == (["fit"] * 3, 4)
+    assert len(asked) == 2
+
+
+def test_auto_does_not_compare_where_all_classes_have_few_shots(left_out):
+    asked, n_tp = left_out
+    n_tp.update(mean=[1, 1, 1], fit=[2, 0, 0])
+    for method in ("fit", "mean"):
+        assert choice("auto", method, torch.tensor([2, 1, 2]))[0] == [method] * 3
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "mean, fit, best",
+    [([5, 0, 3], [2, 2, 3], "mean"), ([2, 2, 3], [5, 0, 3], "fit"), ([3, 0, 2], [3, 2, 2], "fit")],
+)
+def test_auto_takes_what_finds_more_of_the_classes_of_enough_shots(left_out, mean, fit, best):
+    left_out[1].update(mean=mean, fit=fit)
+    for few_shot_method in ("fit", "mean"):
+        tp = sum(mean if best == "mean" else fit)
+        assert choice("auto", few_shot_method) == ([best, few_shot_method, best], tp)

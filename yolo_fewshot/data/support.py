@@ -47,7 +47,7 @@ class Support(NamedTuple):
     ignore: str = ""
 
     @property
-    def shown(self) -> set[str]:
+    def class_names(self) -> set[str]:
         """Names of the classes that have a box."""
         return {str(self.names[int(c)]) for x in self.labels for c in x["cls"].flat}
 
@@ -170,7 +170,7 @@ def _stat(file: str) -> tuple[str, int, int]:
     return file, found.st_size, found.st_mtime_ns
 
 
-def shown_beside(support: Support, names: Collection[str]) -> list[str]:
+def incidental_classes(support: Support, names: Collection[str]) -> list[str]:
     """Return those of some classes that a support set shows in images of other classes only, labeled by the way.
 
     Args:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from yolo_fewshot.enroll.detection import Detections, detect
+from yolo_fewshot.enroll.detection import Detections, ap50, detect
 from yolo_fewshot.enroll.features import Features, select
-from yolo_fewshot.enroll.fit import classifiers
+from yolo_fewshot.enroll.methods import MARGIN, classifiers
 from yolo_fewshot.nn.head import Prototypes
 
 FOLDS = 5
+MIN_SHOTS = 3  # of a class that has a say in the choice of its method
 
 
 def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
@@ -33,14 +36,20 @@ def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
 
 
 def detect_left_out(
-    features: Features, labels: torch.Tensor, prior_strength: torch.Tensor, prototypes: Prototypes, nms: bool = True
+    features: Features,
+    labels: torch.Tensor,
+    methods: Sequence[str],
+    shots: torch.Tensor,
+    prototypes: Prototypes,
+    nms: bool = True,
 ) -> Detections:
     """Detect in every image with classifiers made from the images of the other folds.
 
     Args:
         features (Features): Features of a support set, those of the predicting branch first.
         labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative to leave it out.
-        prior_strength (torch.Tensor): Prior strength of every class, (n,) float32.
+        methods (Sequence[str]): Enrollment method of every class.
+        shots (torch.Tensor): Number of shots of every class, (n,).
         prototypes (Prototypes): Level scales and biases of the predicting branch.
         nms (bool): Whether to apply NMS; False for the one-to-one branch.
 
@@ -51,10 +60,48 @@ def detect_left_out(
     fold, first, parts = folds(features, labels), features.anchors[0], []
     for f in fold[features.image].unique().tolist():
         rest = torch.where(fold[features.image] == f, -1, labels)
-        known = torch.bincount(rest[rest >= 0], minlength=len(prior_strength)) > 0
+        known = torch.bincount(rest[rest >= 0], minlength=len(methods)) > 0
         others = features._replace(anchors=[select(first, (first.image < 0) | (fold[first.image] != f))])
-        weights = classifiers(others, rest, torch.where(known, prior_strength, torch.inf), 0, prototypes)
+        weights = classifiers(others, rest, methods, shots, 0, prototypes)
         out = detect(features, labels, fold == f, weights, prototypes, nms=nms)
         parts.append((*(x[known[out.cls]] for x in out[:3]), out.n_gt * known))
     cls, conf, tp, n_gt = zip(*parts)
     return Detections(torch.cat(cls), torch.cat(conf), torch.cat(tp), torch.stack(n_gt).sum(0))
+
+
+def choose_methods(
+    features: Features,
+    labels: torch.Tensor,
+    shots: torch.Tensor,
+    method: str,
+    few_shot_method: str,
+    prototypes: Prototypes,
+    nms: bool = True,
+) -> tuple[list[str], Detections]:
+    """Choose the enrollment method of every class, and return the detections of its cross-validation.
+
+    'auto' is 'fit' unless 'mean' has a larger AP50 by `MARGIN` in cross-validation, over the classes of at least
+    `MIN_SHOTS` shots. Classes of fewer shots get `few_shot_method`.
+
+    Args:
+        features (Features): Features of a support set, those of the predicting branch first.
+        labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative to leave it out.
+        shots (torch.Tensor): Number of shots of every class, (n,).
+        method (str): 'auto', or the method of all classes.
+        few_shot_method (str): Method under 'auto' for classes of few shots.
+        prototypes (Prototypes): Level scales and biases of the predicting branch.
+        nms (bool): Whether to apply NMS; False for the one-to-one branch.
+
+    Returns:
+        methods (list[str]): Method of every class.
+        detections (Detections): Detections in left-out images with these methods.
+    """
+    scarce = shots < MIN_SHOTS
+    if method != "auto" or scarce.all():
+        methods = [few_shot_method if method == "auto" else method] * len(shots)
+        return methods, detect_left_out(features, labels, methods, shots, prototypes, nms)
+    options = [[few_shot_method if few else m for few in scarce.tolist()] for m in ("fit", "mean")]
+    detections = [detect_left_out(features, labels, methods, shots, prototypes, nms) for methods in options]
+    fit, mean = (ap50(x._replace(n_gt=x.n_gt * ~scarce)) for x in detections)
+    best = int(mean > fit + MARGIN)
+    return options[best], detections[best]

@@ -13,7 +13,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import select_device
 
 from yolo_fewshot import args as table
-from yolo_fewshot.data.support import Support, fingerprint, read_support, incidental_classes
+from yolo_fewshot.data.support import Support, fingerprint, incidental_classes, read_support
 from yolo_fewshot.enroll import enroll as enrollment
 from yolo_fewshot.enroll.features import support_views
 from yolo_fewshot.errors import few, no_head

@@ -12,7 +12,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import YAML
 
 from yolo_fewshot.data import support as module
-from yolo_fewshot.data.support import Support, SupportDataset, fingerprint, read_support, incidental_classes
+from yolo_fewshot.data.support import Support, SupportDataset, fingerprint, incidental_classes, read_support
 
 NAMES = {0: "cat", 1: "dog"}  # of the model
 

@@ -15,6 +15,7 @@ from ultralytics.utils.patches import imread
 
 from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.episodes import EpisodeSampler
+from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.data.support import MIN_SIDE, list_images
 from yolo_fewshot.errors import few
 
@@ -94,16 +95,21 @@ def _read(
     task: tuple[str, str, int, tuple[int, int]],
 ) -> tuple[np.ndarray | None, tuple[int, int] | None, str, np.ndarray | None]:
     """Read one image: its boxes, height and width, why Ultralytics leaves it out if so, and its details."""
-    file, label_file, nc, keypoints = task
-    ok, boxes, shape, *_, message = utils.verify_image_label((file, label_file, "", False, nc, *keypoints, False))
-    mode = cv2.IMREAD_REDUCED_GRAYSCALE_4 if ok and min(shape) >= LARGE else cv2.IMREAD_GRAYSCALE
-    image = imread(file, mode) if ok else None
+    labels = read_labels(*task)
+    if labels.error:
+        return None, None, labels.error, None
+    image = imread(task[0], cv2.IMREAD_REDUCED_GRAYSCALE_4 if min(labels.shape) >= LARGE else cv2.IMREAD_GRAYSCALE)
     if image is None:
-        return None, None, message.rpartition("ignoring corrupt image/label: ")[2] or "cannot be read", None
+        return None, None, "cannot be read", None
     if image.ndim == 3:
         image = image.mean(2)
     gray = cv2.resize(image.astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    return boxes, shape, "", (gray - cv2.blur(gray, (3, 3))).astype(np.float16).ravel()  # light and vignette left out
+    return (
+        labels.boxes,
+        labels.shape,
+        "",
+        (gray - cv2.blur(gray, (3, 3))).astype(np.float16).ravel(),
+    )  # light and vignette left out
 
 
 def check_boxes(split: Split) -> list[Finding]:

@@ -19,6 +19,7 @@ from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, ops
 
 import yolo_fewshot
 from yolo_fewshot.class_names import repeated
+from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.data.support import MIN_SIDE, list_images
 from yolo_fewshot.errors import few
 from yolo_fewshot.paths import cfg_dir
@@ -282,12 +283,12 @@ def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Ima
 
 def _read_image(task: Task) -> tuple[Any, Any, str, str]:
     """Return the rows, the shape and the SHA-256 of an image, or why Ultralytics leaves it out."""
-    file, label_file, nc, keypoints, rows = task
-    ok, boxes, shape, *_, message = utils.verify_image_label((file, label_file, "", False, nc, *keypoints, False))
-    if not ok:
-        return None, None, "", message.rpartition("ignoring corrupt image/label: ")[2]
-    rows = np.pad(boxes.astype(float), ((0, 0), (0, 1))) if rows is None else rows
-    return rows.round(6), shape, _sha256(Path(file)), ""
+    file, label_file, nc, kpt_shape, rows = task
+    labels = read_labels(file, label_file, nc, kpt_shape)
+    if labels.error:
+        return None, None, "", labels.error
+    rows = np.pad(labels.boxes.astype(float), ((0, 0), (0, 1))) if rows is None else rows
+    return rows.round(6), labels.shape, _sha256(Path(file)), ""
 
 
 def _sha256(file: Path) -> str:

@@ -6,7 +6,6 @@ import glob
 import os
 import sys
 from collections.abc import Collection
-from itertools import repeat
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from ultralytics.nn.autobackend import check_class_names
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, checks
 
 from yolo_fewshot.data.ignore import ignore_files, ignore_folder
+from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.errors import few
 
 MIN_SIDE = 0.99  # least side of a box in pixels: 1, less the rounding of label files
@@ -321,21 +321,19 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
             f"{len(missing)} of {len(files)} images do not exist: {few(missing)}. Paths in a list are relative to "
             "its folder, or else to the working directory."
         )
-    args = zip(files, label_files, repeat(""), repeat(False), repeat(nc), *map(repeat, kpt_shape), repeat(False))
     labels, corrupt, notes, unlabeled = [], [], [], []
     with ThreadPool(NUM_THREADS) as pool:
-        results = pool.imap(utils.verify_image_label, args)
+        results = pool.imap(lambda x: read_labels(*x, nc, kpt_shape), zip(files, label_files))
         results = TQDM(results, desc="support: Scanning images...", total=len(files))
-        for file, label_file, (ok, boxes, shape, _, _, _, found, _, _, msg) in zip(files, label_files, results):
-            msg = msg.removeprefix(f"{file}: ").replace("ignoring corrupt image/label: ", "")
-            if not ok:
-                corrupt.append(f"{label_file if found else file}: {msg}")
+        for file, label_file, x in zip(files, label_files, results):
+            if x.error:
+                corrupt.append(f"{label_file if x.found else file}: {x.error}")
                 continue
-            if msg:
-                notes.append(f"{file}: {msg}")
-            if label_file and not found:
+            if x.note:
+                notes.append(f"{file}: {x.note}")
+            if label_file and not x.found:
                 unlabeled.append((file, label_file))
-            labels.append(_label(file, shape, boxes[:, :1], boxes[:, 1:]))
+            labels.append(_label(file, x.shape, x.boxes[:, :1], x.boxes[:, 1:]))
     if corrupt:
         text = f"{len(corrupt)} of {len(files)} images or their label files are corrupt"
         raise ValueError(f"{text}: {few(corrupt, '; ')}. Correct or remove them.")

@@ -49,7 +49,7 @@ def few(tmp_path_factory):
 
 
 def scenes(root, objects, names, file="shots.yaml"):
-    """Write a image for every (glyph, class index), with its label, and return the data.yaml."""
+    """Write an image for every (glyph, class index), with its label, and return the data.yaml."""
     rng = np.random.default_rng(0)
     for folder in ("images", "labels"):
         (root / folder).mkdir(parents=True)
@@ -219,8 +219,10 @@ def test_enrolling_again_replaces_and_adds_nothing(model, few):
 
 
 def test_enrollment_looks_at_mirrored_images_where_training_did(model, few, monkeypatch):
-    seen, stock = [], features.show
-    monkeypatch.setattr(features, "show", lambda batch, view, stride: seen.append(view) or stock(batch, view, stride))
+    seen, stock = [], features.make_view
+    monkeypatch.setattr(
+        features, "make_view", lambda batch, view, stride: seen.append(view) or stock(batch, view, stride)
+    )
     model.enroll(few)
     assert model.ckpt["train_args"]["fliplr"] > 0 and model.ckpt["train_args"]["hsv_v"] > 0
     assert {v.flip for v in seen} == {True, False} and {v.gain for v in seen} == {0.8, 1.0, 1.2}
@@ -297,7 +299,7 @@ def test_an_enrolled_model_shows_its_table_before_it_predicts(enrolled, queries,
 def test_a_trained_class_that_is_enrolled_anew_is_named(model, few, caplog):
     model.enroll(few)
     (text,) = warnings(caplog)
-    assert "star: trained classes, which are enrolled anew" in text and "hourglass" not in text
+    assert "star: trained classes, which are enrolled again" in text and "hourglass" not in text
     caplog.clear()
     model.enroll(few)  # by now it is an enrolled class
     assert not warnings(caplog)
@@ -311,8 +313,8 @@ def test_a_trained_class_that_is_labeled_beside_a_new_one_stays_as_it_is(model, 
     for _ in range(2):  # the second time hourglass is known, too
         caplog.clear()
         assert model.enroll(shots) == {"hourglass": 3}
-        assert "star: trained classes, which stay as they are" in caplog.text
-        assert not any("enrolled anew" in text for text in warnings(caplog))
+        assert "star: trained classes, which are kept unchanged" in caplog.text
+        assert not any("enrolled again" in text for text in warnings(caplog))
         torch.testing.assert_close(logits(model, tensor)[:, :24], before, rtol=0, atol=1e-4)
         assert list(model.model.enrolled) == ["hourglass"]
 
@@ -343,7 +345,7 @@ def test_an_enrolled_class_that_is_labeled_beside_a_new_one_stays_as_it_is(model
     model.enroll(few)
     before, record = logits(model, tensor), dict(model.model.enrolled["hourglass"])
     assert model.enroll(without(later, 3)) == {"clover": 3}
-    assert "hourglass: already enrolled classes, which stay as they are" in caplog.text
+    assert "hourglass: already enrolled classes, which are kept unchanged" in caplog.text
     torch.testing.assert_close(logits(model, tensor)[:, :25], before, rtol=0, atol=1e-4)
     assert model.model.enrolled["hourglass"] == record and list(model.model.enrolled) == ["hourglass", "star", "clover"]
 
@@ -382,7 +384,7 @@ def test_an_enrolled_class_with_an_image_of_its_own_is_enrolled_anew(
         model.export(support=support, imgsz=96)
     else:
         assert model.enroll(support) == {"clover": 3, "hourglass": 4}
-    assert "hourglass: already enrolled classes, which are enrolled anew" in caplog.text
+    assert "hourglass: already enrolled classes, which are enrolled again" in caplog.text
     after = classifiers(model)
     assert [n for n in before if not equal(before[n], after[n])] == ["hourglass"]
     assert model.model.enrolled["hourglass"]["shots"] == 4
@@ -408,7 +410,7 @@ def test_a_trained_class_beside_an_enrolled_one_stays_as_it_is(model, few, later
 
 def test_new_classes_are_not_said_to_be_enrolled_anew(model, caplog):
     model.enroll(SHOTS, method="mean")
-    assert not any("anew" in text for text in warnings(caplog))
+    assert not any("again" in text for text in warnings(caplog))
 
 
 def test_a_suspect_shot_is_named(model, few, caplog, monkeypatch):

@@ -44,7 +44,7 @@ from ultralytics.utils.torch_utils import get_cpu_info, select_device, unset_det
 import yolo_fewshot
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
 from yolo_fewshot.data.support import read_support
-from yolo_fewshot.enroll.replay import remember
+from yolo_fewshot.enroll.replay import fill_replay_buffer
 from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
@@ -158,7 +158,7 @@ def start(s: Settings, model: str) -> Path:
     if not file.exists():
         net = FewShotDetectionModel(f"{model}.yaml", nc=s.classes, verbose=False).eval()
         net.names, net.args = {i: f"base{i}" for i in range(s.classes)}, {}
-        net.memory = remember(net.to(s.device), read_support(s.folder / "base.yaml").labels, s.imgsz)
+        net.memory = fill_replay_buffer(net.to(s.device), read_support(s.folder / "base.yaml").labels, s.imgsz)
         save_checkpoint({"model": net.cpu(), "train_args": {"imgsz": s.imgsz, "task": "detect"}}, file)
     return file
 

@@ -27,7 +27,7 @@ GOOD = "0 0.5 0.5 0.2 0.2\n"
 
 
 def scene(seed, h=64, w=64):
-    """A image with as much to see as a photograph: shapes of all sizes on a gradient."""
+    """An image with as much to see as a photograph: shapes of all sizes on a gradient."""
     rng = np.random.default_rng(seed)
     image = np.linspace(rng.integers(60, 120), rng.integers(130, 200), w)[None, :, None] * np.ones((h, 1, 3))
     image = np.ascontiguousarray(image.astype(np.uint8))
@@ -182,7 +182,7 @@ def test_a_split_of_which_nothing_can_be_read(tmp_path):
     assert check_duplicates(split, other).level == check_duplicates(other, split).level == "ok"
 
 
-def test_classes_without_a_image(tmp_path):
+def test_classes_without_an_image(tmp_path):
     everything = split_of([[0, 1], [2]])
     assert check_classes(everything, NAMES) == Finding("ok", "train: all 3 classes have images.")
     train, val = split_of([[1, 1], []]), split_of([[0, 1], [0]], "val")
@@ -253,7 +253,7 @@ def test_blank_images_are_no_duplicates(tmp_path):
 @pytest.mark.parametrize(
     ("a", "b", "level"), [(20, 20, "warning"), (0.4, 20, "ok"), (20, 0.4, "ok"), (0.6, 0.6, "warning")]
 )
-def test_a_image_in_which_hardly_anything_shows_is_like_no_other(a, b, level):
+def test_an_image_in_which_hardly_anything_shows_is_like_no_other(a, b, level):
     pattern = np.random.default_rng(0).normal(0, 1, (1, 1024)).astype(np.float32)
     pattern = (pattern - pattern.mean()) / pattern.std()
     a, b = (split_of([[0]], n)._replace(details=v * pattern) for n, v in (("train", a), ("val", b)))
@@ -328,7 +328,7 @@ def test_lists_of_images_and_lists_of_folders(tmp_path):
         assert f"{len(set(expected) & set(a))} of 3 images of val" in found.text
 
 
-def test_a_image_of_a_list_that_does_not_exist_is_left_out(tmp_path):
+def test_an_image_of_a_list_that_does_not_exist_is_left_out(tmp_path):
     files = write(tmp_path, "a", [(scene(0), GOOD)])
     (tmp_path / "train.txt").write_text("./images/a/000.png\n./images/a/001.png\n")
     split = read(tmp_path, train=str(tmp_path / "train.txt"))

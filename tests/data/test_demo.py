@@ -126,7 +126,7 @@ def test_glyphs_differ() -> None:
 
 
 def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build that fails or is stopped midway leaves no folder; nor does a image that cannot be written."""
+    """A build that fails or is stopped midway leaves no folder; nor does an image that cannot be written."""
     real, calls = cv2.imwrite, []
 
     def stop(*args: object) -> bool:

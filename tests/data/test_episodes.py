@@ -242,7 +242,7 @@ def test_albumentations_draws_from_the_seed_of_the_image_alone(noisy):
     assert not torch.equal(first[0], first[2])
 
 
-def test_loading_a_image_leaves_the_random_state_of_the_process_alone(noisy):
+def test_loading_an_image_leaves_the_random_state_of_the_process_alone(noisy):
     def numbers():
         return random.random(), np.random.rand(), torch.rand(1).item(), torch.initial_seed()
 

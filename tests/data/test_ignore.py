@@ -131,9 +131,9 @@ def test_images_in_a_folder_called_labels(tmp_path):
     assert len(build().ignored) == 1
 
 
-def test_labels_beside_their_images_are_not_taken_for_boxes_to_ignore(tmp_path):
-    build = plain(tmp_path, [tmp_path / "images/0.png"])
-    write(tmp_path / "images/0.txt", "0 0.3 0.3 0.4 0.4")
+def test_labels_beside_their_images_are_not_taken_for_ignore_regions(tmp_path):
+    build = plain(tmp_path, [tmp_path / "photos/0.png"])
+    write(tmp_path / "photos/0.txt", "0 0.3 0.3 0.4 0.4")
     assert not build().ignored
 
 
@@ -225,7 +225,7 @@ def test_the_labels_of_a_data_set_stay_clean(data):
     }
 
 
-def test_labels_with_outlines_can_be_mixed_with_boxes_to_ignore(tmp_path):
+def test_labels_with_outlines_can_be_mixed_with_ignore_regions(tmp_path):
     build = plain(tmp_path, [tmp_path / f"images/train/{i}.png" for i in range(4)])
     for i in range(4):
         write(tmp_path / f"labels/train/{i}.txt", "0 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5")
@@ -237,7 +237,7 @@ def test_labels_with_outlines_can_be_mixed_with_boxes_to_ignore(tmp_path):
 
 
 @pytest.fixture
-def outlined(tmp_path):
+def polygons(tmp_path):
     """Two data sets of the same images with outlines: `all` labels both objects, `part` says of one to ignore it.
 
     The object that both label is a triangle; the last image has no label in `part`.
@@ -260,8 +260,8 @@ def outlined(tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"degrees": 30.0}, {"degrees": 30.0, "fliplr": 0.5, "scale": 0.2}, {"shear": 10.0}])
-def test_outlined_objects_keep_the_boxes_of_ultralytics_beside_boxes_to_ignore(outlined, values):
-    some, whole = items(load(outlined / "part", **values), 3), items(load(outlined / "all", **values), 3)
+def test_polygons_keep_the_boxes_of_ultralytics_beside_ignore_regions(polygons, values):
+    some, whole = items(load(polygons / "part", **values), 3), items(load(polygons / "all", **values), 3)
     for a, b in zip(some[:3], whole[:3]):
         assert torch.equal(a["img"], b["img"]) and a["cls"].flatten().tolist() == [0, IGNORED]
         assert torch.equal(a["bboxes"][0], b["bboxes"][0])
@@ -269,10 +269,10 @@ def test_outlined_objects_keep_the_boxes_of_ultralytics_beside_boxes_to_ignore(o
     assert some[3]["cls"].flatten().tolist() == [IGNORED] * 2
 
 
-def test_pasted_copies_of_boxes_to_ignore_are_to_be_ignored(outlined):
+def test_pasted_copies_of_ignore_regions_are_ignored(polygons):
     values = {"copy_paste": 1.0, "copy_paste_mode": "flip"}
-    some, whole = items(load(outlined / "part", **values)), items(load(outlined / "all", **values))
-    plain = items(load(outlined / "part"))
+    some, whole = items(load(polygons / "part", **values)), items(load(polygons / "all", **values))
+    plain = items(load(polygons / "part"))
     for a, b, p in zip(some[:3], whole, plain):
         assert torch.equal(a["img"], b["img"]) and torch.equal(a["bboxes"], b["bboxes"])
         assert torch.equal(a["cls"] == 0, b["cls"] == 0) and torch.equal(a["cls"] == IGNORED, b["cls"] == 1)
@@ -285,9 +285,9 @@ def test_pasted_copies_of_boxes_to_ignore_are_to_be_ignored(outlined):
 
 
 @pytest.mark.parametrize("values", [{}, {"copy_paste": 1.0}, {"copy_paste": 1.0, "copy_paste_mode": "mixup"}])
-def test_images_without_a_label_can_be_mixed_with_outlined_ones(outlined, values):
-    some = items(load(outlined / "part", mosaic=1.0, mixup=1.0, **values), 1)
-    whole = items(load(outlined / "all", mosaic=1.0, mixup=1.0, **values), 1)
+def test_images_without_a_label_can_be_mixed_with_polygons(polygons, values):
+    some = items(load(polygons / "part", mosaic=1.0, mixup=1.0, **values), 1)
+    whole = items(load(polygons / "all", mosaic=1.0, mixup=1.0, **values), 1)
     for a, b in zip(some, whole):
         assert len(a["cls"]) == len(a["bboxes"]) > 0 and {0, IGNORED} == set(a["cls"].flatten().tolist())
         assert a["img"].shape == b["img"].shape
@@ -313,7 +313,7 @@ def test_the_objects_of_a_batch_are_divided():
     assert all(torch.equal(batch[k], v) for k, v in before.items())  # the trainer still plots it
 
 
-def test_blanked_objects_are_padding_to_the_loss_and_boxes_to_ignore_to_the_mask():
+def test_blanked_objects_are_padding_to_the_loss_and_ignore_regions_to_the_mask():
     batch = batch_of()
     kept, ignored = without_ignored(batch)
     blanked, every = blank_ignored(batch)
@@ -425,7 +425,7 @@ def assigned(loss, preds):
 @pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0, 0.25]])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_the_class_loss_leaves_background_in_boxes_to_ignore_out(cfg, stage, weights):
+def test_the_class_loss_leaves_background_in_ignore_regions_out(cfg, stage, weights):
     batch, model = batch_of(), make(cfg, stage, weights)
     for loss, preds in branches(model, batch):
         targets, fg = assigned(loss, preds)
@@ -450,7 +450,7 @@ def test_the_class_loss_leaves_background_in_boxes_to_ignore_out(cfg, stage, wei
 
 
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_a_teacher_knows_what_is_in_boxes_to_ignore(cfg):
+def test_a_teacher_knows_what_is_in_ignore_regions(cfg):
     batch, model = batch_of(), make(cfg, 3)
     found, silent = branches(model, batch), [0, 2]
     taught = {**batch, "teacher": [torch.rand(B, p["scores"].shape[2], 2) for _, p in found]}
@@ -565,7 +565,7 @@ def test_a_batch_with_nothing_to_ignore_has_the_same_loss_bit_by_bit(cfg, stage,
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_a_image_of_nothing_but_boxes_to_ignore_teaches_nothing_there():
+def test_an_image_of_nothing_but_ignore_regions_teaches_nothing_there():
     batch, model = batch_of(), make()
     rows = torch.tensor([[b, IGNORED, 0.5, 0.5, 1.0, 1.0] for b in range(B)])
     batch = {**batch, "batch_idx": rows[:, 0], "cls": rows[:, 1:2], "bboxes": rows[:, 2:]}
@@ -604,7 +604,7 @@ def train(root, name, cfg, **overrides):
         ("stage2.yaml", {"n_way": 2, "episodes": 3, "plots": True, "doctor": 1}),
     ],
 )
-def test_a_run_with_boxes_to_ignore(data, cfg, overrides):
+def test_a_run_with_ignore_regions(data, cfg, overrides):
     trainer, inside = train(data, cfg.removesuffix(".yaml"), cfg, **overrides)
     batches = 2 * (2 if cfg == "stage1.yaml" else 3)
     assert len(inside) == batches and all(inside)  # of the training, not of the validation
@@ -627,6 +627,6 @@ def test_a_run_with_nothing_to_ignore_is_not_masked(data):
     assert not inside and not any(x.masked for x in branch_losses(trainer.model))
 
 
-def test_boxes_to_ignore_are_no_class_of_a_batch_that_is_named():
+def test_ignore_regions_are_no_class_of_a_batch_that_is_named():
     text = describe_batch({"cls": torch.tensor([[0.0], [IGNORED]]), "im_file": ["a.png"]}, {0: "blue"})
     assert text == "Batch of blue: a.png."

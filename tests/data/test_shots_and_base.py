@@ -33,7 +33,9 @@ def test_labels_get_the_class_indices_of_a_model_by_name():
     relabel(dataset, {0: "c", 1: "a", 2: "b", 3: "unseen"}, {0: "a", 1: "b", 2: "x", 3: "c"})
     assert [x["cls"].tolist() for x in dataset.labels] == [[[3], [1], [3]], [], [[0]]]
     assert all(x["cls"].dtype == np.float32 and x["cls"].shape[1:] == (1,) for x in dataset.labels)
-    with pytest.raises(ValueError, match=r"^1\.png shows c, d, of which the model knows nothing"):
+    with pytest.raises(
+        ValueError, match=r"^1\.png has labels of c, d, which the model does not know and which have no shots"
+    ):
         relabel(
             SimpleNamespace(labels=labels_of([0], [2, 3, 2], [0])),
             {0: "a", 1: "b", 2: "d", 3: "c"},

@@ -117,7 +117,7 @@ def out(data, tmp_path_factory):
 
 
 def stem_of(name):
-    """The name of a image in the split: those of the second folder are taken."""
+    """The name of an image in the split: those of the second folder are taken."""
     return Path(name).stem + ("_2" if name.startswith("b/") else "")
 
 

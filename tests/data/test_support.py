@@ -12,7 +12,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import YAML
 
 from yolo_fewshot.data import support as module
-from yolo_fewshot.data.support import Support, SupportDataset, fingerprint, read_support, shown_beside
+from yolo_fewshot.data.support import Support, SupportDataset, fingerprint, incidental_classes, read_support
 
 NAMES = {0: "cat", 1: "dog"}  # of the model
 
@@ -339,7 +339,7 @@ def support_of(*classes):
     ("classes", "expected"),
     [
         ([[2, 0], [0, 4, 0]], ["a"]),
-        ([[2, 0], [0]], []),  # a image of its own
+        ([[2, 0], [0]], []),  # an image of its own
         ([[2, 0], [0, 1]], []),  # one with another old class
         ([[2, 0, 1], [3, 1], []], ["a"]),
         ([[4, 1, 0]], ["b", "a"]),
@@ -348,7 +348,7 @@ def support_of(*classes):
     ],
 )
 def test_classes_that_are_labeled_beside_others_only(classes, expected):
-    assert shown_beside(support_of(*classes), ["c", "b", "a", "unseen"]) == expected
+    assert incidental_classes(support_of(*classes), ["c", "b", "a", "unseen"]) == expected
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_five_missing_images_are_all_named(root):
 
 
 def test_images_that_cannot_be_read(root, shots):
-    (root / "images/b.png").write_bytes(b"not a image")
+    (root / "images/b.png").write_bytes(b"not an image")
     (root / "images/c.png").write_bytes((root / "images/a.png").read_bytes()[:200])
     with pytest.raises(ValueError) as e:
         read_support(shots, NAMES)

@@ -12,7 +12,7 @@ from yolo_fewshot.data.support import Support
 from yolo_fewshot.enroll import calibrate as module
 from yolo_fewshot.enroll.calibrate import choose_prior_strength
 from yolo_fewshot.enroll.features import Anchors, Features, View
-from yolo_fewshot.enroll.fit import PRIOR_STRENGTH
+from yolo_fewshot.enroll.methods import PRIOR_STRENGTH
 from yolo_fewshot.nn.head import Prototypes
 
 INF = math.inf
@@ -84,17 +84,15 @@ def scores(monkeypatch, mean, fit):
     """Let `mean` and `fit` have these AP50, trial by trial."""
     mean, fit = iter(mean), iter(fit)
     monkeypatch.setattr(
-        module, "_ap50", lambda s, q, n, prior_strength, bank: next(mean) if prior_strength == INF else next(fit)
+        module, "_ap50", lambda s, q, n, method, prototypes: next(mean) if method == "mean" else next(fit)
     )
 
 
 @pytest.fixture
 def trials(monkeypatch):
-    """Features and labels of the support and of the queries that every trial is given, with its prior strength."""
+    """Features and labels of the support and of the queries that every trial is given, with its method."""
     given = []
-    monkeypatch.setattr(
-        module, "_ap50", lambda s, q, n, prior_strength, bank: given.append((s, q, prior_strength)) or 0.0
-    )
+    monkeypatch.setattr(module, "_ap50", lambda s, q, n, method, prototypes: given.append((s, q, method)) or 0.0)
     return given
 
 
@@ -130,10 +128,7 @@ def test_every_trial_has_shots_of_its_own_that_show_every_class(extracted, trial
     val = labels_of("val", [[0, 1], [2, 3]])
     choose(train, val)
     used = set()
-    assert (
-        len(trials) == 2 * module.TRIALS
-        and [prior_strength for _, _, prior_strength in trials] == [INF, PRIOR_STRENGTH] * module.TRIALS
-    )
+    assert len(trials) == 2 * module.TRIALS and [method for _, _, method in trials] == ["mean", "fit"] * module.TRIALS
     for i in range(0, len(trials), 2):
         ((features, labels), queries, _), (second, same, _) = trials[i], trials[i + 1]
         assert torch.equal(labels, second[1]) and queries is same
@@ -142,7 +137,7 @@ def test_every_trial_has_shots_of_its_own_that_show_every_class(extracted, trial
             own = features.image == p
             assert (labels[own] >= 0).all()  # whole images
             new = set(labels[own].tolist()) - shown
-            assert new  # a image that shows nothing new is no shot
+            assert new  # an image that shows nothing new is no shot
             shown |= new
             assert p not in used
             used.add(p)
@@ -151,7 +146,7 @@ def test_every_trial_has_shots_of_its_own_that_show_every_class(extracted, trial
     assert used == set(range(len(trials[0][0][0].files)))
 
 
-def test_a_trial_has_the_anchors_of_its_own_images_and_of_the_memory():
+def test_a_trial_has_the_anchors_of_its_own_images_and_of_the_replay_buffer():
     every = features_of(Support({}, TRAIN[:5], False, Path()))
     image = torch.tensor([4, 0, 2, -1, 3, 1, -1, 2])
     parts = [
@@ -189,14 +184,14 @@ def test_draws_depend_on_the_seed_alone(extracted):
     assert first == draws(0) and first != draws(1)
 
 
-def test_the_memory_serves_the_shots_without_the_classes_that_play_novel_ones(extracted, monkeypatch):
+def test_the_replay_buffer_serves_the_shots_without_the_classes_that_are_pseudo_novel(extracted, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        module, "recall", lambda memory, features, own: asked.append((memory, features, own)) or features
+        module, "add_replay", lambda features, buffer, own: asked.append((buffer, features, own)) or features
     )
     choose()
-    ((memory, features, own),) = asked
-    assert memory == [] and features.files[0].startswith("train") and set(own) == classes_of(extracted[1][0])
+    ((buffer, features, own),) = asked
+    assert buffer == [] and features.files[0].startswith("train") and set(own) == classes_of(extracted[1][0])
 
 
 def test_the_labels_stay_as_they_are(extracted):
@@ -206,7 +201,7 @@ def test_the_labels_stay_as_they_are(extracted):
         assert x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in ("cls", "bboxes"))
 
 
-def test_the_better_pull_is_chosen(extracted, monkeypatch):
+def test_the_better_prior_strength_is_chosen(extracted, monkeypatch):
     n, train = module.TRIALS, labels_of("train", [[c] for c in range(6)] * module.TRIALS)
     scores(monkeypatch, [0.5] * n, [0.4] * n)
     assert choose(train) == INF
@@ -214,13 +209,13 @@ def test_the_better_pull_is_chosen(extracted, monkeypatch):
     assert choose(train) == PRIOR_STRENGTH
     scores(monkeypatch, [0.4] * (n - 1) + [0.9], [0.45] * n)  # worse in most trials, better in the mean
     assert choose(train) == INF
-    scores(monkeypatch, [0.45 + module.MARGIN / 2] * n, [0.45] * n)  # too little better
+    scores(monkeypatch, [0.45 + module.MARGIN / 2] * n, [0.45] * n)  # within the margin
     assert choose(train) == PRIOR_STRENGTH
 
 
 def test_a_draw_that_cannot_show_every_class_is_no_trial(extracted, trials):
     choose(labels_of("train", [[0], [1], [0]]), labels_of("val", [[1, 0]]))
-    assert len(trials) == 2  # one draw, with both pulls
+    assert len(trials) == 2  # one draw, with both methods
 
 
 @pytest.mark.parametrize(
@@ -236,25 +231,22 @@ def test_two_classes_in_both_splits_are_enough(extracted):
     assert len(extracted) == 2 and all(classes_of(x) == {0, 1} for x, _ in extracted)
 
 
-def test_labels_are_places_among_the_classes_that_are_drawn(extracted):
+def test_labels_are_indices_into_the_drawn_classes(extracted):
     support, labels = module._features(Model(), TRAIN[3:4], np.array([2, 0, 5, 3]), 64)
     assert support.cls.tolist() == [3, 0, 2] and labels.tolist() == [3, 1, 0]
 
 
-def test_the_pull_is_divided_by_the_shots_of_each_class(monkeypatch):
-    pulls = []
-    monkeypatch.setattr(
-        module, "classifiers", lambda f, labels, prior_strength, branch, bank: pulls.append(prior_strength)
-    )
+def test_classes_are_enrolled_by_the_method_with_their_own_number_of_shots(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "classifiers", lambda *args: asked.append(args))
     monkeypatch.setattr(module, "detect", lambda *args: args)
-    monkeypatch.setattr(module, "ap50", lambda found: 0.25)
-    support, queries = (
-        (object(), torch.tensor([0, 2, 0, -1, 0, 2])),
-        (features_of(Support({}, VAL, False, ".")),),
-    )
-    assert module._ap50(support, queries, 3, 3.0, None) == 0.25
-    assert module._ap50(support, queries, 3, INF, None) == 0.25
-    assert pulls[0].tolist() == [1.0, INF, 1.5] and pulls[1].tolist() == [INF] * 3
+    monkeypatch.setattr(module, "ap50", lambda detections: 0.25)
+    support = object(), torch.tensor([0, 2, 0, -1, 0, 2])
+    queries = features_of(Support({}, VAL, False, ".")), None
+    for method in ("fit", "mean"):
+        assert module._ap50(support, queries, 3, method, None) == 0.25
+    assert [methods for _, _, methods, *_ in asked] == [["fit"] * 3, ["mean"] * 3]
+    assert all(shots.tolist() == [3, 0, 2] and branch == 0 for _, _, _, shots, branch, _ in asked)
 
 
 @pytest.fixture(scope="module")

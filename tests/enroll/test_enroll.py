@@ -10,11 +10,14 @@ from ultralytics.utils.nms import non_max_suppression
 
 from yolo_fewshot import FewShotYOLO
 from yolo_fewshot.data.support import Support, read_support
+from yolo_fewshot.enroll import cross_validation
 from yolo_fewshot.enroll import enroll as module
-from yolo_fewshot.enroll.cross_validation import Agreement, Detections, agreement, detect, detect_left_out
-from yolo_fewshot.enroll.enroll import Shot, Shots, choose, compact, enroll, forget
+from yolo_fewshot.enroll.agreement import Agreement, agreement
+from yolo_fewshot.enroll.cross_validation import detect_left_out
+from yolo_fewshot.enroll.detection import detect
+from yolo_fewshot.enroll.enroll import Shot, Shots, compact, enroll, forget
 from yolo_fewshot.enroll.features import Features, View, extract
-from yolo_fewshot.enroll.fit import PRIOR_STRENGTH
+from yolo_fewshot.enroll.methods import PRIOR_STRENGTH
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
 FAMILIES = ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"]
@@ -47,7 +50,7 @@ def model(models):
 
 @torch.no_grad()
 def logits(model, shots):
-    """Class logits of a image, in every branch."""
+    """Class logits of an image, in every branch."""
     preds = model(image_batch(shots.labels[0]["im_file"], SIZE)["img"])[1]
     branches = [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]
     return torch.stack([x["scores"][0] for x in branches])  # (branches, nc, anchors)
@@ -192,10 +195,7 @@ def test_confidences_come_from_the_shots(model, shots, monkeypatch, method):
     features = extract(model, shots, SIZE)
     names, labels = compact(features, shots.names)
     result = enroll(model, shots, SIZE, method=method)
-    prior_strength = (
-        torch.tensor([PRIOR_STRENGTH / 4, PRIOR_STRENGTH / 2]) if method == "fit" else torch.full((2,), math.inf)
-    )
-    found = detect_left_out(features, labels, prior_strength, model.model[-1].banks[0])
+    found = detect_left_out(features, labels, [method] * 2, torch.tensor([4, 2]), model.model[-1].banks[0])
     assert len(asked) == 1 and all(map(torch.equal, asked[0], found)) and len(found.conf) > 50
     assert [r["conf"] for r in result.classes.values()] == [0.25, None] and names == ["square", "disc"]
 
@@ -212,7 +212,9 @@ def test_shots_are_told_with_image_box_and_agreement(model, shots):
         x, y, w, h = label["bboxes"][which].tolist()
         assert shot.file == label["im_file"]
         assert shot.box == pytest.approx([x - w / 2, y - h / 2, x + w / 2, y + h / 2], abs=1e-6)
-        assert (shot.own, shot.other) == pytest.approx((found.own[i].item(), found.other[i].item()), abs=1e-4)
+        assert (shot.sim_own, shot.sim_other) == pytest.approx(
+            (found.sim_own[i].item(), found.sim_other[i].item()), abs=1e-4
+        )
         assert shot.nearest == names[1 - labels[i]] and shot.suspect is bool(found.suspect[i])
     assert not any(list(row) for row in rows.values())
 
@@ -309,8 +311,8 @@ def test_thresholds_are_those_of_the_branch_that_predicts(shots, monkeypatch, nm
     labels = compact(features, shots.names)[1]
     enroll(model, shots, SIZE, method="mean", nms=nms)
     own = features._replace(anchors=features.anchors[branch:], embeds=features.embeds[branch:])
-    mean, bank = torch.full((2,), math.inf), model.model[-1].banks[branch]
-    expected, other = (detect_left_out(own, labels, mean, bank, free) for free in (nms is not False, nms is False))
+    asked_of = own, labels, ["mean"] * 2, torch.tensor([4, 2]), model.model[-1].banks[branch]
+    expected, other = (detect_left_out(*asked_of, x) for x in (nms is not False, nms is False))
     assert all(map(torch.equal, asked[0], expected)) and len(expected.conf) != len(other.conf)
 
 
@@ -330,60 +332,11 @@ def test_auto_enrolls_few_shots_as_training_found_best(model, shots, single, met
     assert same(model, other)
 
 
-COUNTS = torch.tensor([5, 2, 3])
-
-
-@pytest.fixture
-def left_out(monkeypatch):
-    """Let detections with `fit` and `mean` pulls find these objects of three classes; yields the pulls looked at."""
-    pulls, hits = [], {}
-
-    def detect(features, labels, prior_strength, bank, nms):
-        pulls.append(prior_strength)
-        found = hits["mean" if prior_strength[0].isinf() else "fit"]
-        cls = torch.arange(3).repeat_interleave(COUNTS)
-        hit = torch.cat([torch.arange(k) < n for k, n in zip(COUNTS.tolist(), found)])
-        return Detections(cls, torch.linspace(0.9, 0.5, 10), hit, COUNTS)
-
-    monkeypatch.setattr(module, "detect_left_out", detect)
-    return pulls, hits
-
-
-def choice(method, single=PRIOR_STRENGTH, counts=COUNTS):
-    prior_strength, found = choose(None, None, counts, method, None, single)
-    return prior_strength.tolist(), found.hit.sum().item()
-
-
-def test_methods_other_than_auto_do_not_compare(left_out):
-    pulls, hits = left_out
-    hits.update(mean=[1, 1, 1], fit=[4, 0, 0])
-    assert choice("mean") == ([math.inf] * 3, 3)
-    assert choice("fit", single=math.inf) == (
-        pytest.approx([PRIOR_STRENGTH / 5, PRIOR_STRENGTH / 2, PRIOR_STRENGTH / 3]),
-        4,
-    )
-    assert len(pulls) == 2
-
-
-@pytest.mark.parametrize(
-    "mean, fit, best",
-    [([5, 0, 3], [2, 2, 3], "mean"), ([2, 2, 3], [5, 0, 3], "fit"), ([3, 0, 2], [3, 2, 2], "fit")],
-)
-def test_auto_takes_what_finds_more_of_the_classes_of_enough_shots(left_out, mean, fit, best):
-    left_out[1].update(mean=mean, fit=fit)
-    for single in (PRIOR_STRENGTH, math.inf):
-        prior_strength = (
-            [math.inf, single / 2, math.inf] if best == "mean" else [PRIOR_STRENGTH / 5, single / 2, PRIOR_STRENGTH / 3]
-        )
-        found = sum(mean if best == "mean" else fit)
-        assert choice("auto", single) == (pytest.approx(prior_strength), found)
-
-
 @pytest.mark.parametrize("method, scores", [("mean", [0.1, 0.2]), ("fit", [0.2, 0.1])])
 def test_auto_decides_on_classes_of_enough_shots_by_what_is_left_out(model, shots, monkeypatch, method, scores):
     """The squares get what finds more of them, the discs, of which there are two, what training found best."""
     model.prior_strength, values = math.inf, iter(scores)
-    monkeypatch.setattr(module, "ap50", lambda found: next(values))
+    monkeypatch.setattr(cross_validation, "ap50", lambda found: next(values))
     result = enroll(model, shots, SIZE)
     assert [r["method"] for r in result.classes.values()] == [method, "mean"]
 
@@ -453,7 +406,7 @@ def test_shots_that_share_a_box_are_counted_and_named(model, shots, warnings):
     found = enroll(model, shots._replace(labels=labels), SIZE, method="mean")
     assert found.classes["square"]["shots"] + found.classes["disc"]["shots"] == 6
     (text,) = warnings
-    assert text.startswith("1 of 7 shots do not count, for no anchor of the model belongs to them at imgsz=64: ")
+    assert text.startswith("1 of 7 shots do not count, since no anchor of the model belongs to them at imgsz=64: ")
     assert f"{shots.labels[2]['im_file']}: " in text and " shares its box with " in text and "keep one" in text
     assert "imgsz, or" not in text
 
@@ -468,7 +421,7 @@ def test_shots_too_small_for_an_anchor_are_counted_and_named_with_their_size(mod
         model, shots._replace(labels=[*shots.labels[:2], *lost, shots.labels[4]]), SIZE, method="mean", views=[View()]
     )
     (text,) = warnings
-    assert text.startswith("2 of 7 shots do not count") and "Use a greater imgsz, or greater objects." in text
+    assert text.startswith("2 of 7 shots do not count") and "Use a larger imgsz, or larger objects." in text
     assert all(f"{x['im_file']}: square (1 x 1 pixels)" in text for x in lost) and "shares" not in text
 
 

@@ -13,7 +13,7 @@ from ultralytics.utils.ops import xywh2xyxy
 
 from yolo_fewshot.data.support import read_support
 from yolo_fewshot.enroll import features as module
-from yolo_fewshot.enroll.features import View, extract, show, support_views
+from yolo_fewshot.enroll.features import View, extract, make_view, support_views
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.predictions import branch_predictions
 
@@ -61,7 +61,7 @@ def model_of(cfg="yolo11n-fewshot.yaml", **args):
     model.names = dict(BASE)
     model.args = args  # as loading a checkpoint sets it
     img = torch.from_numpy(np.stack([draw(i)[0][..., ::-1] for i in range(4)])).permute(0, 3, 1, 2).float() / 255
-    views = [show({"img": img, "bboxes": torch.zeros(0, 4)}, view, 32)["img"] for view in (*VIEWS[:3], View(0.4))]
+    views = [make_view({"img": img, "bboxes": torch.zeros(0, 4)}, view, 32)["img"] for view in (*VIEWS[:3], View(0.4))]
     norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     for m in norms:
         m.momentum = 1.0  # the statistics of these images
@@ -112,7 +112,7 @@ def red_batch(h=96, w=160):
 @pytest.mark.parametrize("scale", [1.0, 0.25, 0.35, 0.5, 0.8, 1.1, 1.25, 2.0])
 def test_the_boxes_of_every_view_cover_the_same_objects(scale, flip):
     batch = red_batch()
-    shown = show(batch, View(scale, flip, 0.9), 32)
+    shown = make_view(batch, View(scale, flip, 0.9), 32)
     height, width = shown["img"].shape[2:]
     boxes = xywh2xyxy(shown["bboxes"]) * torch.tensor([width, height, width, height])
     torch.testing.assert_close(boxes, red_boxes(shown["img"]), rtol=0, atol=1)
@@ -120,46 +120,46 @@ def test_the_boxes_of_every_view_cover_the_same_objects(scale, flip):
     torch.testing.assert_close(sides, torch.tensor([[40.0, 24.0], [40.0, 40.0]]), rtol=0.03, atol=0)
 
 
-def test_a_mirrored_view_is_the_mirrored_image():
+def test_a_flipped_view_is_the_flipped_image():
     batch = red_batch()
-    assert torch.equal(show(batch, View(flip=True), 32)["img"], batch["img"].flip(3))
+    assert torch.equal(make_view(batch, View(flip=True), 32)["img"], batch["img"].flip(3))
 
 
-def test_a_smaller_view_lies_in_the_middle_of_gray():
-    img = show({**red_batch(), "img": torch.ones(1, 3, 96, 160)}, View(0.5), 32)["img"]
+def test_a_smaller_view_is_centered_on_gray():
+    img = make_view({**red_batch(), "img": torch.ones(1, 3, 96, 160)}, View(0.5), 32)["img"]
     assert img.shape == (1, 3, 96, 160)
     expected = torch.full_like(img, 114 / 255)
     expected[:, :, 24:72, 40:120] = 1
     torch.testing.assert_close(img, expected)
 
 
-def test_a_greater_view_lies_at_the_top_left_of_a_canvas_that_fits_the_stride():
-    img = show({**red_batch(), "img": torch.ones(1, 3, 96, 160)}, View(1.25), 32)["img"]
+def test_a_larger_view_is_at_the_top_left_of_a_canvas_that_fits_the_stride():
+    img = make_view({**red_batch(), "img": torch.ones(1, 3, 96, 160)}, View(1.25), 32)["img"]
     expected = torch.full((1, 3, 128, 224), 114 / 255)
     expected[:, :, :120, :200] = 1
     torch.testing.assert_close(img, expected)
-    assert show(red_batch(), View(1.25), 64)["img"].shape[2:] == (128, 256)
-    assert show(red_batch(), View(2.0), 32)["img"].shape[2:] == (192, 320)  # nothing to add
+    assert make_view(red_batch(), View(1.25), 64)["img"].shape[2:] == (128, 256)
+    assert make_view(red_batch(), View(2.0), 32)["img"].shape[2:] == (192, 320)  # nothing to add
 
 
-def test_light_is_a_factor_and_saturates():
+def test_brightness_is_a_factor_and_saturates():
     batch = red_batch()
     for gain in (0.8, 1.2, 2.0):
-        shown = show(batch, View(gain=gain), 32)["img"]
+        shown = make_view(batch, View(gain=gain), 32)["img"]
         torch.testing.assert_close(shown, (batch["img"] * gain).clamp(max=1))
-    assert show(batch, View(gain=2.0), 32)["img"].max() == 1
+    assert make_view(batch, View(gain=2.0), 32)["img"].max() == 1
 
 
 @pytest.mark.parametrize("view", [View(), View(1.0, True, 1.2), View(0.5, True), View(1.25, True, 0.8)])
-def test_showing_leaves_the_batch_as_it_was(view):
+def test_a_view_leaves_the_batch_as_it_was(view):
     batch, before = red_batch(), red_batch()
-    shown = show(batch, view, 32)
+    shown = make_view(batch, view, 32)
     assert all(torch.equal(batch[k], v) for k, v in before.items())
     assert shown["cls"] is batch["cls"] and shown["batch_idx"] is batch["batch_idx"]
 
 
 @pytest.mark.parametrize("crops", [False, True])
-def test_views_are_mirrored_and_lit_only_as_in_training(crops):
+def test_views_are_flipped_and_brightened_only_as_in_training(crops):
     for args in ({}, {"fliplr": 0.0, "hsv_v": 0.0}):
         assert not any(v.flip or v.gain != 1 for v in support_views(args, crops))
     mirrored = support_views({"fliplr": 0.5}, crops)
@@ -169,7 +169,7 @@ def test_views_are_mirrored_and_lit_only_as_in_training(crops):
     assert min(v.gain for v in lit) < 1 < max(v.gain for v in lit)
 
 
-def test_the_plain_view_comes_first_and_crops_are_shown_smaller():
+def test_the_plain_view_comes_first_and_crops_are_scaled_down():
     args = {"fliplr": 0.5, "hsv_v": 0.4}
     views = support_views(args, crops=False)
     assert views[0] == View() and min(v.scale for v in views) < 1 < max(v.scale for v in views)
@@ -181,7 +181,7 @@ def test_the_plain_view_comes_first_and_crops_are_shown_smaller():
 
 
 def image_batch(file, size=96):
-    """A image in the middle of a gray square, with its labels."""
+    """An image in the middle of a gray square, with its labels."""
     image = cv2.imread(str(file))[..., ::-1].copy()
     height = len(image)
     top = (size - height) // 2
@@ -230,7 +230,7 @@ def one_by_one(model, support, views):
         batch = image_batch(label["im_file"])
         sums = [torch.zeros(len(batch["cls"]), head.embed) for _ in head.branches]
         for v, view in enumerate(views):
-            shown = show(batch, view, 32)
+            shown = make_view(batch, view, 32)
             head.training = True
             preds = model(shown["img"])
             head.training = False
@@ -343,7 +343,7 @@ def test_rows_bound_the_anchors_and_the_hardest_are_kept(shots):
             assert (hardest[:, None] == found).all(2).any(1).all()
 
 
-def test_least_anchors_are_kept_of_a_great_support_set(shots):
+def test_a_minimum_of_anchors_is_kept_of_a_large_support_set(shots):
     features = extract(model_of(), shots, 96, views=[View()], rows=1)
     counts = torch.bincount(features.anchors[0].image[features.anchors[0].objects < 0], minlength=5)
     assert (counts >= 8).all() and (counts <= 32).all()
@@ -407,7 +407,9 @@ def test_an_object_whose_anchors_all_belong_to_another_has_no_embedding(tmp_path
 
 def test_views_follow_the_arguments_of_training_unless_given(shots, monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "show", lambda batch, view, stride: asked.append(view) or show(batch, view, stride))
+    monkeypatch.setattr(
+        module, "make_view", lambda batch, view, stride: asked.append(view) or make_view(batch, view, stride)
+    )
     one = shots._replace(labels=shots.labels[:1])
     model = model_of(fliplr=0.5, hsv_v=0.4)
     extract(model, one, 96)
@@ -417,7 +419,7 @@ def test_views_follow_the_arguments_of_training_unless_given(shots, monkeypatch)
     assert asked == [View(0.5)]
 
 
-def test_crops_lie_in_the_middle(tmp_path):
+def test_crops_are_centered(tmp_path):
     for i, name in enumerate(("square", "wheel")):
         (tmp_path / name).mkdir()
         image = np.full((60, 60, 3), 90 * i, dtype=np.uint8)
@@ -432,7 +434,7 @@ def test_crops_lie_in_the_middle(tmp_path):
     assert features.views == len(views) and features.cls.tolist() == [0, 1] and features.embeds[0].any(1).all()
 
 
-def test_boxes_to_ignore_are_no_negatives_and_change_nothing_else(tmp_path):
+def test_ignore_regions_are_no_negatives_and_change_nothing_else(tmp_path):
     file = draw_shots(tmp_path)
     (tmp_path / "ignore").mkdir()
     (tmp_path / "ignore/0.txt").write_text("0.25 0.75 0.4 0.4\n0.75 0.2 0.4 0.3\n")

@@ -7,7 +7,7 @@ from test_features import BASE, draw_shots, model_of
 from yolo_fewshot.data.support import read_support
 from yolo_fewshot.enroll import replay as module
 from yolo_fewshot.enroll.features import View, extract
-from yolo_fewshot.enroll.replay import WEIGHT, recall, remember
+from yolo_fewshot.enroll.replay import WEIGHT, add_replay, fill_replay_buffer
 
 SIZE = 96
 
@@ -28,7 +28,7 @@ def shots(tmp_path_factory):
 
 def test_it_holds_anchors_of_the_images_with_their_class(model, shots):
     before = deepcopy(model.state_dict())
-    ((embeds, level, cls),) = remember(model, shots.labels, SIZE)
+    ((embeds, level, cls),) = fill_replay_buffer(model, shots.labels, SIZE)
     features = extract(model, shots, SIZE, views=[View()], rows=0)
     known = features.anchors[0]
     assert embeds.dtype == torch.float16 and len(embeds) == len(level) == len(cls) == len(known.embeds)
@@ -44,33 +44,33 @@ def test_it_holds_anchors_of_the_images_with_their_class(model, shots):
 def test_it_is_bounded_and_the_same_for_a_seed(model, shots, monkeypatch):
     monkeypatch.setattr(module, "ROWS", 8)
     monkeypatch.setattr(module, "IMAGES", 3)
-    first, again, other = (remember(model, shots.labels, SIZE, seed)[0] for seed in (0, 0, 1))
+    first, again, other = (fill_replay_buffer(model, shots.labels, SIZE, seed)[0] for seed in (0, 0, 1))
     assert len(first[0]) == 8 and int((first[2] < 0).sum()) == 4
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], other[0])
 
 
-def test_recalled_anchors_are_weak_negatives_of_no_image(model, shots):
-    memory, features = remember(model, shots.labels, SIZE), extract(model, shots, SIZE)
-    n, own = len(features.anchors[0].embeds), memory[0][2] == 1
-    anchors = recall(memory, features, [1]).anchors[0]
+def test_replayed_anchors_are_weak_negatives_of_no_image(model, shots):
+    buffer, features = fill_replay_buffer(model, shots.labels, SIZE), extract(model, shots, SIZE)
+    n, own = len(features.anchors[0].embeds), buffer[0][2] == 1
+    anchors = add_replay(features, buffer, [1]).anchors[0]
     assert own.any() and len(anchors.embeds) == n + int((~own).sum())
-    assert torch.equal(anchors.embeds[n:], memory[0][0][~own].float())
-    assert torch.equal(anchors.level[n:], memory[0][1][~own].long())
+    assert torch.equal(anchors.embeds[n:], buffer[0][0][~own].float())
+    assert torch.equal(anchors.level[n:], buffer[0][1][~own].long())
     for part in (anchors.objects, anchors.image, anchors.view):
         assert (part[n:] == -1).all() and part.dtype == torch.int64
     assert (anchors.weight[n:] == WEIGHT).all()
     assert all(torch.equal(a[:n], b) for a, b in zip(anchors, features.anchors[0]))
 
 
-def test_without_a_memory_the_features_stay(model, shots):
+def test_without_a_replay_buffer_the_features_stay(model, shots):
     features = extract(model, shots, SIZE)
-    assert recall([], features, []) is features
+    assert add_replay(features, [], []) is features
 
 
-def test_both_branches_of_a_dual_head_remember(shots):
+def test_both_branches_of_a_dual_head_are_replayed(shots):
     model = model_of("yolo26n-fewshot.yaml")
     model.names = {0: "cat", 1: "square"}
     images = [x for x in shots.labels if not (x["cls"] > 1).any()]
-    memory = remember(model, images, SIZE)
-    assert len(memory) == 2 and not torch.equal(memory[0][0], memory[1][0])
+    buffer = fill_replay_buffer(model, images, SIZE)
+    assert len(buffer) == 2 and not torch.equal(buffer[0][0], buffer[1][0])

@@ -87,7 +87,7 @@ def test_enrollment_is_that_of_all_classes(gpu, settings, models):
     (row,) = gpu.enroll(settings, models[0])
     assert 0 < row["s a step"] < math.inf and row["steps/s"] == pytest.approx(1 / row["s a step"])
     shots = gpu.read_support(settings.folder / "shots.yaml")
-    assert len(shots.labels) == 20 and sorted(shots.shown) == [f"new{i}" for i in range(4)]
+    assert len(shots.labels) == 20 and sorted(shots.class_names) == [f"new{i}" for i in range(4)]
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from yolo_fewshot.nn.prototypes import class_means, pool_objects
+from yolo_fewshot.nn.prototypes import class_means, object_index, pool_objects
 
 
 def test_pooling_is_the_weighted_mean_of_an_objects_anchors():
@@ -41,3 +41,11 @@ def test_pooling_a_batch_without_objects_gives_nothing():
     none = torch.zeros(0, dtype=torch.long)
     pooled, valid = pool_objects(torch.randn(2, 5, 8), (none, none), torch.zeros(0), torch.zeros(0), 0)
     assert pooled.shape == (0, 8) and valid.shape == (0,)
+
+
+def test_the_index_of_an_object_is_its_image_and_its_number_there():
+    image = [0, 0, 2, 2, 2, 3, 6]
+    expected = [7 * p + image[:i].count(p) for i, p in enumerate(image)]
+    for batch_idx in (torch.tensor(image), torch.tensor(image).float()[:, None]):
+        assert object_index(batch_idx, 7).tolist() == expected
+    assert object_index(torch.zeros(0), 7).tolist() == []

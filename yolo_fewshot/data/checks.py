@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: boxes, classes, images on both sides of a split, too few shots."""
+"""Checks of a data set: boxes, class names, near-duplicates between splits, number of shots."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from ultralytics.utils.patches import imread
 
 from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.episodes import EpisodeSampler
+from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.data.support import MIN_SIDE, list_images
 from yolo_fewshot.errors import few
 
-OUTSIDE = 0.01  # how far a box may reach outside the image, in parts of its side; Ultralytics lets pass as much
-SIDE = 32  # of the thumbnails that are compared, in pixels
-LARGE = 512  # side in pixels from which a image is decoded at a quarter of its size
-# Correlation of two thumbnails' details above which images count as near-duplicates. Copies at 70 % of the size, JPEG
-# quality 50 and other brightness had 0.85 to 0.99 on three data sets, other images at most 0.75.
-ALIKE = 0.85
-FLAT = 0.5  # standard deviation of the gray levels of these details below which there is nothing to compare
+OUTSIDE = 0.01  # tolerance of boxes outside the image, relative to its side, as in Ultralytics
+SIDE = 32  # of the compared thumbnails, in pixels
+LARGE = 512  # side in pixels from which an image is decoded at a quarter of its size
+# Minimum correlation of the details of near-duplicates. On three data sets, copies at 70 % of the size, JPEG quality 50
+# and other brightness had 0.85 to 0.99, other images at most 0.75.
+DUPLICATE = 0.85
+FLAT = 0.5  # minimum standard deviation of the details, in gray levels, of images that are compared
 SHOTS = (1, 3, 5, 10)
 
 
 class Finding(NamedTuple):
-    """Something that was found.
+    """Result of a check.
 
     Attributes:
-        level (str): 'ok', 'warning' or 'error', after which training fails or is of no use.
-        text (str): What, and what to change.
+        level (str): 'ok', 'warning' or 'error'; with an error, training fails or is useless.
+        text (str): The result, and what to change.
     """
 
     level: str
@@ -41,16 +42,16 @@ class Finding(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The images of a split as training would read them.
+    """Images of a split, as read for training.
 
     Attributes:
         name (str): 'train' or 'val'.
         files (list[str]): Image files that Ultralytics uses.
         boxes (list[np.ndarray]): Class, x, y, w, h of the objects of each, normalized, (n, 5) float32.
         shapes (list[tuple[int, int]]): Height and width of each in pixels.
-        ignored (list[str]): Files that Ultralytics leaves out, each with the reason.
+        ignored (list[str]): Files that training leaves out, each with the reason.
         unlabeled (int): Images without an object.
-        details (np.ndarray): Small gray copies less their local mean, (N, SIDE * SIDE) float16.
+        details (np.ndarray): Gray thumbnails minus their local mean, (N, SIDE * SIDE) float16.
     """
 
     name: str
@@ -66,7 +67,7 @@ def read_split(data: dict[str, Any], name: str) -> Split:
     """Read a split.
 
     Args:
-        data (dict): What `check_det_dataset` returned.
+        data (dict): Result of `check_det_dataset`.
         name (str): 'train' or 'val'.
 
     Returns:
@@ -76,8 +77,8 @@ def read_split(data: dict[str, Any], name: str) -> Split:
     files = list(dict.fromkeys(x for p in paths for x in list_images(Path(p))))
     kept: list[tuple] = []
     ignored: list[str] = []
-    keypoints = data.get("kpt_shape") or (0, 0)
-    tasks = zip(files, utils.img2label_paths(files), repeat(len(data["names"])), repeat(keypoints))
+    kpt_shape = data.get("kpt_shape") or (0, 0)
+    tasks = zip(files, utils.img2label_paths(files), repeat(len(data["names"])), repeat(kpt_shape))
     with ThreadPool(NUM_THREADS) as pool:
         results = TQDM(pool.imap(_read, tasks), desc=f"{name}: Looking at images...", total=len(files))
         for file, (boxes, shape, reason, details) in zip(files, results):
@@ -93,27 +94,32 @@ def read_split(data: dict[str, Any], name: str) -> Split:
 def _read(
     task: tuple[str, str, int, tuple[int, int]],
 ) -> tuple[np.ndarray | None, tuple[int, int] | None, str, np.ndarray | None]:
-    """Read one image: its boxes, height and width, why Ultralytics leaves it out if so, and its details."""
-    file, label_file, nc, keypoints = task
-    ok, boxes, shape, *_, message = utils.verify_image_label((file, label_file, "", False, nc, *keypoints, False))
-    mode = cv2.IMREAD_REDUCED_GRAYSCALE_4 if ok and min(shape) >= LARGE else cv2.IMREAD_GRAYSCALE
-    image = imread(file, mode) if ok else None
+    """Read one image: its boxes, shape, the reason why training leaves it out, if any, and its details."""
+    labels = read_labels(*task)
+    if labels.error:
+        return None, None, labels.error, None
+    image = imread(task[0], cv2.IMREAD_REDUCED_GRAYSCALE_4 if min(labels.shape) >= LARGE else cv2.IMREAD_GRAYSCALE)
     if image is None:
-        return None, None, message.rpartition("ignoring corrupt image/label: ")[2] or "cannot be read", None
+        return None, None, "cannot be read", None
     if image.ndim == 3:
         image = image.mean(2)
     gray = cv2.resize(image.astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    return boxes, shape, "", (gray - cv2.blur(gray, (3, 3))).astype(np.float16).ravel()  # light and vignette left out
+    return (
+        labels.boxes,
+        labels.shape,
+        "",
+        (gray - cv2.blur(gray, (3, 3))).astype(np.float16).ravel(),
+    )  # removes light and vignette
 
 
 def check_boxes(split: Split) -> list[Finding]:
-    """Look for labels that training drops or that are not about what is in the image.
+    """Check for boxes that training drops or that are outside their image.
 
     Args:
         split (Split): A split.
 
     Returns:
-        (list[Finding]): What was found.
+        (list[Finding]): Results.
     """
     n = sum(map(len, split.boxes))
     if not n:
@@ -145,17 +151,17 @@ def _ignored(split: Split) -> list[Finding]:
 
 
 def check_classes(split: Split, names: dict[int, str]) -> Finding:
-    """Look for classes without a image.
+    """Check for classes without an image.
 
     Args:
         split (Split): A split.
         names (dict[int, str]): Class names.
 
     Returns:
-        (Finding): What was found.
+        (Finding): Result.
     """
-    seen = {int(c) for b in split.boxes for c in b[:, 0]}
-    missing = [n for i, n in names.items() if i not in seen]
+    labeled = {int(c) for b in split.boxes for c in b[:, 0]}
+    missing = [n for i, n in names.items() if i not in labeled]
     if not missing:
         return Finding("ok", f"{split.name}: all {len(names)} classes have images.")
     what = "nothing is learned of them" if split.name == "train" else "their AP is not measured"
@@ -163,43 +169,44 @@ def check_classes(split: Split, names: dict[int, str]) -> Finding:
 
 
 def check_names(names: dict[int, str]) -> list[Finding]:
-    """Look for names that several classes have.
+    """Check for duplicate class names.
 
     Args:
         names (dict[int, str]): Class names.
 
     Returns:
-        (list[Finding]): What was found.
+        (list[Finding]): Results.
     """
-    twice = [
+    duplicates = [
         f"{n} (ids {', '.join(str(i) for i, x in names.items() if str(x) == n)})" for n in repeated(names.values())
     ]
-    if not twice:
+    if not duplicates:
         return []
-    text = f"Several classes have the same name: {few(twice)}. They are trained as classes of their own, but shots and"
-    return [
-        Finding("warning", f"{text} other data are matched by name. Give each class a name of its own in 'names:'.")
-    ]
+    text = (
+        f"Several classes have the same name: {few(duplicates)}. They are trained as separate classes, but shots and "
+        "other data are matched by name. Give each class a unique name in 'names:'."
+    )
+    return [Finding("warning", text)]
 
 
 def check_duplicates(a: Split, b: Split) -> Finding:
-    """Look for images that are in both splits, or all but, which makes results too good.
+    """Check for near-duplicates between two splits, which make results too good.
 
     Args:
         a (Split): A split.
-        b (Split): Another one.
+        b (Split): Another split.
 
     Returns:
-        (Finding): What was found.
+        (Finding): Result.
     """
     (x, flat_x), (y, flat_y) = map(_normalized, (a.details, b.details))
     pairs = []
     for start in range(0, len(y), 1024):
-        alike = y[start : start + 1024] @ x.T
-        alike[:, flat_x] = -1
-        alike[flat_y[start : start + 1024]] = -1
-        nearest = alike.argmax(1) if len(x) else []
-        pairs += [(start + i, j) for i, j in enumerate(nearest) if alike[i, j] >= ALIKE]
+        similarity = y[start : start + 1024] @ x.T
+        similarity[:, flat_x] = -1
+        similarity[flat_y[start : start + 1024]] = -1
+        nearest = similarity.argmax(1) if len(x) else []
+        pairs += [(start + i, j) for i, j in enumerate(nearest) if similarity[i, j] >= DUPLICATE]
     if not pairs:
         return Finding("ok", f"No near-duplicates between {a.name} and {b.name}.")
     listed = few([f"{b.files[i]} and {a.files[j]}" for i, j in pairs], "; ", 3)
@@ -211,7 +218,7 @@ def check_duplicates(a: Split, b: Split) -> Finding:
 
 
 def _normalized(details: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return float32 rows with mean 0 and length 1, and which of them show nothing."""
+    """Return the rows with mean 0 and length 1, float32, and which of them are flat."""
     x = details.astype(np.float32)
     x -= x.mean(1, keepdims=True)
     norm = np.linalg.norm(x, axis=1, keepdims=True)
@@ -219,7 +226,7 @@ def _normalized(details: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_shots(split: Split, names: dict[int, str], args: Any) -> list[Finding]:
-    """Check whether episodes and K-shot sets can be drawn.
+    """Check whether K-shot sets and episodes can be drawn.
 
     Args:
         split (Split): The train split.
@@ -227,7 +234,7 @@ def check_shots(split: Split, names: dict[int, str], args: Any) -> list[Finding]
         args (Any): Arguments with `stage`, `n_way`, `k_shot` and `n_query`.
 
     Returns:
-        (list[Finding]): What was found.
+        (list[Finding]): Results.
     """
     objects = np.bincount([int(c) for b in split.boxes for c in b[:, 0]], minlength=len(names))
     enough = ", ".join(f"{(objects >= k).sum()} for K={k}" for k in SHOTS)

@@ -23,7 +23,7 @@ BASE = (
 NOVEL = ("hourglass", "clover", "umbrella", "flag", "hash", "chevron", "letter_T", "letter_Y")
 
 SIZE = 160  # image side, pixels
-GAP = 5  # least distance between two boxes, pixels
+GAP = 5  # minimum distance between two boxes, pixels
 
 Part = tuple[str, Sequence[Sequence[float]]]
 
@@ -102,9 +102,9 @@ GLYPHS: dict[str, list[Part]] = {
 }  # fmt: skip
 
 
-def _crop(ink: np.ndarray, least: float) -> np.ndarray:
-    """Cut an ink map down to the rows and columns that hold ink of at least the given amount."""
-    x, y, w, h = cv2.boundingRect((ink >= least).astype(np.uint8))
+def _crop(ink: np.ndarray, minimum: float) -> np.ndarray:
+    """Crop an ink map to the rows and columns with at least the given amount of ink."""
+    x, y, w, h = cv2.boundingRect((ink >= minimum).astype(np.uint8))
     return ink[y : y + h, x : x + w]
 
 
@@ -165,7 +165,7 @@ def draw_scene(names: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarr
         (tuple[np.ndarray, np.ndarray]): Image (BGR, uint8) and boxes (N, 4) as x1, y1, x2, y2 in pixels.
     """
     boxes: list[tuple[int, int, int, int]] = []
-    while len(boxes) < len(names):  # sizes are drawn anew whenever the objects do not fit
+    while len(boxes) < len(names):  # resample the sizes if the objects do not fit
         boxes, glyphs = [], [draw_glyph(n, int(rng.integers(36, 65)), rng) for n in names]
         for h, w in (g.shape for g in glyphs):
             for _ in range(50):

@@ -1,4 +1,4 @@
-"""Episodes: which classes and images make one, and the data set that loads them."""
+"""Episodes: the sampler of classes and images, and the data set that loads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_fewshot.data.sampling import EpochSampler
 
-TRIES = 1000  # draws of ways before an episode is given up
+TRIES = 1000  # maximum number of draws for one episode
 
 
 class Draw(NamedTuple):
@@ -25,7 +25,7 @@ class Draw(NamedTuple):
     Attributes:
         index (int): Image index in the data set.
         way (int): Class that the image was drawn for.
-        support (bool): Whether it is a support image; else it is a query image.
+        support (bool): Whether it is a support image, else a query image.
         seed (int): Seed of its augmentation.
     """
 
@@ -36,10 +36,10 @@ class Draw(NamedTuple):
 
 
 class EpisodeSampler(EpochSampler):
-    """Draws episodes of n_way classes with k_shot support and n_query query images each.
+    """Draw episodes of n_way classes with k_shot support and n_query query images each.
 
-    Support and query images of an episode are disjoint. Episode t of epoch e on a rank depends on (seed, e, t, rank)
-    alone, so that runs are reproducible whatever the number of workers, and a resumed run goes on where it stopped.
+    Support and query images of an episode are disjoint. Episode t of epoch e depends only on (seed, e, t, rank), so
+    runs are reproducible with any number of workers, and a resumed run continues with the same episodes.
 
     Examples:
         >>> sampler = EpisodeSampler(dataset.labels, dataset.data["names"], n_way=5, k_shot=1, n_query=1, episodes=100)
@@ -84,7 +84,7 @@ class EpisodeSampler(EpochSampler):
         cls = cls.astype(np.min_scalar_type(max(len(names), 1)))  # 16 bits are sorted ten times faster than 64
         order = cls.argsort(kind="stable")
         owner, images = cls[order], np.repeat(np.arange(len(labels)), sizes)[order]
-        first = np.ones(len(order), bool)  # of the objects that a image has of a class
+        first = np.ones(len(order), bool)  # first object of its class in its image
         first[1:] = (owner[1:] != owner[:-1]) | (images[1:] != images[:-1])
         owner, self.images = owner[first], images[first]
         self.start = np.searchsorted(owner, np.arange(len(names) + 1))
@@ -99,7 +99,7 @@ class EpisodeSampler(EpochSampler):
                 f"{len(self.classes)}.{out} Set n_way={max(len(self.classes), 1)} or less, a smaller k_shot, or label "
                 "more images."
             )
-        self.episode(0, 0)  # fails now rather than in training where no episode can be drawn
+        self.episode(0, 0)  # raises an error now rather than in training
         if left_out:
             LOGGER.warning(f"No episode is drawn for classes with fewer than {need}: {', '.join(left_out)}.")
 
@@ -119,7 +119,7 @@ class EpisodeSampler(EpochSampler):
             epoch (int): Epoch, counted from 0.
 
         Yields:
-            (Draw): A image of an episode.
+            (Draw): An image of an episode.
         """
         for t in range(self.episodes):
             yield from self.episode(epoch, t)
@@ -139,7 +139,7 @@ class EpisodeSampler(EpochSampler):
             ways = self.classes[rng.permutation(len(self.classes))[: self.n_way]].tolist()
             support: set[int] = set()
             query: set[int] = set()
-            # Ways share a support image only if there seems to be no other choice.
+            # Ways share a support image only after ten failed attempts.
             shots = [(c, i) for c in ways for i in self._draw(rng, c, self.k_shot, support, support, attempt >= 10)]
             queries = [(c, i) for c in ways for i in self._draw(rng, c, self.n_query, support, query, True)]
             if len(shots) == self.n_way * self.k_shot and len(queries) == self.n_way * self.n_query:
@@ -156,14 +156,14 @@ class EpisodeSampler(EpochSampler):
     def _draw(
         self, rng: np.random.Generator, c: int, n: int, support: set[int], into: set[int], relax: bool
     ) -> list[int]:
-        """Draw n images of class c outside the support and add them to `into`; fewer if there are too few.
+        """Draw n images of class c that are not in `support`, and add them to `into`; fewer if there are too few.
 
-        With `relax`, support images may be shared among ways, and query images repeat where there are too few.
+        With `relax`, ways may share support images, and query images repeat if there are too few.
         """
         taken = set() if relax and into is support else support
         lo, hi = self.start[c], self.start[c + 1]
         drawn: list[int] = []
-        if hi - lo > 8 * (n + 1):  # many images: the cost does not grow with their number
+        if hi - lo > 8 * (n + 1):  # rejection sampling, whose cost does not grow with the images
             for i in self.images[rng.integers(lo, hi, size=8 * (n + 1))].tolist():
                 if len(drawn) < n and i not in taken and i not in drawn:
                     drawn.append(i)
@@ -179,8 +179,8 @@ class EpisodeSampler(EpochSampler):
 class EpisodicDataset(Dataset):
     """A `YOLODataset` whose items are the `Draw`s of an episode.
 
-    Every image's augmentation is seeded by its `Draw`, so that it depends neither on loader processes nor on what was
-    loaded before; the random state of the process stays as it is.
+    The augmentation of an image is seeded by its `Draw`, so it depends neither on loader processes nor on images loaded
+    before. The random state of the process does not change.
 
     Attributes:
         dataset (YOLODataset): The data set that loads and augments.
@@ -206,9 +206,9 @@ class EpisodicDataset(Dataset):
 
     @staticmethod
     def collate_fn(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate the images of an episode: Ultralytics' batch with `way` (B,) long and `support` (B,) bool.
+        """Collate the images of an episode: Ultralytics' batch with `way` (B,) long, `support` (B,) bool and `query`.
 
-        The indices of the query images, `query` (Q,) long, are found here, where it needs no wait for the device.
+        The indices of the query images, `query` (Q,) long, are computed on the CPU to avoid a device sync.
         """
         batch = YOLODataset.collate_fn(samples)
         support = torch.tensor(batch["support"])
@@ -217,11 +217,11 @@ class EpisodicDataset(Dataset):
 
 @contextlib.contextmanager
 def _seeded(seed: int, transforms: Any) -> Iterator[None]:
-    """Seed what transforms draw from, and put the random state of the process back."""
+    """Seed the random generators of the transforms, and restore the random state of the process afterwards."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # the CPU's alone
+    torch.default_generator.manual_seed(seed)  # of the CPU only
     for x in _own_random_state(transforms):
         x.set_random_seed(seed)
     try:
@@ -233,9 +233,9 @@ def _seeded(seed: int, transforms: Any) -> Iterator[None]:
 
 
 def _own_random_state(transforms: Any) -> Iterator[Any]:
-    """Yield the transforms that have a random state of their own, which are those of albumentations 1.4.21 and newer.
+    """Yield the transforms with a random state of their own: those of albumentations 1.4.21 and newer.
 
-    Ultralytics gives them the seed of the process when that is another one than theirs, so not for each image.
+    Ultralytics seeds them only when the seed of the process changes, not for every image.
     """
     if isinstance(transforms, Albumentations) and hasattr(transforms.transform, "set_random_seed"):
         yield transforms.transform

@@ -1,4 +1,4 @@
-"""What the samplers of stages 2 and 3 have in common: epochs that count themselves."""
+"""Base class of the deterministic epoch samplers of stages 2 and 3."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.utils.data import Sampler
 
 
 class EpochSampler(Sampler):
-    """Draws an epoch that depends on the seed, its number and the rank alone, and then the next one.
+    """Draw one epoch after the other; an epoch depends only on the seed, its number and the rank.
 
-    Loader processes ask for the next epoch before the trainer announces it, so the sampler counts for itself.
+    Loader processes start the next epoch before the trainer announces it, so the sampler counts epochs itself.
 
     Attributes:
         seed (int): Seed of the run.
         rank (int): Rank of this process in multi-GPU training.
-        epoch (int): Epoch that is drawn next, counted from 0.
+        epoch (int): Next epoch, counted from 0.
     """
 
     def __init__(self, seed: int = 0, rank: int = 0):
@@ -37,7 +37,7 @@ class EpochSampler(Sampler):
             epoch (int): Epoch, counted from 0.
 
         Yields:
-            (Any): An item that the data set understands.
+            (Any): An index of the data set.
         """
 
     def __iter__(self) -> Iterator[Any]:
@@ -47,7 +47,7 @@ class EpochSampler(Sampler):
         yield from self.draw(epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch to start from; once an epoch has been drawn the sampler counts for itself.
+        """Set the epoch to start from; this has no effect once an epoch has been drawn.
 
         Args:
             epoch (int): Epoch, counted from 0.
@@ -56,7 +56,7 @@ class EpochSampler(Sampler):
             self.epoch = epoch
 
     def restart(self, epoch: int) -> None:
-        """Draw this epoch next, after the loader has dropped what it had asked for ahead.
+        """Draw this epoch next, after the loader has dropped its prefetched batches.
 
         Args:
             epoch (int): Epoch, counted from 0.

@@ -1,4 +1,4 @@
-"""The images of stage 3: shots, beside them base images, all with the class indices of the model."""
+"""Data of stage 3: shots and base images with the class indices of the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from yolo_fewshot.errors import few
 
 
 def merged_names(known: dict[int, str], names: dict[int, str], labels: list[dict[str, Any]]) -> dict[int, str]:
-    """Return the class names of a model with those appended that are new to it and have an object.
+    """Append the new classes of the shots that have an object to the classes of a model.
 
     Args:
         known (dict[int, str]): Class names of the model.
@@ -26,15 +26,15 @@ def merged_names(known: dict[int, str], names: dict[int, str], labels: list[dict
         (dict[int, str]): Names by index, in the order in which enrollment appends them.
     """
     merged = {int(i): str(n) for i, n in known.items()}
-    shown = sorted({int(c) for x in labels for c in x["cls"].flat})
-    for name in dict.fromkeys(str(names[i]) for i in shown):
+    indices = sorted({int(c) for x in labels for c in x["cls"].flat})
+    for name in dict.fromkeys(str(names[i]) for i in indices):
         if name not in merged.values():
             merged[len(merged)] = name
     return merged
 
 
 def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str]) -> None:
-    """Give the labels of a data set the class indices of a model, by name.
+    """Map the class indices of a data set to those of a model, by name.
 
     Args:
         dataset (YOLODataset): Data set, changed in place.
@@ -42,29 +42,29 @@ def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str]
         classes (dict[int, str]): Class names of the model.
 
     Raises:
-        ValueError: If a image shows a class that is not among them, or whose name is ambiguous.
+        ValueError: If the name of a labeled class is unknown or ambiguous.
     """
     index = match_classes(names, classes)
-    shown = {int(c) for x in dataset.labels for c in x["cls"].flat}
-    check_unambiguous(names, index, sorted(shown), getattr(dataset, "img_path", ""))
+    labeled = {int(c) for x in dataset.labels for c in x["cls"].flat}
+    check_unambiguous(names, index, sorted(labeled), getattr(dataset, "img_path", ""))
     table = np.array([index[i] for i in range(len(names))], dtype=np.float32)
     for x in dataset.labels:
         cls = x["cls"].astype(int)
         unknown = {str(names[i]) for i in cls[table[cls] < 0].tolist()}
         if unknown:
             raise ValueError(
-                f"{x['im_file']} shows {few(sorted(unknown))}, of which the model knows nothing and has no shots. Add "
-                "shots, or leave these boxes out."
+                f"{x['im_file']} has labels of {few(sorted(unknown))}, which the model does not know and which have no "
+                "shots. Add shots, or remove these labels."
             )
         x["cls"] = table[cls]
 
 
 class ShotsAndBase(Dataset):
-    """The images of the shots, then those of base classes.
+    """The images of the shots, followed by base images.
 
     Attributes:
         parts (list[YOLODataset]): The shots, and the base images if there are any.
-        labels (list[dict]): Labels of all.
+        labels (list[dict]): Labels of all images.
     """
 
     def __init__(self, parts: list[YOLODataset]):
@@ -100,10 +100,10 @@ class ShotsAndBase(Dataset):
 
 
 class AdaptSampler(EpochSampler):
-    """Draws batches of shots, or half shots and half base images; every image comes before any comes again.
+    """Draw batches of shots, or of half shots and half base images; no image repeats before all have been drawn.
 
-    Epoch e depends on (seed, e) alone. Processes that train together share one order and take turns, so that their
-    number changes neither the steps nor how often a image is seen.
+    Epoch e depends only on (seed, e). Processes split one common order, so their number changes neither the steps nor
+    how often an image is drawn.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class AdaptSampler(EpochSampler):
 
         Args:
             shots (int): Images of the shots.
-            base (int): Base images, which are numbered after those.
+            base (int): Base images, whose indices follow those of the shots.
             batch (int): Images in a batch of this process.
             batches (int): Batches in an epoch.
             seed (int): Seed of the run.
@@ -134,18 +134,18 @@ class AdaptSampler(EpochSampler):
             epoch (int): Epoch, counted from 0.
 
         Yields:
-            (int): Index of a image.
+            (int): Index of an image.
         """
         rng = np.random.default_rng((self.seed, epoch, 0))
         shots, base = self.sizes
         replayed = self.batch // 2 if base else 0
-        steps, own = self.batches, slice(self.rank, None, self.processes)
-        a = _cycle(rng, shots, (self.batch - replayed) * self.processes * steps).reshape(steps, -1)[:, own]
-        b = _cycle(rng, base, replayed * self.processes * steps).reshape(steps, -1)[:, own] + shots
-        yield from np.concatenate([a, b], 1).ravel().tolist()
+        steps, ours = self.batches, slice(self.rank, None, self.processes)
+        of_shots = _cycle(rng, shots, (self.batch - replayed) * self.processes * steps).reshape(steps, -1)[:, ours]
+        of_base = _cycle(rng, base, replayed * self.processes * steps).reshape(steps, -1)[:, ours] + shots
+        yield from np.concatenate([of_shots, of_base], 1).ravel().tolist()
 
 
 def _cycle(rng: np.random.Generator, n: int, count: int) -> np.ndarray:
-    """Return `count` indices of n things, in random rounds of all of them."""
+    """Return `count` indices in 0..n-1 from repeated random permutations."""
     rounds = [rng.permutation(n) for _ in range(-(-count // n))] if count else []
     return np.concatenate(rounds)[:count] if count else np.zeros(0, int)

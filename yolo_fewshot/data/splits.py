@@ -1,4 +1,4 @@
-"""K-shot splits of any detection data set: base classes with all their labels, novel ones with K labeled objects."""
+"""K-shot splits of a detection data set: base classes with all labels, novel classes with K labeled objects."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, ops
 
 import yolo_fewshot
 from yolo_fewshot.class_names import repeated
+from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.data.support import MIN_SIDE, list_images
 from yolo_fewshot.errors import few
 from yolo_fewshot.paths import cfg_dir
 
 
 class Image(NamedTuple):
-    """A image of the data set.
+    """Image of a data set.
 
     Attributes:
-        file (str): Where it is.
+        file (str): Its path.
         name (str): Its file name in the new folders.
         shape (tuple[int, int]): Height and width in pixels.
         digest (str): SHA-256 of its content.
-        rows (np.ndarray): Class, x, y, w, h, normalized, and 1 for a crowd, of its objects, (n, 6) float64.
+        rows (np.ndarray): Class, x, y, w, h, normalized, and 1 for a crowd, of every object, (n, 6) float64.
     """
 
     file: str
@@ -42,8 +43,8 @@ class Image(NamedTuple):
     rows: np.ndarray
 
 
-Task = tuple[Any, ...]  # image, label file, number of classes, keypoints, and rows where there is no label file
-View = list[tuple[Image, np.ndarray]]  # the images of a folder, and which of their objects are labeled there
+Task = tuple[Any, ...]  # image, label file, number of classes, keypoint shape, and rows if they are from a COCO json
+View = list[tuple[Image, np.ndarray]]  # images of a new folder, and a mask of the objects that are labeled there
 
 
 def split(
@@ -58,14 +59,14 @@ def split(
 ) -> Path:
     """Split a detection data set into base classes and K shots of novel classes.
 
-    Everything is checked first, and the folder appears when it is complete. Images are linked, and copied only where
-    the system allows neither symbolic nor hard links.
+    All input is checked first, and the folder appears when it is complete. Images are linked, or copied if the system
+    supports neither symbolic nor hard links.
 
     Args:
         data (str | Path): A YOLO data.yaml, or the COCO json of the train images.
-        novel (str | Path | list[str] | tuple[str, ...]): Names of the novel classes, also as a text with commas, or a
+        novel (str | Path | list[str] | tuple[str, ...]): Names of the novel classes, comma-separated in a str, or a
             YAML file with a list `novel`, i.e. 'voc-split1.yaml'.
-        out (str | Path): Folder to write, new or empty.
+        out (str | Path): New or empty folder to write.
         shots (str | int | list[int] | tuple[int, ...]): Numbers of labeled objects of each novel class.
         seeds (int): Number of draws.
         val (str | Path, optional): COCO json of the val images.
@@ -76,8 +77,8 @@ def split(
         (Path): The folder.
 
     Raises:
-        FileNotFoundError: If a file, a split or a image of a COCO json does not exist.
-        ValueError: If an argument is invalid, or the data set cannot give what is asked for.
+        FileNotFoundError: If a file, a split or an image of a COCO json does not exist.
+        ValueError: If an argument is invalid, or the data set has too few objects or images.
 
     Examples:
         >>> split("VOC.yaml", "voc-split1.yaml", "voc1")
@@ -120,16 +121,16 @@ def split(
 
 
 def shot_counts(shots: Any) -> list[int]:
-    """Return numbers of shots, sorted.
+    """Parse numbers of shots.
 
     Args:
-        shots (Any): Numbers, or a text with commas.
+        shots (Any): A list of numbers, or a comma-separated str.
 
     Returns:
-        (list[int]): The numbers.
+        (list[int]): The numbers, sorted.
 
     Raises:
-        ValueError: If one is no int of at least 1.
+        ValueError: If a number is not an int of at least 1.
     """
     values = [str(x).strip() for x in (shots if isinstance(shots, (list, tuple)) else str(shots).split(","))]
     if not values or not all(x.isdecimal() and int(x) for x in values):
@@ -148,7 +149,7 @@ def _new_folder(out: str | Path) -> Path:
 
 
 def _novel_names(novel: Any) -> list[str]:
-    """Return the names of the novel classes from a list, a text with commas, or a YAML file, ours too."""
+    """Return the names of the novel classes from a list, a comma-separated str, or a YAML file, also one of ours."""
     names = novel
     if isinstance(novel, (str, Path)) and Path(novel).suffix.lower() in {".yaml", ".yml"}:
         ours = cfg_dir() / "protocols"
@@ -164,9 +165,9 @@ def _novel_names(novel: Any) -> list[str]:
     elif not isinstance(novel, (list, tuple)):
         names = str(novel).strip().removeprefix("[").removesuffix("]").split(",")
     names = [x for x in (str(n).strip().strip("'\"") for n in names) if x]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice or not names:
-        text = f"names {few(twice)} more than once" if twice else "names no class"
+    duplicates = sorted(repeated(names))
+    if duplicates or not names:
+        text = f"names {few(duplicates)} more than once" if duplicates else "names no class"
         raise ValueError(f"'novel={novel}' {text}. Name every novel class once, i.e. novel=bird,bus.")
     return names
 
@@ -186,8 +187,8 @@ def _read_yolo(data: str | Path) -> tuple[list[str], dict[str, list[Task]], int]
         if missing:
             raise FileNotFoundError(f"'{key}:' of {data} does not exist: {few(missing)}. Correct it, or 'path:'.")
         files = sorted({x for p in paths for x in list_images(p)})
-        keypoints = info.get("kpt_shape") or (0, 0)
-        tasks[key] = [(f, label, info["nc"], keypoints, None) for f, label in zip(files, utils.img2label_paths(files))]
+        kpt_shape = info.get("kpt_shape") or (0, 0)
+        tasks[key] = [(f, label, info["nc"], kpt_shape, None) for f, label in zip(files, utils.img2label_paths(files))]
     return [info["names"][i] for i in range(info["nc"])], tasks, info["channels"]
 
 
@@ -201,15 +202,15 @@ def _read_coco(data: Any, val: Any, images: Any, val_images: Any) -> tuple[list[
     names, tasks = [], {}
     for key, file, folder in (("train", data, images), ("val", val, val_images)):
         try:
-            shown, tasks[key] = _load_coco(Path(file), str(folder), names)
+            categories, tasks[key] = _load_coco(Path(file), str(folder), names)
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(
                 f"{file} is no COCO json of boxes: {e!r}. It needs 'images' with id, file_name, width and height, "
                 "'annotations' with image_id, category_id and bbox, and 'categories' with id and name."
             ) from e
-        _check_unique(shown, file)
-        names = names or shown
-        unknown = sorted(set(shown) - set(names))
+        _check_unique(categories, file)
+        names = names or categories
+        unknown = sorted(set(categories) - set(names))
         if unknown:
             raise ValueError(f"{file} has categories that {data} does not have: {few(unknown)}. Correct their names.")
         missing = [x[0] for x in tasks[key] if not os.path.isfile(x[0])]
@@ -222,7 +223,7 @@ def _read_coco(data: Any, val: Any, images: Any, val_images: Any) -> tuple[list[
 
 
 def _load_coco(file: Path, folder: str, names: list[str]) -> tuple[list[str], list[Task]]:
-    """Return the class names, and the images with their rows, of a COCO json; classes count by `names` if given."""
+    """Return the class names and the images with their rows of a COCO json; `names` sets the class indices if given."""
     content, objects = json.loads(file.read_text(encoding="utf-8")), defaultdict(list)
     categories = {x["id"]: str(x["name"]) for x in sorted(content["categories"], key=lambda x: x["id"])}
     index = {n: i for i, n in enumerate(names or categories.values())}
@@ -240,13 +241,13 @@ def _load_coco(file: Path, folder: str, names: list[str]) -> tuple[list[str], li
 
 def _check_unique(names: list[str], data: Any) -> None:
     """Raise an error if several classes have the same name."""
-    twice = repeated(names)
-    if twice:
-        raise ValueError(f"Several classes of {data} have the name {few(twice)}. Names must be unique.")
+    duplicates = repeated(names)
+    if duplicates:
+        raise ValueError(f"Several classes of {data} have the name {few(duplicates)}. Names must be unique.")
 
 
 def _order(names: list[str], novel: list[str], data: Any) -> list[str]:
-    """Return the class names, base ones first."""
+    """Return the class names, base classes first."""
     _check_unique(names, data)
     unknown = {n: difflib.get_close_matches(n, names) for n in novel if n not in names}
     if unknown:
@@ -259,7 +260,7 @@ def _order(names: list[str], novel: list[str], data: Any) -> list[str]:
 
 
 def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Image]]:
-    """Read the train and val images; those that Ultralytics leaves out are left out, with a warning."""
+    """Read the train and val images, and warn of those that training leaves out."""
     read, left_out = [], []
     with ThreadPool(NUM_THREADS) as pool:
         for key, items in tasks.items():
@@ -270,7 +271,9 @@ def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Ima
                     left_out.append(f"{file}: {reason}")
                     continue
                 rows[:, 0] = ids[rows[:, 0].astype(int)]
-                rows = np.unique(rows[(rows[:, 3:5] > 0).all(1)], axis=0)  # also in an order that labels do not change
+                rows = np.unique(
+                    rows[(rows[:, 3:5] > 0).all(1)], axis=0
+                )  # sorted, so independent of the order of labels
                 images.append(Image(file, _unique_name(file, taken, copies), shape, digest, rows))
             if not images:
                 raise ValueError(f"No usable image in {key}: {few(left_out, '; ') or 'it lists none'}.")
@@ -281,13 +284,13 @@ def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Ima
 
 
 def _read_image(task: Task) -> tuple[Any, Any, str, str]:
-    """Return the rows, the shape and the SHA-256 of a image, or why Ultralytics leaves it out."""
-    file, label_file, nc, keypoints, rows = task
-    ok, boxes, shape, *_, message = utils.verify_image_label((file, label_file, "", False, nc, *keypoints, False))
-    if not ok:
-        return None, None, "", message.rpartition("ignoring corrupt image/label: ")[2]
-    rows = np.pad(boxes.astype(float), ((0, 0), (0, 1))) if rows is None else rows
-    return rows.round(6), shape, _sha256(Path(file)), ""
+    """Return the rows, the shape and the SHA-256 of an image, or the reason why training leaves it out."""
+    file, label_file, nc, kpt_shape, rows = task
+    labels = read_labels(file, label_file, nc, kpt_shape)
+    if labels.error:
+        return None, None, "", labels.error
+    rows = np.pad(labels.boxes.astype(float), ((0, 0), (0, 1))) if rows is None else rows
+    return rows.round(6), labels.shape, _sha256(Path(file)), ""
 
 
 def _sha256(file: Path) -> str:
@@ -296,8 +299,8 @@ def _sha256(file: Path) -> str:
 
 
 def _unique_name(file: str, taken: set[str], copies: Counter) -> str:
-    """Return the name of a image, with a number if another one has taken its stem, which label files go by."""
-    stem, suffix = os.path.splitext(os.path.basename(file).lstrip("."))  # hidden images would not be found
+    """Return the name of an image, with a number if its stem, which names the label file, is taken."""
+    stem, suffix = os.path.splitext(os.path.basename(file).lstrip("."))  # hidden files are not listed
     name = stem
     while name.casefold() in taken:
         copies[stem] += 1
@@ -307,15 +310,15 @@ def _unique_name(file: str, taken: set[str], copies: Counter) -> str:
 
 
 def _candidates(train: list[Image], val: list[Image], nc: int) -> list[dict[int, list[int]]]:
-    """Return, for each class, the train images with objects that can be shots, and the indices of these."""
-    seen = {p.digest for p in val}
-    copies = [p.file for p in train if p.digest in seen]
+    """Return the train images with possible shots of each class, and the indices of these objects."""
+    digests = {p.digest for p in val}
+    copies = [p.file for p in train if p.digest in digests]
     if copies:
         LOGGER.warning(f"{len(copies)} train images are val images, too, and give no shots: {few(copies)}.")
     found: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(nc)]
     for i, p in enumerate(train):
-        if p.digest not in seen:
-            seen.add(p.digest)  # a image that is there twice would give the same object twice
+        if p.digest not in digests:
+            digests.add(p.digest)  # duplicates of a train image give no shots
             center, side = p.rows[:, 1:3], p.rows[:, 3:5]
             inside = (center + side / 2).clip(max=1) - (center - side / 2).clip(min=0)
             usable = (inside * p.shape[::-1] >= MIN_SIDE).all(1) & (p.rows[:, 5] == 0)
@@ -337,7 +340,7 @@ def _check_shots(candidates: list[dict[int, list[int]]], novel: list[str], count
 
 
 def _views(train: list[Image], val: list[Image], n_base: int, data: Any) -> dict[str, View]:
-    """Return the folders of base and query images."""
+    """Return the images of the base and query folders."""
     views: dict[str, View] = {"base_train": [], "base_val": [], "query": [], "novel_query": []}
     for p in train:
         base = (p.rows[:, 0] < n_base) & (p.rows[:, 5] == 0)
@@ -370,7 +373,7 @@ def _shot_views(
     counts: list[int],
     seed: int,
 ) -> dict[int, dict[str, dict[str, list[str]]]]:
-    """Add the folders of shots of a seed; return the files of each class by number of shots and kind of folder."""
+    """Add the folders of shots of a seed, and return the files of each class by number of shots and kind of folder."""
     draws = [_draw(x, (seed, c), counts[-1]) for c, x in enumerate(candidates)]
     drawn: dict[int, dict[str, dict[str, list[str]]]] = {}
     for k in counts:
@@ -386,7 +389,7 @@ def _shot_views(
 
 
 def _draw(candidates: dict[int, list[int]], seed: tuple[int, int], n: int) -> list[tuple[int, int]]:
-    """Draw objects of a class, (image, object): one of each image, then a second one of each, and so on."""
+    """Draw objects of a class as (image, object): one per image, then a second one per image, and so on."""
     rng = np.random.default_rng(seed)
     images = rng.permutation(np.array(list(candidates), int))[:n].tolist()
     queues = [(i, rng.permutation(candidates[i]).tolist()) for i in images]
@@ -395,14 +398,14 @@ def _draw(candidates: dict[int, list[int]], seed: tuple[int, int], n: int) -> li
 
 
 def _count(view: View, names: list[str]) -> dict[str, Any]:
-    """Return how many images, ignored boxes, and objects of each class a folder has."""
+    """Count the images, ignore regions, and objects of each class of a folder."""
     classes = np.concatenate([np.zeros(0), *(p.rows[labeled, 0] for p, labeled in view)]).astype(int)
     objects = dict(zip(names, np.bincount(classes, minlength=len(names)).tolist()))
     return {"images": len(view), "ignored": sum(int((~x).sum()) for _, x in view), "objects": objects}
 
 
 def _yamls(names: list[str], n_base: int, counts: list[int], seeds: int, channels: int) -> dict[str, tuple[str, dict]]:
-    """Return the comment and the content of each data.yaml; without 'path' its own folder is the root."""
+    """Return the comment and the content of each data.yaml, without `path`, so that its folder is the root."""
     rows = [
         ("base", "Base classes", "base_train", "base_val", n_base),
         ("data", "All classes, the novel ones labeled in val only", "base_train", "query", len(names)),
@@ -420,7 +423,7 @@ def _yamls(names: list[str], n_base: int, counts: list[int], seeds: int, channel
 
 
 def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict]], manifest: dict[str, Any]) -> None:
-    """Write everything into a folder beside the target, and rename it when it is complete."""
+    """Write all files into a temporary folder beside the target, and rename it when it is complete."""
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     files: dict[str, str] = {}
     placed: Counter = Counter()
@@ -453,8 +456,8 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
 
 
 def _place(file: str, target: Path) -> str:
-    """Put an image at another place without a copy if the system allows it; return how."""
-    for link, how in ((os.symlink, "symbolic links"), (os.link, "hard links")):  # Windows may refuse the first
+    """Link an image, or copy it if the system supports no links, and return which."""
+    for link, how in ((os.symlink, "symbolic links"), (os.link, "hard links")):  # Windows may refuse symbolic links
         try:
             link(file, target)
         except (NotImplementedError, OSError):
@@ -465,14 +468,14 @@ def _place(file: str, target: Path) -> str:
 
 
 def _save_image(task: tuple[Path, str, Image, np.ndarray]) -> tuple[dict[str, str], str]:
-    """Write a image with its labels and what is to be ignored in it.
+    """Write an image with its labels and ignore regions.
 
     Args:
-        task (tuple[Path, str, Image, np.ndarray]): Root, folder, image, and which of its objects are labeled.
+        task (tuple[Path, str, Image, np.ndarray]): Root, folder, image, and mask of its labeled objects.
 
     Returns:
         files (dict[str, str]): SHA-256 of each file.
-        how (str): What the image is there, see `_place`.
+        how (str): How the image was placed, see `_place`.
     """
     part, folder, p, labeled = task
     image, stem = f"images/{folder}/{p.name}", os.path.splitext(p.name)[0]

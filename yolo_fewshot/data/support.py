@@ -1,4 +1,4 @@
-"""Support sets: the labeled examples, or *shots*, from which classes are enrolled."""
+"""Support sets: the labeled examples, or shots, that classes are enrolled from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import glob
 import os
 import sys
 from collections.abc import Collection
-from itertools import repeat
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +16,12 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, checks
 
+from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.ignore import ignore_files, ignore_folder
+from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.errors import few
 
-MIN_SIDE = 0.99  # least side of a box in pixels: 1, less the rounding of label files
+MIN_SIDE = 0.99  # minimum side of a box in pixels: 1, minus the rounding of label files
 LAYOUTS = (
     "A support set is a data.yaml, a .txt list of images with YOLO label files, or a folder with one sub-folder of "
     "cropped images per class, i.e. 'shots/scooter/1.jpg'."
@@ -33,10 +34,10 @@ class Support(NamedTuple):
     Attributes:
         names (dict[int, str]): Class names by label index; not all of them need to have a box.
         labels (list[dict]): Labels of every image, as in `YOLODataset.labels`; images without a box are background.
-        crops (bool): Whether the images are crops, of which each box is the whole.
-        source (Path): File or folder that it was read from.
+        crops (bool): Whether the images are crops, whose box is the whole image.
+        source (Path): File or folder that was read.
         channels (int): Channels of the images.
-        ignore (str): Folder of boxes to ignore, see `MaskedDataset`; empty for none.
+        ignore (str): Folder of ignore regions, see `MaskedDataset`; empty for none.
     """
 
     names: dict[int, str]
@@ -47,13 +48,13 @@ class Support(NamedTuple):
     ignore: str = ""
 
     @property
-    def shown(self) -> set[str]:
+    def class_names(self) -> set[str]:
         """Names of the classes that have a box."""
         return {str(self.names[int(c)]) for x in self.labels for c in x["cls"].flat}
 
 
 class SupportDataset(YOLODataset):
-    """A data set of the images of a support set, not augmented; it scans nothing and writes no cache.
+    """Data set of the images of a support set, without augmentation, scan or label cache.
 
     Examples:
         >>> dataset = SupportDataset(read_support("shots.yaml"), imgsz=640)
@@ -80,23 +81,23 @@ class SupportDataset(YOLODataset):
 
 
 def read_support(support: str | Path, names: dict[int, str] | None = None, channels: int = 3) -> Support:
-    """Read a support set and check all of it.
+    """Read and check a support set.
 
-    A list takes its class names from `classes.txt` beside it, one name a line, or else from a data.yaml beside it whose
-    train or val split it is; without either its class indices are those of the model.
+    The class names of a list are those of `classes.txt` beside it, one per line, or else of a data.yaml beside it whose
+    train or val split it is. Without either, its class indices are those of the model.
 
     Args:
-        support (str | Path): A data.yaml, whose train split counts, or a folder with one; a .txt list of images with
+        support (str | Path): A data.yaml, whose train split is used, or a folder with one; a .txt list of images with
             YOLO label files; or a folder with one sub-folder of cropped images per class.
         names (dict[int, str], optional): Class names of the model.
-        channels (int): Channels of the images of a support set that does not say.
+        channels (int): Channels of the images if the support set does not set them.
 
     Returns:
-        (Support): Images in the order of the list, or sorted in folders; each is read once.
+        (Support): Images in the order of the list, or sorted by folder, without duplicates.
 
     Raises:
-        FileNotFoundError: If the support set, or a image that it lists, does not exist.
-        ValueError: If there are no images or no boxes, a new class of a data.yaml has no box, or a image, a label
+        FileNotFoundError: If the support set, or an image that it lists, does not exist.
+        ValueError: If there are no images or no boxes, a new class of a data.yaml has no box, or an image, a label
             file or a box is unusable.
     """
     known = {int(i): str(n) for i, n in (names or {}).items()}
@@ -122,11 +123,11 @@ def read_support(support: str | Path, names: dict[int, str] | None = None, chann
         )
     names = data.get("names") or known | {i: f"class{i}" for i in new}
     _check_boxes(labels, label_files, names)
-    shown = [names[i] for i in ids]
-    twice = sorted({n for n in shown if shown.count(n) > 1})
-    if twice:
-        raise ValueError(f"Several class indices of {source} have the name {few(twice)}. Names must be unique.")
-    missing = [n for n in names.values() if n not in shown and n not in known.values()]
+    labeled = [names[i] for i in ids]
+    duplicates = sorted(repeated(labeled))
+    if duplicates:
+        raise ValueError(f"Several class indices of {source} have the name {few(duplicates)}. Names must be unique.")
+    missing = [n for n in names.values() if n not in labeled and n not in known.values()]
     if missing and source.suffix.lower() != ".txt":
         raise ValueError(
             f"No box for {few(missing)} in {source.name}. Label at least one object of every new class, or leave the "
@@ -136,14 +137,14 @@ def read_support(support: str | Path, names: dict[int, str] | None = None, chann
 
 
 def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
-    """Return what tells whether a support set is still the one that was read, without reading its images or labels.
+    """Return a fingerprint of a support set, which changes with its files, without reading images or labels.
 
     Args:
         support (str | Path): As for `read_support`.
 
     Returns:
-        (tuple[tuple[str, int, int], ...]): Path, size and time of last change, in ns, of every file that counts: images
-            and label files, files of boxes to ignore, class names; size -1 for one that does not exist.
+        (tuple[tuple[str, int, int], ...]): Path, size and time of last change in ns of every relevant file: images,
+            label files, files of ignore regions and class names; size and time are -1 for a missing file.
 
     Raises:
         FileNotFoundError: If the support set does not exist.
@@ -162,16 +163,16 @@ def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def _stat(file: str) -> tuple[str, int, int]:
-    """Return path, size and time of last change of a file, -1 for one that does not exist."""
+    """Return path, size and time of last change of a file; -1 for a missing file."""
     try:
-        found = os.stat(file)
+        stat = os.stat(file)
     except OSError:
         return file, -1, -1
-    return file, found.st_size, found.st_mtime_ns
+    return file, stat.st_size, stat.st_mtime_ns
 
 
-def shown_beside(support: Support, names: Collection[str]) -> list[str]:
-    """Return those of some classes that a support set shows in images of other classes only, labeled by the way.
+def incidental_classes(support: Support, names: Collection[str]) -> list[str]:
+    """Return those of some classes whose objects are all in images that also show a class that is not among them.
 
     Args:
         support (Support): Support set.
@@ -180,11 +181,11 @@ def shown_beside(support: Support, names: Collection[str]) -> list[str]:
     Returns:
         (list[str]): Names, in the order of `names`.
     """
-    beside, own = set(), set()
+    incidental, alone = set(), set()
     for x in support.labels:
-        shown = {str(support.names[int(c)]) for c in x["cls"].flat}
-        (own if shown <= set(names) else beside).update(shown)
-    return [n for n in names if n in beside - own]
+        classes = {str(support.names[int(c)]) for c in x["cls"].flat}
+        (alone if classes <= set(names) else incidental).update(classes)
+    return [n for n in names if n in incidental - alone]
 
 
 def _find(support: str | Path) -> Path:
@@ -207,7 +208,7 @@ def _find(support: str | Path) -> Path:
 
 
 def _load_data(file: Path) -> dict[str, Any]:
-    """Load a data.yaml and check what a support set needs of it; unlike for training, val does not matter."""
+    """Load a data.yaml and check the keys that a support set needs, which do not include `val`."""
     data = YAML.load(file)
     for key, what in (("train", "the images to enroll from"), ("names", "the class names")):
         if not data.get(key) or not isinstance(data[key], utils.DATASET_KEY_TYPES[key]):
@@ -216,7 +217,7 @@ def _load_data(file: Path) -> dict[str, Any]:
 
 
 def _class_names(file: Path, names: list | dict) -> dict[int, str]:
-    """Return class names by index; errors name the file."""
+    """Check class names, and return them by index; errors name the file."""
     try:
         return check_class_names(names)
     except (KeyError, TypeError, ValueError) as e:
@@ -224,7 +225,7 @@ def _class_names(file: Path, names: list | dict) -> dict[int, str]:
 
 
 def _data_beside(file: Path) -> dict[str, Any]:
-    """Return what is known of a list from the files beside it: class names, or all of a data.yaml."""
+    """Return the class names, or the content of a data.yaml, from the files beside a list."""
     classes = file.with_name("classes.txt")
     if classes.is_file():
         return {"names": _class_names(classes, _lines(classes))}
@@ -232,7 +233,7 @@ def _data_beside(file: Path) -> dict[str, Any]:
         try:
             data = YAML.load(yaml)
             lists = [p for split in ("train", "val") for p in _split(yaml, data, split)]
-        except (TypeError, ValueError):  # another file that happens to lie here
+        except (TypeError, ValueError):  # an unrelated YAML file
             continue
         if file.resolve() in lists and isinstance(data.get("names"), (list, dict)):
             return data | {"names": _class_names(yaml, data["names"])}
@@ -240,7 +241,7 @@ def _data_beside(file: Path) -> dict[str, Any]:
 
 
 def _split(file: Path, data: dict[str, Any], split: str) -> list[Path]:
-    """Resolve the paths of a split as Ultralytics does, without its demand for a val split and without downloads."""
+    """Resolve the paths of a split as Ultralytics does, but without a val split and without downloads."""
     root = Path(data.get("path") or file.parent)
     if not root.exists() and not root.is_absolute():
         root = utils.DATASETS_DIR / root
@@ -252,10 +253,10 @@ def _split(file: Path, data: dict[str, Any], split: str) -> list[Path]:
 
 
 def _train_paths(file: Path, data: dict[str, Any]) -> list[Path]:
-    """Return the paths of the train split, which must exist."""
+    """Return the paths of the train split; a missing one is an error."""
     paths = _split(file, data, "train")
     if "download" in data and not all(p.exists() for p in paths):
-        utils.check_det_dataset(file)  # downloads the data set, or draws it
+        utils.check_det_dataset(file)  # downloads or draws the data set
     missing = [str(p) for p in paths if not p.exists()]
     if missing:
         raise FileNotFoundError(
@@ -265,7 +266,7 @@ def _train_paths(file: Path, data: dict[str, Any]) -> list[Path]:
 
 
 def _listed(source: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return what a data.yaml, or a list and the files beside it, say: their content, and the images, each once."""
+    """Return the content of a data.yaml, or of the files beside a list, and the images without duplicates."""
     if source.suffix.lower() == ".txt":
         data, files = _data_beside(source), list_images(source)
     else:
@@ -280,7 +281,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _is_image(file: str) -> bool:
-    """Return whether a file is a image by its suffix."""
+    """Return whether a file has the suffix of an image."""
     return file.rpartition(".")[-1].lower() in utils.IMG_FORMATS
 
 
@@ -307,7 +308,7 @@ def list_images(path: Path) -> list[str]:
 
 
 def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[int, int]) -> list[dict[str, Any]]:
-    """Read the labels of images; anything missing or corrupt is an error.
+    """Read the labels of images; a missing or corrupt file is an error.
 
     Args:
         files (list[str]): Image files.
@@ -321,21 +322,19 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
             f"{len(missing)} of {len(files)} images do not exist: {few(missing)}. Paths in a list are relative to "
             "its folder, or else to the working directory."
         )
-    args = zip(files, label_files, repeat(""), repeat(False), repeat(nc), *map(repeat, kpt_shape), repeat(False))
     labels, corrupt, notes, unlabeled = [], [], [], []
     with ThreadPool(NUM_THREADS) as pool:
-        results = pool.imap(utils.verify_image_label, args)
+        results = pool.imap(lambda x: read_labels(*x, nc, kpt_shape), zip(files, label_files))
         results = TQDM(results, desc="support: Scanning images...", total=len(files))
-        for file, label_file, (ok, boxes, shape, _, _, _, found, _, _, msg) in zip(files, label_files, results):
-            msg = msg.removeprefix(f"{file}: ").replace("ignoring corrupt image/label: ", "")
-            if not ok:
-                corrupt.append(f"{label_file if found else file}: {msg}")
+        for file, label_file, x in zip(files, label_files, results):
+            if x.error:
+                corrupt.append(f"{label_file if x.found else file}: {x.error}")
                 continue
-            if msg:
-                notes.append(f"{file}: {msg}")
-            if label_file and not found:
+            if x.note:
+                notes.append(f"{file}: {x.note}")
+            if label_file and not x.found:
                 unlabeled.append((file, label_file))
-            labels.append(_label(file, shape, boxes[:, :1], boxes[:, 1:]))
+            labels.append(_label(file, x.shape, x.boxes[:, :1], x.boxes[:, 1:]))
     if corrupt:
         text = f"{len(corrupt)} of {len(files)} images or their label files are corrupt"
         raise ValueError(f"{text}: {few(corrupt, '; ')}. Correct or remove them.")
@@ -347,17 +346,17 @@ def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[
 
 
 def _no_label_files(unlabeled: list[tuple[str, str]], n: int) -> str:
-    """Return what to say of images without a label file, and of files that look like one but are not found.
+    """Return the warning for images without a label file, with misplaced files that look like one.
 
     Args:
-        unlabeled (list[tuple[str, str]]): These images, and the label file that each should have.
+        unlabeled (list[tuple[str, str]]): Images without a label file, and the expected label files.
         n (int): Number of all images.
     """
     misplaced = []
     for image, label in unlabeled:
         beside = os.path.splitext(image)[0]
-        likely = (f"{stem}{suffix}" for stem in (label[:-4], beside) for suffix in (".txt", ".TXT"))
-        misplaced += [f"{x} should be {label}" for x in likely if os.path.isfile(x)][:1]
+        candidates = (f"{stem}{suffix}" for stem in (label[:-4], beside) for suffix in (".txt", ".TXT"))
+        misplaced += [f"{x} should be {label}" for x in candidates if os.path.isfile(x)][:1]
     text = (
         f"{len(unlabeled)} of {n} support images have no label file and count as background: "
         f"{few([image for image, _ in unlabeled])}."
@@ -368,7 +367,7 @@ def _no_label_files(unlabeled: list[tuple[str, str]], n: int) -> str:
 
 
 def _label(file: str, shape: tuple[int, int], cls: np.ndarray, bboxes: np.ndarray) -> dict[str, Any]:
-    """Return the labels of a image as a `YOLODataset` holds them."""
+    """Return the labels of an image, as in `YOLODataset.labels`."""
     boxes = {"cls": cls, "bboxes": bboxes, "segments": [], "keypoints": None, "normalized": True, "bbox_format": "xywh"}
     return {"im_file": file, "shape": shape, **boxes}
 

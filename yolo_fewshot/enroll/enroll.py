@@ -1,4 +1,4 @@
-"""Enrollment: classes from a few labeled examples, without training and without touching a weight of the others."""
+"""Enrollment: new classes from a few labeled examples, without training."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ import numpy as np
 import torch
 from torch import nn
 from ultralytics.utils import LOGGER
-from ultralytics.utils.metrics import bbox_iou
+from ultralytics.utils.metrics import box_iou
 from ultralytics.utils.ops import xywh2xyxy
 
-from yolo_fewshot import args as table
+from yolo_fewshot import args as keys
 from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.support import Support
-from yolo_fewshot.enroll.cross_validation import Detections, agreement, ap50, detect_left_out, thresholds
+from yolo_fewshot.enroll.agreement import agreement
+from yolo_fewshot.enroll.cross_validation import choose_methods
 from yolo_fewshot.enroll.features import Features, View, extract
-from yolo_fewshot.enroll.fit import MARGIN, PRIOR_STRENGTH, classifiers
-from yolo_fewshot.enroll.replay import recall
+from yolo_fewshot.enroll.methods import classifiers
+from yolo_fewshot.enroll.replay import add_replay
+from yolo_fewshot.enroll.thresholds import thresholds
 from yolo_fewshot.errors import few
-from yolo_fewshot.nn.head import Prototypes
 
-ENOUGH = 3  # shots of a class that tell which method suits it
-SAME = 0.9  # IoU from which two labels share a box
+IOU_SAME = 0.9  # IoU above which two labels share a box
 
 
 class Shot(NamedTuple):
-    """An object that a class was enrolled from, with the figures of `Agreement`.
+    """A labeled object that a class was enrolled from.
 
     Attributes:
         file (str): Image file.
-        box (list[float]): Its box, x1, y1, x2, y2 in 0..1.
-        own (float | None): Similarity to the other shots of its class; None where there are none.
-        other (float | None): Similarity to the nearest other class; None where there is none.
+        box (list[float]): x1, y1, x2, y2 in 0..1.
+        sim_own (float | None): Similarity to the other shots of its class; None if there are none.
+        sim_other (float | None): Similarity to the nearest other class; None if there is none.
         nearest (str | None): Name of that class.
-        suspect (bool): Whether it disagrees with the rest of its class.
+        suspect (bool): Whether it disagrees with the rest of its class, see `agreement`.
     """
 
     file: str
     box: list[float]
-    own: float | None
-    other: float | None
+    sim_own: float | None
+    sim_other: float | None
     nearest: str | None
     suspect: bool
 
 
 class Shots(NamedTuple):
-    """Outcome of an enrollment.
+    """Result of an enrollment.
 
     Attributes:
-        classes (dict[str, dict]): By class name, what the model now knows of it: `shots`, the number of its objects;
-            `method`, 'mean' or 'fit'; `conf`, the suggested confidence threshold, or None with too few shots to tell;
-            `replaced`, the classifier of a base class of this name, or None.
-        objects (dict[str, list[Shot]]): By class name, its shots in the order of the support set.
+        classes (dict[str, dict]): Record of every enrolled class by name: `shots`, the number of its objects; `method`,
+            a name of `METHODS`; `conf`, the suggested confidence threshold, or None with too few shots; `replaced`, the
+            trained classifier of a base class of this name, or None.
+        objects (dict[str, list[Shot]]): Shots of every enrolled class by name, in the order of the support set.
     """
 
     classes: dict[str, dict[str, Any]]
@@ -62,9 +62,9 @@ class Shots(NamedTuple):
 
     @property
     def suspect(self) -> dict[str, list[str]]:
-        """By class name, the images of shots that disagree with the rest of the class."""
-        found = {name: [x.file for x in row if x.suspect] for name, row in self.objects.items()}
-        return {name: list(dict.fromkeys(files)) for name, files in found.items() if files}
+        """Images of suspect shots by class name."""
+        files = {name: [x.file for x in shots if x.suspect] for name, shots in self.objects.items()}
+        return {name: list(dict.fromkeys(x)) for name, x in files.items() if x}
 
 
 def enroll(
@@ -77,95 +77,79 @@ def enroll(
     keep: Collection[str] = (),
     nms: bool | None = None,
 ) -> Shots:
-    """Set or append the classifiers of the classes that a support set shows; nothing else changes.
+    """Set the classifiers of the classes of a support set, and append those of new classes; nothing else changes.
 
     Args:
-        model (nn.Module): Few-shot model in eval mode; changed in place.
-        support (Support): The support set.
+        model (nn.Module): Few-shot model in eval mode, changed in place.
+        support (Support): Support set.
         imgsz (int): Image size in pixels.
         batch (int): Images per forward pass.
-        method (str): 'mean', the mean of the shots' embeddings (Snell et al. 2017); 'fit', a classifier fitted on all
-            anchors of the support images with an L2 prior around that mean; or 'auto', see `choose`.
+        method (str): A name of `METHODS`, or 'auto', see `choose_methods`.
         views (list[View], optional): Views of the images, those of `support_views` if not given.
-        keep (Collection[str]): Classes of the model that stay as they are. Their objects in the support images are
-            negatives of the others, and help to choose the method.
-        nms (bool, optional): As in prediction: where it is False, the one-to-one branch of a dual head will predict, so
-            thresholds and the choice of the method are for it.
+        keep (Collection[str]): Classes of the model that are not enrolled. Their objects in the support images are
+            negatives of the other classes, and take part in the choice of the method.
+        nms (bool, optional): As in `predict`. If it is False and the head is dual, thresholds and methods are chosen
+            for the one-to-one branch. Both branches are enrolled anyway.
 
     Returns:
-        (Shots): What was enrolled.
+        (Shots): Enrolled classes and their shots.
 
     Raises:
-        ValueError: If the method is unknown, the images have other channels than those of the model, or no anchor
-            belongs to any box of a class.
+        ValueError: If the method is unknown, the images have other channels than the model, a name is ambiguous, or no
+            anchor belongs to any box of a class.
     """
-    table.check({"enroll": method})
-    channels = model.yaml.get("channels") or 3
-    if support.channels != channels:
-        raise ValueError(
-            f"The images of {support.source} have channels={support.channels}, and the model takes {channels}. Set "
-            f"'channels: {channels}' there, which loads any image so, or enroll into a model of such images."
-        )
-    twice = [n for n in repeated(model.names.values()) if n in support.shown and n not in keep]
-    if twice:
-        raise ValueError(
-            f"Several classes of the model have the name {few(twice)}, so that it is not clear which one the shots "
-            "are of. Give the class of the shots another name."
-        )
+    keys.check({"enroll": method})
+    _check_model(model, support, keep)
     features = extract(model, support, imgsz, batch, views)
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
     _check_anchors(support, features, names, counts, keep, imgsz)
-    head, known = model.model[-1], {str(n): i for i, n in model.names.items()}
-    shown = {n: i for n, i in known.items() if n in names}
+    head, indices = model.model[-1], {str(n): i for i, n in model.names.items()}
     branch = int(nms is False and len(head.banks) > 1)
-    judged = recall(model.memory, features, list(shown.values()))  # none of the classes takes itself for a negative
-    judged = judged._replace(embeds=judged.embeds[branch:], anchors=judged.anchors[branch:])
-    prior_strength, left_out = choose(
-        judged, labels, counts, method, head.banks[branch], model.prior_strength or PRIOR_STRENGTH, not branch
+    # Every class of the support set is cross-validated, so none of them may be a negative in the replay buffer.
+    replayed = add_replay(features, model.memory, [indices[n] for n in names if n in indices])
+    replayed = replayed._replace(embeds=replayed.embeds[branch:], anchors=replayed.anchors[branch:])
+    few_shot_method = "mean" if model.prior_strength == math.inf else "fit"
+    methods, left_out = choose_methods(
+        replayed, labels, counts, method, few_shot_method, head.banks[branch], nms=not branch
     )
-    features = recall(model.memory, features, [i for n, i in shown.items() if n not in keep])
-    rows = [classifiers(features, labels, prior_strength, i, bank) for i, bank in enumerate(head.banks)]
     conf = thresholds(left_out)
+    features = add_replay(features, model.memory, [indices[n] for n in names if n in indices and n not in keep])
+    weights = [classifiers(features, labels, methods, counts, i, x) for i, x in enumerate(head.banks)]
     classes = {}
     for c, name in enumerate(names):
         if name in keep:
             continue
-        index = known.setdefault(name, len(known))
-        before = model.enrolled.get(name, {}).get("replaced")
+        index = indices.setdefault(name, len(indices))
+        replaced = model.enrolled.get(name, {}).get("replaced")
         if name not in model.enrolled and index < head.nc:
-            before = head.get_class(index)
-        head.set_class(index, [(vectors[c], offsets[c]) for vectors, offsets in rows])
+            replaced = head.get_class(index)
+        head.set_class(index, [(vectors[c], offsets[c]) for vectors, offsets in weights])
         model.names[index] = name
-        classes[name] = {
-            "shots": int(counts[c]),
-            "method": "mean" if prior_strength[c].isinf() else "fit",
-            "conf": conf[c],
-            "replaced": before,
-        }
+        classes[name] = {"shots": int(counts[c]), "method": methods[c], "conf": conf[c], "replaced": replaced}
     model.enrolled.update(classes)
     model.nc = model.yaml["nc"] = head.nc
-    objects = _objects(support, judged, labels, names)
+    objects = _objects(support, replayed, labels, names)
     return Shots(classes, {name: objects[name] for name in classes})
 
 
 def forget(model: nn.Module, name: str) -> None:
-    """Undo the enrollment of a class: remove it, or give a base class its own classifier back.
+    """Undo the enrollment of a class: remove a new class, or restore the trained classifier of a base class.
 
     Args:
-        model (nn.Module): Few-shot model; changed in place. Classes after a removed one move up by one index.
+        model (nn.Module): Few-shot model, changed in place. The indices of classes after a removed one decrease by one.
         name (str): Class name.
 
     Raises:
-        ValueError: If the class was not enrolled.
+        ValueError: If the class is not enrolled.
     """
     if name not in model.enrolled:
         known = f"Enrolled are {', '.join(model.enrolled)}." if model.enrolled else "No class is enrolled."
         raise ValueError(f"'{name}' was not enrolled, so it cannot be forgotten. {known}")
     index = next(i for i, n in model.names.items() if str(n) == name)
-    before = model.enrolled.pop(name)["replaced"]
-    if before is not None:
-        model.model[-1].set_class(index, before)
+    replaced = model.enrolled.pop(name)["replaced"]
+    if replaced is not None:
+        model.model[-1].set_class(index, replaced)
         return
     model.model[-1].remove_class(index)
     model.names = dict(enumerate(n for i, n in model.names.items() if i != index))
@@ -183,9 +167,29 @@ def compact(features: Features, names: dict[int, str]) -> tuple[list[str], torch
         names (list[str]): Names of the n classes with a box, in the order of their label indices.
         labels (torch.Tensor): Class of every object, (N,) int64 in 0..n-1, or -1 if no anchor belongs to it.
     """
-    shown, labels = features.cls.unique(return_inverse=True)
-    valid = torch.stack([e.any(1) for e in features.embeds]).all(0)
-    return [str(names[i]) for i in shown.tolist()], torch.where(valid, labels, -1)
+    indices, labels = features.cls.unique(return_inverse=True)
+    return [str(names[i]) for i in indices.tolist()], torch.where(_has_anchor(features), labels, -1)
+
+
+def _has_anchor(features: Features) -> torch.Tensor:
+    """Return which objects have an anchor in every branch, (N,) bool."""
+    return torch.stack([e.any(1) for e in features.embeds]).all(0)
+
+
+def _check_model(model: nn.Module, support: Support, keep: Collection[str]) -> None:
+    """Raise an error if the support set does not fit the model, see `enroll`."""
+    channels = model.yaml.get("channels") or 3
+    if support.channels != channels:
+        raise ValueError(
+            f"The images of {support.source} have channels={support.channels}, and the model takes {channels}. Set "
+            f"'channels: {channels}' there, which loads any image so, or enroll into a model of such images."
+        )
+    ambiguous = [n for n in repeated(model.names.values()) if n in support.class_names and n not in keep]
+    if ambiguous:
+        raise ValueError(
+            f"Several classes of the model have the name {few(ambiguous)}, so that it is not clear which one the shots "
+            "are of. Give the class of the shots another name."
+        )
 
 
 def _check_anchors(
@@ -202,36 +206,36 @@ def _check_anchors(
         support (Support): Support set.
         features (Features): Its features.
         names (list[str]): Names of the n classes, as from `compact`.
-        counts (torch.Tensor): Their shots with an anchor, (n,).
+        counts (torch.Tensor): Shots of every class that have an anchor, (n,).
         keep (Collection[str]): Classes that are not enrolled.
         imgsz (int): Image size in pixels.
     """
     owner = [str(support.names[c]) for c in features.cls.tolist()]
-    valid, texts, shared, small = torch.stack([e.any(1) for e in features.embeds]).all(0), [], False, False
-    for i in (~valid).nonzero()[:, 0].tolist():
+    texts, shared, small = [], False, False
+    for i in (~_has_anchor(features)).nonzero()[:, 0].tolist():
         if owner[i] in keep:
             continue
-        same = bbox_iou(features.boxes[i], features.boxes, xywh=False)[:, 0] > SAME
+        same = box_iou(features.boxes[i : i + 1], features.boxes)[0] > IOU_SAME
         same &= features.image == features.image[i]
         same[i] = False
         if same.any():
-            shared, what = True, f"{owner[i]} shares its box with {owner[int(same.nonzero()[0])]}"
+            shared, text = True, f"{owner[i]} shares its box with {owner[int(same.nonzero()[0])]}"
         else:
             w, h = (features.boxes[i, 2:] - features.boxes[i, :2]).tolist()
-            small, what = True, f"{owner[i]} ({w:.3g} x {h:.3g} pixels)"
-        texts.append(f"{features.files[int(features.image[i])]}: {what}")
+            small, text = True, f"{owner[i]} ({w:.3g} x {h:.3g} pixels)"
+        texts.append(f"{features.files[int(features.image[i])]}: {text}")
     if not texts:
         return
     advice = " An anchor belongs to one object only: of labels that share a box, keep one." if shared else ""
-    advice += " Use a greater imgsz, or greater objects." if small else ""
+    advice += " Use a larger imgsz, or larger objects." if small else ""
     lost = [n for n, k in zip(names, counts) if not k and n not in keep]
     if lost:
         raise ValueError(
             f"No anchor of the model belongs to a box of {few(lost)} at imgsz={imgsz}: {few(texts, '; ')}.{advice}"
         )
-    shots = sum(n not in keep for n in owner)
+    total = sum(n not in keep for n in owner)
     LOGGER.warning(
-        f"{len(texts)} of {shots} shots do not count, for no anchor of the model belongs to them at imgsz={imgsz}: "
+        f"{len(texts)} of {total} shots do not count, since no anchor of the model belongs to them at imgsz={imgsz}: "
         f"{few(texts, '; ')}.{advice}"
     )
 
@@ -242,68 +246,25 @@ def _objects(support: Support, features: Features, labels: torch.Tensor, names: 
     Args:
         support (Support): Support set.
         features (Features): Its features.
-        labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
+        labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative to leave it out.
         names (list[str]): Names of the n classes.
     """
     objects: dict[str, list[Shot]] = {name: [] for name in names}
     boxes = xywh2xyxy(np.concatenate([x["bboxes"] for x in support.labels])).tolist()
-    figures = (x.tolist() for x in agreement(features, labels, len(names)))
-    for c, p, box, own, other, nearest, suspect in zip(labels.tolist(), features.image.tolist(), boxes, *figures):
+    images, columns = features.image.tolist(), (x.tolist() for x in agreement(features, labels, len(names)))
+    for c, p, box, sim_own, sim_other, nearest, suspect in zip(labels.tolist(), images, boxes, *columns):
         if c >= 0:
-            own, other = (None if math.isnan(x) else x for x in (own, other))
-            name = None if other is None else names[nearest]
-            objects[names[c]].append(Shot(features.files[p], box, own, other, name, suspect))
+            sim_own, sim_other = (None if math.isnan(x) else x for x in (sim_own, sim_other))
+            name = None if sim_other is None else names[nearest]
+            objects[names[c]].append(Shot(features.files[p], box, sim_own, sim_other, name, suspect))
     return objects
 
 
-def choose(
-    features: Features,
-    labels: torch.Tensor,
-    counts: torch.Tensor,
-    method: str,
-    bank: Prototypes,
-    single: float,
-    nms: bool = True,
-) -> tuple[torch.Tensor, Detections]:
-    """Choose the prior strength of every class, and detect in the support images with classifiers made without them.
-
-    The prior strength is `PRIOR_STRENGTH` over the number of shots for 'fit', and infinite for 'mean'. 'auto' fits,
-    unless 'mean' finds more by `MARGIN` (AP50) in the support images with these left out, for classes of at least `ENOUGH` shots; fewer
-    tell too little, so there it takes what was better on base classes enrolled from one shot when training ended.
+def log_shots(shots: Shots) -> None:
+    """Log the enrolled classes, and a warning for suspect shots.
 
     Args:
-        features (Features): Features of a support set, with those of the branch that predicts in front.
-        labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative for one to leave out.
-        counts (torch.Tensor): Shots of every class, (n,).
-        method (str): 'auto', 'mean' or 'fit'.
-        bank (Prototypes): Prototypes of the branch that predicts.
-        single (float): Prior strength of one shot for classes of few shots under 'auto'.
-        nms (bool): Whether NMS follows; not for the one-to-one branch.
-
-    Returns:
-        prior_strength (torch.Tensor): (n,) float32.
-        left_out (Detections): Detections with this prior strength.
-    """
-    mean, fit = torch.full((len(counts),), math.inf), PRIOR_STRENGTH / counts
-    if method != "auto":
-        prior_strength = mean if method == "mean" else fit
-        return prior_strength, detect_left_out(features, labels, prior_strength, bank, nms)
-    scarce = counts < ENOUGH
-    if scarce.all():
-        prior_strength = single / counts
-        return prior_strength, detect_left_out(features, labels, prior_strength, bank, nms)
-    options = [torch.where(scarce, single / counts, p) for p in (fit, mean)]
-    found = [detect_left_out(features, labels, p, bank, nms) for p in options]
-    scores = [ap50(x._replace(truths=x.truths * ~scarce)) for x in found]
-    best = scores[1] > scores[0] + MARGIN
-    return options[best], found[best]
-
-
-def log(shots: Shots) -> None:
-    """Say what was enrolled, and which shots to check.
-
-    Args:
-        shots (Shots): Outcome of an enrollment.
+        shots (Shots): Result of an enrollment.
     """
     LOGGER.info(table_of(shots.classes))
     for name, files in shots.suspect.items():
@@ -317,7 +278,7 @@ def table_of(classes: dict[str, dict[str, Any]]) -> str:
         classes (dict[str, dict]): As in `Shots.classes`.
 
     Returns:
-        (str): One row a class: shots, method, and the suggested confidence threshold.
+        (str): A row per class: shots, method, and the suggested confidence threshold.
     """
     rows = [("Enrolled class", "Shots", "Method", "Conf")]
     rows += [(n, x["shots"], x["method"], "-" if x["conf"] is None else f"{x['conf']:g}") for n, x in classes.items()]

@@ -1,4 +1,4 @@
-"""Features of a support set: what enrollment needs of its images, from one forward pass of each view."""
+"""Features of a support set: embeddings of its objects and anchors, from one forward pass per view."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from yolo_fewshot.data.support import Support, SupportDataset
 from yolo_fewshot.nn.assign import BoxAssignment
 from yolo_fewshot.nn.ignore import outside, without_ignored
 from yolo_fewshot.nn.predictions import branch_predictions
-from yolo_fewshot.nn.prototypes import pool_objects
+from yolo_fewshot.nn.prototypes import object_index, pool_objects
 
-ROWS = 200_000  # anchors kept of a support set, about 100 MB with D = 128
+ROWS = 200_000  # anchors to keep of a support set, about 100 MB with D = 128
 
 
 class View(NamedTuple):
-    """A way to look at a image.
+    """Test-time augmentation of a support image.
 
     Attributes:
-        scale (float): Factor of its size.
-        flip (bool): Whether it is mirrored left to right.
-        gain (float): Factor of its brightness.
+        scale (float): Scale factor.
+        flip (bool): Whether to flip left to right.
+        gain (float): Brightness factor.
     """
 
     scale: float = 1.0
@@ -37,16 +37,15 @@ class View(NamedTuple):
 
 
 class Anchors(NamedTuple):
-    """Anchors of a support set in one branch: all that belong to an object, and of the others the hardest.
+    """Anchors of a support set in one branch: those of objects, and the hardest of the background.
 
     Attributes:
         embeds (torch.Tensor): Embeddings, (M, D) float32.
         level (torch.Tensor): Index of the level, (M,) int64.
         boxes (torch.Tensor): Decoded boxes, x1, y1, x2, y2 in pixels of the view, (M, 4) float32.
-        objects (torch.Tensor): Index of the object that the anchor belongs to, -1 for none, (M,) int64.
-        weight (torch.Tensor): IoU-based weight of an anchor of an object; of others, their weight as a negative, (M,)
-            float32.
-        image (torch.Tensor): Index of the image, -1 for one that is not of the support set, (M,) int64.
+        objects (torch.Tensor): Index of the object that the anchor belongs to, -1 for background, (M,) int64.
+        weight (torch.Tensor): IoU-based weight of an anchor of an object, or weight of a negative, (M,) float32.
+        image (torch.Tensor): Index of the image, -1 for anchors of the replay buffer, (M,) int64.
         view (torch.Tensor): Index of the view, -1 likewise, (M,) int64.
     """
 
@@ -64,12 +63,12 @@ class Features(NamedTuple):
 
     Attributes:
         cls (torch.Tensor): Label index of every object, (N,) int64.
-        boxes (torch.Tensor): Its box in the first view, x1, y1, x2, y2 in pixels, (N, 4) float32.
-        image (torch.Tensor): Index of its image, (N,) int64.
+        boxes (torch.Tensor): Box of every object in the first view, x1, y1, x2, y2 in pixels, (N, 4) float32.
+        image (torch.Tensor): Index of the image of every object, (N,) int64.
         files (list[str]): Image files.
-        embeds (list[torch.Tensor]): Of each branch, mean embedding over the views, of unit length, (N, D) float32; rows
-            of zeros for an object that no anchor belongs to.
-        anchors (list[Anchors]): Of each branch.
+        embeds (list[torch.Tensor]): Mean embedding of every object over the views, per branch, (N, D) float32 of unit
+            length; rows of zeros for objects without an anchor.
+        anchors (list[Anchors]): Anchors, per branch.
         views (int): Number of views.
     """
 
@@ -83,24 +82,24 @@ class Features(NamedTuple):
 
 
 def select(anchors: Anchors, mask: torch.Tensor) -> Anchors:
-    """Return some of the anchors.
+    """Select anchors.
 
     Args:
-        anchors (Anchors): Anchors, M of them.
-        mask (torch.Tensor): Which ones, (M,) bool.
+        anchors (Anchors): M anchors.
+        mask (torch.Tensor): Anchors to select, (M,) bool.
 
     Returns:
-        (Anchors): The anchors.
+        (Anchors): The selected anchors.
     """
     return Anchors(*(x[mask] for x in anchors))
 
 
 def support_views(args: dict[str, Any], crops: bool) -> list[View]:
-    """Return the views of a support set: mild changes of size and light, mirrored only where training mirrored too.
+    """Return the views of a support set: mild changes of scale and brightness, flipped only if training flipped too.
 
     Args:
         args (dict[str, Any]): Training arguments of the model; a missing one counts as off.
-        crops (bool): Whether the images are cropped objects, which are then shown smaller than the image.
+        crops (bool): Whether the images are cropped objects, which are scaled down.
 
     Returns:
         (list[View]): The views, the plain one first.
@@ -111,17 +110,17 @@ def support_views(args: dict[str, Any], crops: bool) -> list[View]:
     return list(dict.fromkeys([View(), View(1.0, flip, 1 + light), View(0.8, False, 1 - light), View(1.25)]))
 
 
-def show(batch: dict[str, Any], view: View, stride: int) -> dict[str, Any]:
-    """Return a batch as one view shows it.
+def make_view(batch: dict[str, Any], view: View, stride: int) -> dict[str, Any]:
+    """Return a view of a batch.
 
     Args:
         batch (dict[str, Any]): With `img` (B, C, H, W) float in 0..1 and `bboxes` (N, 4), x, y, w, h in 0..1.
-        view (View): The view. A smaller image lies in the middle of a gray one of the old size, a greater one at the
-            top left of a gray one whose size is a multiple of the stride.
+        view (View): The view. A smaller image is centered on a gray canvas of the old size; a larger one is at the top
+            left of a gray canvas whose size is a multiple of the stride.
         stride (int): Maximum stride of the model in pixels.
 
     Returns:
-        (dict[str, Any]): The batch with other `img` and `bboxes`.
+        (dict[str, Any]): A batch with new `img` and `bboxes`.
     """
     img, boxes = batch["img"], batch["bboxes"].clone()
     if view.flip:
@@ -150,18 +149,17 @@ def extract(
     rows: int = ROWS,
     desc: str = "Enrolling",
 ) -> Features:
-    """Extract the features of a support set: one forward pass of each view of each image.
+    """Extract the features of a support set, with one forward pass per view of an image.
 
-    An object's anchors are the ones that training would assign to it in the branch by the IoU of their boxes alone,
-    since a class that is not enrolled yet has no score.
+    Anchors are assigned to objects as in training, but by IoU alone, since a class that is not enrolled has no score.
 
     Args:
         model (nn.Module): Few-shot model in eval mode.
         support (Support): The support set.
         imgsz (int): Image size in pixels.
         batch (int): Images per forward pass.
-        views (list[View], optional): The views, those of `support_views` if not given.
-        rows (int): Anchors to keep, roughly, which bounds the memory.
+        views (list[View], optional): Views of the images, those of `support_views` if not given.
+        rows (int): Approximate number of anchors to keep, which bounds the memory.
         desc (str): Text of the progress bar.
 
     Returns:
@@ -171,10 +169,10 @@ def extract(
     views = views or support_views(getattr(model, "args", None) or {}, support.crops)
     imgsz = check_imgsz(imgsz, stride=stride)
     trained = [i for i, n in model.names.items() if str(n) not in model.enrolled]
-    keep = min(max(rows // (len(support.labels) * len(views)), 32), 512)
+    keep = min(max(rows // (len(support.labels) * len(views)), 32), 512)  # background anchors per view of an image
     assign = BoxAssignment.of_branches(model)
     cls, boxes, images = [], [], []
-    branches = [([], []) for _ in model.model[-1].branches]  # of each one, embeddings of objects, and anchors
+    branches = [([], []) for _ in model.model[-1].branches]  # embeddings of objects and anchors, per branch
     n_images = n_objects = 0
     dataset = SupportDataset(support, imgsz)
     dataset = MaskedDataset.of(dataset, support.ignore) if support.ignore else dataset
@@ -184,15 +182,15 @@ def extract(
         item["img"] = item["img"].float() / 255
         sums = [0.0] * len(branches)
         for v, view in enumerate(views):
-            shown, ignored = without_ignored(show(item, view, stride))
-            size = shown["bboxes"].new_tensor(shown["img"].shape[:1:-1])
+            viewed, ignored = without_ignored(make_view(item, view, stride))
+            size = viewed["bboxes"].new_tensor(viewed["img"].shape[:1:-1])  # width, height
             if v == 0:
-                boxes.append(ops.xywh2xyxy(shown["bboxes"]) * size.repeat(2))
-            for b, preds in enumerate(branch_predictions(model, shown["img"])):
+                boxes.append(ops.xywh2xyxy(viewed["bboxes"]) * size.repeat(2))
+            for b, preds in enumerate(branch_predictions(model, viewed["img"])):
                 centers, strides = make_anchors(preds["feats"], model.stride, 0.5)
-                free = outside(ignored, centers * strides, size, len(shown["img"]))
-                assigned, image = assign[b](preds, shown), shown["batch_idx"].long()
-                embeds, anchors = _features(preds, assigned, image, free, keep, trained)
+                valid = outside(ignored, centers * strides, size, len(viewed["img"]))
+                assigned, image = assign[b](preds, viewed), viewed["batch_idx"].long()
+                embeds, anchors = _features(preds, assigned, image, valid, keep, trained)
                 sums[b] = sums[b] + embeds
                 anchors = anchors._replace(
                     objects=torch.where(anchors.objects < 0, -1, anchors.objects + n_objects),
@@ -202,8 +200,8 @@ def extract(
                 branches[b][1].append(Anchors(*(x.cpu() for x in anchors)))
         for (embeds, _), total in zip(branches, sums):
             embeds.append(F.normalize(total, dim=1))
-        cls.append(shown["cls"].view(-1).long())
-        images.append(shown["batch_idx"].long() + n_images)
+        cls.append(viewed["cls"].view(-1).long())
+        images.append(viewed["batch_idx"].long() + n_images)
         n_objects += len(cls[-1])
         n_images += len(item["img"])
     return Features(
@@ -221,40 +219,41 @@ def _features(
     preds: dict[str, torch.Tensor],
     assigned: tuple,
     image: torch.Tensor,
-    free: torch.Tensor,
+    valid: torch.Tensor,
     keep: int,
     trained: list[int],
 ) -> tuple[torch.Tensor, Anchors]:
     """Return the embeddings of the objects and the anchors to keep of one batch in one branch.
 
     Args:
-        preds (dict[str, torch.Tensor]): Predictions of the branch, A anchors in each of B images.
+        preds (dict[str, torch.Tensor]): Predictions of the branch for A anchors in each of B images.
         assigned (tuple): Their assignment, from `BoxAssignment`.
         image (torch.Tensor): Image of every object, (N,) int64, ascending.
-        free (torch.Tensor): Which anchors are outside all boxes to ignore, (B, A) bool.
-        keep (int): Anchors without an object to keep of each image.
-        trained (list[int]): Classes that were not enrolled, so that what is kept does not depend on what was.
+        valid (torch.Tensor): Whether the anchor is outside all ignore regions, (B, A) bool.
+        keep (int): Background anchors to keep per image.
+        trained (list[int]): Classes that are not enrolled, so that the selection does not depend on enrolled ones.
 
     Returns:
         embeds (torch.Tensor): Embeddings of the objects, (N, D) float32.
         anchors (Anchors): The anchors, with images and objects counted from 0, and `view` empty.
     """
     fg, gt_idx, weight, n_max, boxes = assigned
-    embeds = preds["embeds"].transpose(1, 2).float()
-    first = torch.searchsorted(image, image)  # objects of a image are neighbors
-    place = torch.arange(len(image), device=image.device) - first
-    objects = pool_objects(embeds, fg, gt_idx, weight, n_max)[0][image * n_max + place]
-    start = torch.searchsorted(image, torch.arange(len(embeds), device=image.device))
-    owner, weights = torch.full(embeds.shape[:2], -1, device=embeds.device), embeds.new_ones(embeds.shape[:2])
-    owner[fg], weights[fg] = start[fg[0]] + gt_idx.long(), weight.float()
-    # The hardest of the others are those that look like an object of this image, or like one of a trained class.
-    alike = embeds.new_zeros(embeds.shape[:2])
+    embeds = preds["embeds"].transpose(1, 2).float()  # (B, A, D)
+    index = object_index(image, n_max)
+    objects = pool_objects(embeds, fg, gt_idx, weight, n_max)[0][index]
+    number = torch.full((len(embeds) * n_max,), -1, device=embeds.device)  # of the object at an index
+    number[index] = torch.arange(len(index), device=embeds.device)
+    owner, weights = torch.full(embeds.shape[:2], -1, device=embeds.device), embeds.new_ones(embeds.shape[:2])  # (B, A)
+    owner[fg], weights[fg] = number[fg[0] * n_max + gt_idx.long()], weight.float()
+    # The hardest background anchors are those most similar to an object of the image or with the largest score of a
+    # trained class: keep / 2 of either ranking, so at most keep of both.
+    similarity = embeds.new_zeros(embeds.shape[:2])
     for b in image.unique().tolist():
-        alike[b] = (F.normalize(embeds[b], dim=1) @ objects[image == b].t()).amax(1)
-    scores = preds["scores"][:, trained].float().amax(1) if len(trained) else alike
-    other = (owner < 0) & free
-    rank = torch.maximum(*(_rank(x.masked_fill(~other, -torch.inf)) for x in (alike, scores)))
-    chosen = ((owner >= 0) | other & (rank >= rank.shape[1] - keep / 2)).nonzero(as_tuple=True)
+        similarity[b] = (F.normalize(embeds[b], dim=1) @ objects[image == b].t()).amax(1)
+    scores = preds["scores"][:, trained].float().amax(1) if len(trained) else similarity
+    background = (owner < 0) & valid
+    rank = torch.maximum(*(_rank(x.masked_fill(~background, -torch.inf)) for x in (similarity, scores)))
+    chosen = ((owner >= 0) | background & (rank >= rank.shape[1] - keep / 2)).nonzero(as_tuple=True)
     level = torch.cat([torch.full((f.shape[2] * f.shape[3],), i) for i, f in enumerate(preds["feats"])])
     return objects, Anchors(
         embeds[chosen],

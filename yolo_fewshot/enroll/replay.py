@@ -1,4 +1,4 @@
-"""Memory of the base images: anchors that a new class must not take for its own, kept with the model."""
+"""Replay buffer of base anchors used as negatives."""
 
 from __future__ import annotations
 
@@ -12,70 +12,72 @@ from torch import nn
 from yolo_fewshot.data.support import Support
 from yolo_fewshot.enroll.features import Anchors, Features, View, extract
 
-IMAGES = 200  # looked at
-ROWS = 4096  # anchors kept, about 1 MB with D = 128
-WEIGHT = 0.3  # of one of them in a fit, beside 1 of an anchor of the support images
+IMAGES = 200  # maximum number of images
+ROWS = 4096  # maximum number of anchors, about 1 MB with D = 128
+WEIGHT = 0.3  # of an anchor in a fit; an anchor of the support images has 1
 
-# Of each branch: embeddings (M, D) float16, levels (M,) and classes (M,) int16, -1 for background.
-Memory = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+# Of each branch: embeddings (M, D) float16, levels (M,) int16 and classes (M,) int16, -1 for background.
+ReplayBuffer = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def base_support(model: nn.Module, labels: list[dict[str, Any]]) -> Support:
-    """Return images that a model was trained on, or others like them, as a support set.
+    """Return base images as a support set.
 
     Args:
-        model (nn.Module): Few-shot model, whose classes the labels count.
+        model (nn.Module): Few-shot model with the class indices of the labels.
         labels (list[dict[str, Any]]): Labels of the images, as in `YOLODataset.labels`.
 
     Returns:
-        (Support): The support set, with as many channels as the model takes.
+        (Support): The support set, with the channels of the model.
     """
     labels = [{**x, "segments": []} for x in labels]
     return Support(dict(model.names), labels, False, Path("base"), model.yaml.get("channels", 3))
 
 
-def remember(model: nn.Module, train: list[dict[str, Any]], imgsz: int, seed: int = 0) -> Memory:
-    """Keep anchors of training images: of objects, and background that looks most like an object. Deterministic.
+def fill_replay_buffer(model: nn.Module, train: list[dict[str, Any]], imgsz: int, seed: int = 0) -> ReplayBuffer:
+    """Sample anchors of training images: half of objects, half of hard background. Deterministic.
 
     Args:
-        model (nn.Module): Few-shot model in eval mode, left as it is.
+        model (nn.Module): Few-shot model in eval mode, left unchanged.
         train (list[dict[str, Any]]): Labels of the training images, as in `YOLODataset.labels`.
         imgsz (int): Image size in pixels.
-        seed (int): Seed of the choice.
+        seed (int): Seed of the sample.
 
     Returns:
-        (Memory): The anchors, on the CPU.
+        (ReplayBuffer): The anchors, on the CPU.
     """
     rng = np.random.default_rng(seed)
     support = base_support(model, [train[i] for i in np.sort(rng.permutation(len(train))[:IMAGES])])
-    features = extract(model, support, imgsz, views=[View()], rows=0, desc="Remembering base images")
-    memory = []
+    features = extract(model, support, imgsz, views=[View()], rows=0, desc="Filling the replay buffer")
+    buffer = []
     for anchors in features.anchors:
         chosen = []
         for rows in ((anchors.objects >= 0).nonzero()[:, 0], (anchors.objects < 0).nonzero()[:, 0]):
             chosen.append(rows[torch.from_numpy(rng.permutation(len(rows))[: ROWS // 2])])
         rows = torch.cat(chosen).sort()[0]
         cls = torch.cat([features.cls, features.cls.new_tensor([-1])])[anchors.objects[rows]]
-        memory.append((anchors.embeds[rows].half(), anchors.level[rows].to(torch.int16), cls.to(torch.int16)))
-    return memory
+        buffer.append((anchors.embeds[rows].half(), anchors.level[rows].to(torch.int16), cls.to(torch.int16)))
+    return buffer
 
 
-def recall(memory: Memory, features: Features, own: list[int]) -> Features:
-    """Add the remembered anchors to the features of a support set, as anchors of no object and no image.
+def add_replay(features: Features, buffer: ReplayBuffer, exclude: list[int]) -> Features:
+    """Add the anchors of a replay buffer to the features of a support set, as anchors of no object and no image.
 
     Args:
-        memory (Memory): Memory of the model; may be empty.
         features (Features): Features of a support set.
-        own (list[int]): The model's indices of classes that the support set shows, whose anchors are left out.
+        buffer (ReplayBuffer): Replay buffer of the model; may be empty.
+        exclude (list[int]): Classes of the model whose anchors are left out, since the support set shows them.
 
     Returns:
         (Features): The features.
     """
+    if not buffer:
+        return features
     joined = []
-    for anchors, (embeds, level, cls) in zip(features.anchors, memory):
-        keep = ~torch.isin(cls, torch.tensor(own, dtype=cls.dtype))
+    for anchors, (embeds, level, cls) in zip(features.anchors, buffer):
+        keep = ~torch.isin(cls, torch.tensor(exclude, dtype=cls.dtype))
         n = int(keep.sum())
         none, weight = torch.full((n,), -1), torch.full((n,), WEIGHT)
         extra = Anchors(embeds[keep].float(), level[keep].long(), torch.zeros(n, 4), none, weight, none, none)
         joined.append(Anchors(*map(torch.cat, zip(anchors, extra))))
-    return features._replace(anchors=joined) if memory else features
+    return features._replace(anchors=joined)

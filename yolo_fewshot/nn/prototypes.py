@@ -31,6 +31,20 @@ def pool_objects(
     return F.normalize(pooled, dim=1), valid
 
 
+def object_index(batch_idx: torch.Tensor, n_max: int) -> torch.Tensor:
+    """Return the index of every labeled object among those that `pool_objects` returns.
+
+    Args:
+        batch_idx (torch.Tensor): Image of every object, ascending, (N,) or (N, 1).
+        n_max (int): Objects per image, padding included.
+
+    Returns:
+        (torch.Tensor): n_max times its image plus its number within the image, (N,) int64.
+    """
+    image = batch_idx.view(-1).long()
+    return image * n_max + torch.arange(len(image), device=image.device) - torch.searchsorted(image, image)
+
+
 def class_means(objects: torch.Tensor, labels: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the prototypes: each class's mean object embedding, of unit length (Snell et al. 2017, eq. 1).
 

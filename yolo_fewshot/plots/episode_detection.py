@@ -11,7 +11,7 @@ from ultralytics.utils.ops import xyxy2xywh
 
 from yolo_fewshot.nn.assign import BoxAssignment
 from yolo_fewshot.nn.predictions import branch_predictions
-from yolo_fewshot.nn.prototypes import class_means, pool_objects
+from yolo_fewshot.nn.prototypes import class_means, object_index, pool_objects
 
 
 @torch.no_grad()
@@ -31,11 +31,9 @@ def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, 
     fg, gt_idx, weight, n_max, boxes = BoxAssignment.of_branches(model)[0](preds, batch)
     embeds, support = preds["embeds"].transpose(1, 2).float(), batch["support"]
     objects, valid = pool_objects(embeds, fg, gt_idx, weight, n_max)
-    # Objects of a image are numbered in the order of the labels.
-    image, cls = batch["batch_idx"].long().view(-1), batch["cls"].long().view(-1)
-    place = torch.arange(len(image), device=image.device) - torch.searchsorted(image, image)
+    cls = batch["cls"].long().view(-1)
     y = cls.new_full((len(objects),), -1)
-    y[image * n_max + place] = cls
+    y[object_index(batch["batch_idx"], n_max)] = cls
     y = torch.where(valid & support.repeat_interleave(n_max), y, -1)
     prototypes, counts = class_means(objects, y, model.model[-1].nc)
     ways = counts.nonzero()[:, 0]

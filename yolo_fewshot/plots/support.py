@@ -129,9 +129,9 @@ def _draw(table: np.ndarray, img: np.ndarray, shot: Shot, color: tuple[int, int,
     cell = table[y : y + CELL, x : x + CELL]
     cell[:] = PAPER
     cell[(CELL - h) // 2 : (CELL - h) // 2 + h, (CELL - w) // 2 : (CELL - w) // 2 + w] = pen.result()
-    text = "-" if shot.own is None else f"{shot.own:.2f}"
+    text = "-" if shot.sim_own is None else f"{shot.sim_own:.2f}"
     if shot.suspect:
-        text += f", but {shot.other:.2f} like\n{shot.nearest}"
+        text += f", but {shot.sim_other:.2f} like\n{shot.nearest}"
     return Text(x + 2, y + CELL, text, RED if shot.suspect else BLACK, CELL - 2)
 
 

@@ -17,8 +17,8 @@ from ultralytics.utils import LOGGER, RANK, colorstr
 from yolo_fewshot.class_names import match_classes
 from yolo_fewshot.data.shots_and_base import AdaptSampler, ShotsAndBase, merged_names
 from yolo_fewshot.data.support import Support, read_support
-from yolo_fewshot.enroll.cross_validation import ap50, detect
-from yolo_fewshot.enroll.enroll import Shots, enroll, log
+from yolo_fewshot.enroll.detection import ap50, detect
+from yolo_fewshot.enroll.enroll import Shots, enroll, log_shots
 from yolo_fewshot.enroll.features import View, extract, support_views
 from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.nn.criterion import branch_losses
@@ -67,7 +67,7 @@ def freeze_for(names: dict[int, str], support: Support) -> int:
     Returns:
         (int): The backbone if there is a class to be kept without shots, else 0.
     """
-    return FROZEN if set(names.values()) - support.shown else 0
+    return FROZEN if set(names.values()) - support.class_names else 0
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ class Adaptation:
         known, views = {str(n) for n in weights.names.values()}, support_views(vars(self.args), self.support.crops)
         weights = deepcopy(weights).float().eval().to(device)
         shots = enroll(weights, self.support, self.args.imgsz, views=views, keep=known, nms=self.args.nms)
-        log(shots)
+        log_shots(shots)
         return weights.cpu(), shots
 
     def begin(self, model: FewShotDetectionModel, folder: Path) -> None:

@@ -34,7 +34,7 @@ from yolo_fewshot.data.support import SupportDataset
 from yolo_fewshot.enroll.calibrate import choose_prior_strength
 from yolo_fewshot.enroll.enroll import Shots
 from yolo_fewshot.enroll.features import View, extract
-from yolo_fewshot.enroll.replay import base_support, remember
+from yolo_fewshot.enroll.replay import base_support, fill_replay_buffer
 from yolo_fewshot.files import AtomicPath, StagedPath, save_checkpoint, staged
 from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_key
 from yolo_fewshot.nn.model import FewShotDetectionModel
@@ -539,10 +539,10 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         trained_on, about = self.train_loader.dataset, (self.args.imgsz, self.args.seed)
         if self.adaptation:  # what the base data told before holds, except for their embeddings
             for base in trained_on.parts[1:]:
-                model.memory = remember(model, fully_labeled(base), *about)
+                model.memory = fill_replay_buffer(model, fully_labeled(base), *about)
         else:
             labels = fully_labeled(trained_on.dataset if self.episodic else trained_on)
-            model.memory = remember(model, labels, *about)
+            model.memory = fill_replay_buffer(model, labels, *about)
             model.prior_strength = choose_prior_strength(model, labels, self.test_loader.dataset.labels, *about)
             better = "mean" if model.prior_strength == math.inf else "fit"
             LOGGER.info(f"Enrollment from one shot, on base classes: '{better}' is better")

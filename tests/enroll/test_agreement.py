@@ -1,0 +1,113 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_detection import D, features_of
+
+from yolo_fewshot.enroll.agreement import agreement
+
+
+def unit(v):
+    return v / np.linalg.norm(v)
+
+
+def agreement_by_loops(embeds, labels, n):
+    """Of every object the similarity to its class, to the nearest other one, that class, and whether it is suspect."""
+    embeds, found = embeds.double().numpy(), [[None, None, -1, False] for _ in labels]
+    members = {c: [i for i, k in enumerate(labels) if k == c] for c in range(n)}
+    members = {c: rows for c, rows in members.items() if rows}
+    center = np.mean([unit(sum(embeds[i] for i in rows)) for rows in members.values()], axis=0)
+    centered = [unit(e - center) for e in embeds]
+    for c, rows in members.items():
+        for i in rows:
+            rest = [centered[j] for j in rows if j != i]
+            found[i][0] = float(centered[i] @ unit(sum(rest))) if rest else None
+            similarity = [
+                (float(centered[i] @ unit(sum(centered[j] for j in other))), k)
+                for k, other in members.items()
+                if k != c
+            ]
+            found[i][1:3] = max(similarity)
+        if len(rows) >= 3:
+            usual = sorted(found[i][0] for i in rows)[(len(rows) - 1) // 2]
+            for i in rows:
+                found[i][3] = found[i][0] < found[i][1] and found[i][0] < usual / 2
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_agreement_is_that_of_loops(seed):
+    features = clouds([6, 3, 2, 1, 4, 2], noise=0.4, seed=seed)
+    labels = features.cls.clone()
+    labels[features.cls == 5] = -1  # a class without an object, and objects without a class
+    labels[[0, 7]] = torch.tensor([4, 0])
+    found = agreement(features, labels, 6)
+    expected = agreement_by_loops(features.embeds[0], labels.tolist(), 6)
+    for figures, column in zip(found[:2], (0, 1)):
+        values = [None if math.isnan(x) else x for x in figures.tolist()]
+        assert values == [None if x[column] is None else pytest.approx(x[column], abs=1e-5) for x in expected]
+    assert found.nearest.tolist() == [x[2] for x in expected]
+    assert found.suspect.tolist() == [x[3] for x in expected] and any(found.suspect)
+    single = labels == 3
+    assert found.sim_own[single].isnan().all() and not found.sim_other[single].isnan().any()
+
+
+def clouds(counts, noise=0.2, seed=0):
+    """Objects of classes, one to an image, that lie about an axis each."""
+    torch.manual_seed(seed)
+    cls = torch.tensor([c for c, k in enumerate(counts) for _ in range(k)])
+    embeds = F.normalize(torch.eye(D)[cls] + noise * torch.randn(len(cls), D), dim=1)
+    return features_of([(int(c), i, [0, 0, 9, 9]) for i, c in enumerate(cls)], embeds=embeds)
+
+
+def suspect(features, labels, n):
+    """The suspect objects."""
+    return agreement(features, labels, n).suspect.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_shot_with_the_label_of_another_class_is_suspect(seed):
+    features = clouds([5, 5, 5], noise=0.15, seed=seed)
+    assert suspect(features, features.cls, 3) == []
+    swapped = features.cls.clone()
+    swapped[7] = 2  # of class 1
+    assert suspect(features, swapped, 3) == [7] and agreement(features, swapped, 3).nearest[7] == 1
+
+
+def test_classes_of_fewer_than_three_shots_are_not_judged():
+    features = clouds([5, 2, 2])
+    swapped = features.cls.clone()
+    swapped[[5, 7]] = torch.tensor([2, 1])  # one of either small class
+    assert suspect(features, swapped, 3) == []
+    features = clouds([5, 2])
+    swapped = features.cls.clone()
+    swapped[0] = 1  # the third of its class
+    assert suspect(features, swapped, 2) == [0]
+
+
+def test_an_odd_shot_is_no_doubt_unless_it_looks_like_another_class():
+    features = clouds([5, 5], noise=0.05)
+    features.embeds[0][2] = torch.eye(D)[4]
+    assert suspect(features, features.cls, 2) == []
+    features.embeds[0][2] = F.normalize(torch.eye(D)[0] * 0.7 + torch.eye(D)[1] * 0.75, dim=0)
+    assert suspect(features, features.cls, 2) == []  # more like another, but like its own too
+
+
+def test_without_another_class_there_is_nothing_to_compare_with():
+    features = clouds([5, 5])
+    for labels, n in ((features.cls.clamp(max=0), 1), (torch.where(features.cls == 1, -1, 0), 2)):
+        found = agreement(features, labels, n)
+        assert found.sim_own.isnan().all() and found.sim_other.isnan().all()
+        assert (found.nearest == -1).all() and not found.suspect.any()
+
+
+def test_objects_that_are_left_out_are_neither_judged_nor_compared_with():
+    features = clouds([5, 5, 5])
+    labels = torch.where(features.cls == 1, -1, features.cls)
+    labels[0] = -1
+    features.embeds[0][1] = torch.eye(D)[1]  # like the class that is left out
+    assert suspect(features, labels, 3) == []
+    found = agreement(features, labels, 3)
+    assert found.sim_own[labels < 0].isnan().all() and (found.nearest[labels == 0] == 2).all()

@@ -1,0 +1,46 @@
+"""Reading of YOLO label files, as Ultralytics reads them for training."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from ultralytics.data import utils
+
+
+class ImageLabels(NamedTuple):
+    """An image and its label file, as read by Ultralytics.
+
+    Attributes:
+        boxes (np.ndarray | None): Class, x, y, w, h of every object, normalized, (n, 5) float32; None with an error.
+        shape (tuple[int, int] | None): Height and width of the image in pixels; None with an error.
+        found (bool): Whether the label file exists; without one the image is background.
+        error (str): Why training leaves the image out; empty if it does not.
+        note (str): What Ultralytics corrected; empty if nothing.
+    """
+
+    boxes: np.ndarray | None
+    shape: tuple[int, int] | None
+    found: bool
+    error: str
+    note: str
+
+
+def read_labels(file: str, label_file: str, nc: int, kpt_shape: tuple[int, int] = (0, 0)) -> ImageLabels:
+    """Read and check one image and its label file.
+
+    Args:
+        file (str): Image file.
+        label_file (str): Its label file, empty for none.
+        nc (int): Number of classes.
+        kpt_shape (tuple[int, int]): Keypoints per object and their dimensions, which are dropped; zeros for none.
+
+    Returns:
+        (ImageLabels): Boxes and shape, or the error.
+    """
+    task = (file, label_file, "", False, nc, *kpt_shape, False)  # no prefix, boxes, all classes
+    valid, boxes, shape, _, _, _, found, _, _, message = utils.verify_image_label(task)
+    message = message.removeprefix(f"{file}: ").removeprefix("ignoring corrupt image/label: ")
+    if not valid:
+        return ImageLabels(None, None, bool(found), message, "")
+    return ImageLabels(boxes, shape, bool(found), "", message)

@@ -43,6 +43,7 @@ KEYS: dict[str, Key] = {
     "triplet": Key(float, 0.3, "gain of the triplet term"),
     "triplet_margin": Key(float, 0.3, "margin of the triplet term, in cosine distance"),
     "triplet_soft": Key(bool, False, "soft margin, log(1 + e^x), instead of the hinge in the triplet term"),
+    "terms": Key(str, None, "loss terms of your own: dotted paths of `EpisodeTerm` classes, separated by commas"),
     "dfl_side_max": Key(float, 20.0, "clamp of the DFL of one side of a box", above=True),
     "dfl_mean_max": Key(float, 15.0, "clamp of the mean DFL of a batch, four sides summed", above=True),
     "dfl_clamp_mode": Key(str, "hard", "gradient above a clamp: zero, or scaled down", choices=("hard", "rescale")),

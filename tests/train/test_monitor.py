@@ -84,12 +84,12 @@ def test_chance_levels_are_those_of_the_branch_whose_terms_are_logged(batch, cfg
     preds = model(batch["img"])
     loss, preds = branch_losses(model)[-1], preds.get("one2one", preds)
     keep = []
-    loss.watch, measure = lambda *args: keep.append(torch.get_rng_state()) or measure(*args), loss.watch
+    loss.observers.insert(0, lambda *_: keep.append(torch.get_rng_state()))
     model.criterion(model(batch["img"]), batch)
-    loss.watch = None
-    loss.terms(preds, batch)
+    this = loss.begin(preds, batch)
+    loss.terms(this)
     torch.set_rng_state(keep[0])
-    expected = loss.chance(preds, batch)
+    expected = loss.chance(this)
     torch.testing.assert_close(doctor.chance[0], expected)
     assert [doctor.columns()[f"chance/{t}"] for t in doctor.terms] == pytest.approx(expected.tolist(), rel=1e-4)
 
@@ -105,7 +105,7 @@ def test_the_first_batch_of_an_epoch_and_every_so_many_later_are_measured(batch,
             step(model, batch, doctor)
             after = len(doctor.norms), len(doctor.chance)
             measured += [i] if after == (before[0] + 1, before[1] + 1) else []
-            assert after[0] == after[1] and all(x.watch is None for x in branch_losses(model))
+            assert after[0] == after[1] and all(x.observers == [] for x in branch_losses(model))
             assert hooks_of(model) == []
         assert measured == list(range(0, 5, every))
 
@@ -187,8 +187,9 @@ def test_terms_in_float32_are_measured_in_float32_under_amp(batch):
     loss = branch_losses(model)[0]
     with torch.autocast("cpu", dtype=torch.float16):
         preds = model(small["img"])
-        loss.terms(preds, small)
-        part = loss.parts(preds, small)["sup_loss"]
+        this = loss.begin(preds, small)
+        loss.terms(this)
+        part = loss.parts(this)["sup_loss"]
     grads = torch.autograd.grad(part * 65536.0, preds["feats"])
     expected = torch.nn.utils.get_total_norm([g.float() / 65536 for g in grads]).item()
     assert math.isfinite(expected)
@@ -211,7 +212,7 @@ def test_a_batch_that_failed_before_its_loss_is_measured_when_it_is_tried_again(
     doctor.reset()
     step(model, batch, doctor)
     assert len(doctor.norms) == len(doctor.chance) == 1
-    assert hooks_of(model) == [] and all(x.watch is None for x in branch_losses(model))
+    assert hooks_of(model) == [] and all(x.observers == [] for x in branch_losses(model))
 
 
 def measured(norms, chance, terms=("box", "cls")):

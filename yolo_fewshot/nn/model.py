@@ -31,14 +31,11 @@ class FewShotDetectionModel(DetectionModel):
         enrolled (dict[str, dict]): What is known of every enrolled class, see `yolo_fewshot.enroll.enroll.Shots`.
         prior_strength (float | None): Of one shot under enrollment `auto`, chosen when training ended.
         memory (list): Anchors of base images, kept when training ended, see `yolo_fewshot.enroll.replay`.
-        loss_class (type[FewShotLoss]): Loss to train with; copies and checkpoints have ours.
 
     Examples:
         >>> model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=20)
         >>> model.load(YOLO("yolo11n.pt").model)  # backbone, neck, box branch and class stems
     """
-
-    loss_class: type[FewShotLoss] = FewShotLoss
 
     def __init__(self, cfg: str | dict = "fewshot.yaml", ch: int = 3, nc: int | None = None, verbose: bool = True):
         """Initialize the model.
@@ -92,11 +89,7 @@ class FewShotDetectionModel(DetectionModel):
 
     def init_criterion(self) -> FewShotLoss | E2ELoss:
         """Return the loss, one for each branch of the head."""
-        return E2ELoss(self, self.loss_class) if len(self.model[-1].branches) > 1 else self.loss_class(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and saved: not the class of a loss, which may not be there when it is loaded."""
-        return {k: v for k, v in self.__dict__.items() if k != "loss_class"}
+        return E2ELoss(self, FewShotLoss) if len(self.model[-1].branches) > 1 else FewShotLoss(self)
 
     def load(self, weights: dict | nn.Module, verbose: bool = True) -> None:
         """Load the weights of a stock or few-shot model; prototypes follow their class by name.

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from yolo_fewshot.errors import few
-from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_key, part_gradients
+from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_of, part_gradients
+from yolo_fewshot.nn.passes import Pass
 from yolo_fewshot.train.guard import nonfinite
 
 FAR = 2.0  # a normalized box coordinate beyond this is a corrupt label, not one that an augmentation moved
@@ -105,7 +106,7 @@ def diagnose(
     elif run.layer:
         cause, advice = f"the output of {run.layer} is not finite", "Set a smaller lr0 or grad_clip."
     elif run.terms:
-        keys = [k for k in dict.fromkeys(map(gain_key, run.terms)) if hasattr(model.args, k)]  # not of own terms
+        keys = list(dict.fromkeys(key for t in run.terms if (key := gain_of(t, model.args)[0])))
         cause = f"{few(run.terms)} {'is' if len(run.terms) == 1 else 'are'} not finite for finite predictions"
         without = f"Set {', '.join(f'{k}=0' for k in keys)} to train without" if keys else "Look at what computes it"
         advice = f"{without}, or set a smaller lr0."
@@ -159,9 +160,9 @@ def _rerun(
     losses = [x for x in branch_losses(model) if isinstance(x, FewShotLoss)]  # none in a stock model
     terms: list[str] = []
 
-    def watch(loss: Any, preds: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
-        outputs = [preds[k] for k in ("boxes", "scores", "embeds") if k in preds]
-        for name, part in loss.parts(preds, batch).items():
+    def observe(loss: FewShotLoss, this: Pass) -> None:
+        outputs = [this.preds[k] for k in ("boxes", "scores", "embeds") if k in this.preds]
+        for name, part in loss.parts(this).items():
             grads = [g for g in part_gradients(part, outputs) if g is not None]
             if nonfinite(dict(enumerate((part, *grads)))) and name not in terms:
                 terms.append(name)
@@ -169,9 +170,9 @@ def _rerun(
     devices = [batch["img"].device] if batch["img"].device.type == "cuda" else []
     with contextlib.ExitStack() as stack, torch.enable_grad(), torch.random.fork_rng(devices):
         for loss in losses:
-            stack.enter_context(loss.aside())
-            stack.callback(setattr, loss, "watch", loss.watch)
-            loss.watch = watch
+            stack.enter_context(loss.without_side_effects())
+            stack.callback(setattr, loss, "observers", loss.observers)
+            loss.observers = [observe]
         layers = stack.enter_context(_nonfinite_layers(model))
         try:
             with autocast():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import nn
 
-from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_key, part_gradients
+from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_of, part_gradients
+from yolo_fewshot.nn.passes import Pass
 
 AT_CHANCE = 0.95  # a term at or above this part of its chance level has taught nothing yet
 DOMINANT = 0.5  # share of the gradient above which a term dominates
@@ -50,7 +50,7 @@ class LossDoctor:
         Args:
             every (int): Batches from one measurement to the next.
         """
-        self.every, self.terms, self._hook = every, [], None
+        self.every, self.terms, self._hook, self._scale = every, [], None, 1.0
         self.reset()
 
     def reset(self) -> None:
@@ -69,31 +69,26 @@ class LossDoctor:
         if self.every and self.batches % self.every == 0:
             losses, head = branch_losses(model), getattr(model, "student_model", model).model[-1]
             self._hook = self._hook or head.register_forward_pre_hook(_separate)
-            losses[-1].watch = self._measure_chance
-            losses[0].watch = functools.partial(
-                self._measure_gradients, scale=scaler.get_scale(), one_branch=len(losses) == 1
-            )
+            self._scale = scaler.get_scale()
+            for loss, observe in ((losses[0], self._measure_gradients), (losses[-1], self._measure_chance)):
+                if observe not in loss.observers:  # as it is if the last batch failed before its loss
+                    loss.observers.append(observe)
         self.batches += 1
 
-    def _measure_gradients(
-        self, loss: FewShotLoss, preds: dict[str, Any], batch: dict[str, Any], scale: float, one_branch: bool
-    ) -> None:
+    def _measure_gradients(self, loss: FewShotLoss, this: Pass) -> None:
         """Measure the norm of the gradient of every term with respect to the feature maps of the neck."""
-        loss.watch, self._hook = None, self._hook.remove()
+        self._hook = self._hook.remove()
         norms = []
-        for part in loss.parts(preds, batch).values():
-            grads = part_gradients(part * scale, preds["feats"])
-            norm = torch.nn.utils.get_total_norm([g.float() / scale for g in grads if g is not None])
+        for part in loss.parts(this).values():
+            grads = part_gradients(part * self._scale, this.preds["feats"])
+            norm = torch.nn.utils.get_total_norm([g.float() / self._scale for g in grads if g is not None])
             norms.append(norm.float().to(part.device))
         self.terms = [k.removesuffix("_loss") for k in loss.loss_names]
         self.norms.append(torch.stack(norms))
-        if one_branch:
-            self._measure_chance(loss, preds, batch)
 
-    def _measure_chance(self, loss: FewShotLoss, preds: dict[str, Any], batch: dict[str, Any]) -> None:
+    def _measure_chance(self, loss: FewShotLoss, this: Pass) -> None:
         """Measure the chance level of every term."""
-        loss.watch = None
-        self.chance.append(loss.chance(preds, batch))
+        self.chance.append(loss.chance(this))
 
     def columns(self) -> dict[str, float]:
         """Return the columns for results.csv: means of the epoch over the measurements that are finite.
@@ -138,8 +133,8 @@ def report(rows: list[dict[str, float]], args: Any) -> str:
     listed = ", ".join(f"{t} {v:.0%}" for t, v in sorted(shares.items(), key=lambda x: -x[1]))
     says = [f"Gradient at the neck by term: {listed}."]
     if shares[top] > DOMINANT:
-        gain = getattr(args, gain_key(top), None)  # a term of the user's own has none
-        what = f"{gain_key(top)}={gain} is the key to lower" if gain else "lower its gain"
+        key, gain = gain_of(top, args)
+        what = f"{key}={gain} is the key to lower" if key else "lower its gain"
         says.append(f"{top} dominates; {what} if it should not.")
     idle = [t for t in terms if last[f"chance/{t}"] > 0 and last[f"train/{t}_loss"] >= AT_CHANCE * last[f"chance/{t}"]]
     for t in idle:

@@ -20,7 +20,7 @@ from yolo_fewshot.data.ignore import MaskedDataset, has_ignored, masked
 from yolo_fewshot.data.shots_and_base import ShotsAndBase
 from yolo_fewshot.nn import criterion
 from yolo_fewshot.nn import terms as episode_terms
-from yolo_fewshot.nn.criterion import Retained, branch_losses
+from yolo_fewshot.nn.criterion import Retention, branch_losses
 from yolo_fewshot.nn.ignore import IGNORED, blank_ignored, outside, without_ignored
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
@@ -462,7 +462,7 @@ def test_a_teacher_knows_what_is_in_boxes_to_ignore(cfg):
         known, told = torch.distributions.Bernoulli(logits=scores[~fg][:, silent]), taught["teacher"][i][~fg]
         tea = torch.distributions.kl_divergence(torch.distributions.Bernoulli(told), known).sum()
         none = torch.zeros(0, dtype=torch.long)
-        loss.retained = Retained(i, torch.tensor(silent), torch.zeros(0, 128), none, torch.zeros(0, NC))
+        loss.retention = Retention(i, torch.tensor(silent), torch.zeros(0, 128), none, torch.zeros(0, NC))
         loss.masked = True
         items = loss.loss(preds, taught)[1]
         mass = max(targets.sum().item(), 1)

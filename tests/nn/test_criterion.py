@@ -10,7 +10,7 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.metrics import bbox_iou
 
 from yolo_fewshot import args as table
-from yolo_fewshot.nn.criterion import RETENTION_TERMS, FewShotLoss, Retained, branch_losses, gain_of
+from yolo_fewshot.nn.criterion import RETENTION_TERMS, FewShotLoss, Retention, branch_losses, gain_of
 from yolo_fewshot.nn.losses import SupConLoss, TripletLoss
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.terms import EPISODE_TERMS, EpisodeTerm, balanced_sample
@@ -677,7 +677,7 @@ def retaining(batch, cfg="yolo11n-fewshot.yaml", silent=(4, 1), **values):
             bank.offset.copy_(torch.randn(NC, generator=g))
         level, targets = torch.tensor([0, 2, 1, 1]), torch.rand(4, NC, generator=g)
         embeds = torch.randn(4, model.model[-1].embed, generator=g)
-        loss.retained = Retained(i, torch.tensor(silent), embeds, level, targets)
+        loss.retention = Retention(i, torch.tensor(silent), embeds, level, targets)
         teacher.append(torch.rand(*preds["scores"].transpose(1, 2).shape[:2], len(silent), generator=g))
     found = branches(model, batch)  # anew, with those gains and offsets
     return model, found, {**batch, "teacher": teacher}
@@ -698,7 +698,7 @@ def test_the_terms_that_retain_classes_equal_loops(batch, cfg):
                     else:
                         cls += float(F.binary_cross_entropy_with_logits(x[b, c, a], scores[b, a, c].double()))
         mass = max(float(scores.sum()), 1)
-        _, _, embeds, level, targets = loss.retained
+        _, _, embeds, level, targets = loss.retention
         mem = 0.0
         for m in range(4):
             for c in range(NC):
@@ -737,7 +737,7 @@ def test_without_a_teacher_old_classes_are_background_and_only_rehearsed(batch):
     plain = loss.loss(preds, batch)[1]
     assert plain["tea_loss"].abs() < 1e-4 and plain["mem_loss"] > 0
     assert plain["cls_loss"] > loss.loss(preds, taught)[1]["cls_loss"]
-    loss.retained = None
+    loss.retention = None
     items = loss.loss(preds, taught)[1]
     assert torch.equal(items["cls_loss"], plain["cls_loss"]) and not items["tea_loss"] and not items["mem_loss"]
 
@@ -751,7 +751,7 @@ def test_parts_and_chance_of_stage_three(batch):
         parts, chance = seen
         torch.testing.assert_close({k: v.detach() for k, v in parts.items()}, items)
         assert all(p.requires_grad for p in parts.values())
-        level, targets = loss.retained[3:]
+        level, targets = loss.retention[3:]
         z = torch.tensor([math.log(5 / NC / (640 / (8 * 2 ** int(i))) ** 2) for i in level])[:, None]
         bce = F.binary_cross_entropy_with_logits(z.expand(4, NC), targets, reduction="sum")
         entropy = torch.distributions.Bernoulli(targets).entropy().sum()

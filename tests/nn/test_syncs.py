@@ -52,7 +52,7 @@ def prepare(cfg, stage, batch, masked=False, **values):
         rows = torch.randn(8, start.model[-1].embed), torch.arange(8) % 3, torch.arange(8) % 6
         start.memory = [rows for _ in start.model[-1].branches]
         for loss, retained in zip(branch_losses(model), retain(start, SILENT)):
-            loss.retained = retained
+            loss.retention = retained
         batch = {**batch, "teacher": Teacher(start, SILENT)(batch["img"])}
     for loss in branch_losses(model):
         loss.masked = masked
@@ -61,11 +61,11 @@ def prepare(cfg, stage, batch, masked=False, **values):
 
 def there(model, batch):
     """Both of them on the device."""
-    retained = [x.retained for x in branch_losses(model)]
+    retained = [x.retention for x in branch_losses(model)]
     masked = branch_losses(model)[0].masked
     model.criterion = None
     for loss, x in zip(branch_losses(to_device(model)), retained):
-        loss.retained, loss.masked = x and type(x)(x.branch, *to_device(x[1:])), masked
+        loss.retention, loss.masked = x and type(x)(x.branch, *to_device(x[1:])), masked
     return model, to_device(batch)
 
 

@@ -25,19 +25,19 @@ from yolo_fewshot.nn.terms import BUILT_IN, CPETerm, Episode, EpisodeBCE, Episod
 RETENTION_TERMS = ("tea_loss", "mem_loss")
 
 
-class Retained(NamedTuple):
-    """What one branch must not forget.
+class Retention(NamedTuple):
+    """Classes that one branch must not forget, and their replay buffer.
 
     Attributes:
         branch (int): Index of the branch.
-        silent (torch.Tensor): Classes of the model without a label in the training images, (S,) int64.
-        embeds (torch.Tensor): Remembered anchors, (M, D) float32.
-        level (torch.Tensor): Index of their level, (M,) int64.
-        targets (torch.Tensor): Scores of all classes there, (M, nc) float32 in 0..1; 0 for classes that are labeled.
+        unlabeled (torch.Tensor): Classes of the model without a label in the training images, (S,) int64.
+        embeds (torch.Tensor): Embeddings of the replayed anchors, (M, D) float32.
+        level (torch.Tensor): Level of each of them, (M,) int64.
+        targets (torch.Tensor): Scores of all classes, (M, nc) float32 in 0..1; 0 for classes that are labeled.
     """
 
     branch: int
-    silent: torch.Tensor
+    unlabeled: torch.Tensor
     embeds: torch.Tensor
     level: torch.Tensor
     targets: torch.Tensor
@@ -148,7 +148,7 @@ class FewShotLoss(v8DetectionLoss):
         episode_terms (list[EpisodeTerm]): Terms of an episode, in the order of their names.
         clamped_dfl (ClampedDFLoss | None): The DFL of stage 2, with its counts of clamps.
         masked (bool): Whether batches may have boxes to ignore, see `MaskedDataset`: anchors inside are no background.
-        retained (Retained | None): Classes that stage 3 must not forget.
+        retention (Retention | None): Classes that stage 3 must not forget.
         observers (list[Callable[[FewShotLoss, Pass], None]]): Called by the next call of the loss, once its terms are
             computed, and removed then. What `parts` and `chance` return of the pass is for them.
     """
@@ -164,7 +164,7 @@ class FewShotLoss(v8DetectionLoss):
         super().__init__(model, tal_topk, tal_topk2)
         h, stage = self.hyp, getattr(self.hyp, "stage", None)
         self.episodic, self.masked = stage == 2, False
-        self.retained: Retained | None = None
+        self.retention: Retention | None = None
         self.observers: list[Callable[[FewShotLoss, Pass], None]] = []
         self.clamped_dfl: ClampedDFLoss | None = None
         self._centers: tuple[list, torch.Tensor | None] = [], None
@@ -190,11 +190,11 @@ class FewShotLoss(v8DetectionLoss):
             preds (dict[str, torch.Tensor]): Raw predictions of one branch, see `FewShotDetect.forward_head`.
             batch (dict[str, torch.Tensor]): Labels as collated by Ultralytics; an episode also has `support` (B,) bool
                 and `way` (B,), the class each image was drawn for, and may have `query` (Q,), the indices of the
-                others, which spares a wait for the device; `teacher` is what `Teacher` returns for the images.
+                other images, which saves a wait for the device; `teacher` is what `Teacher` returns for the images.
 
         Returns:
-            loss (torch.Tensor): (3,) in stage 1, (5,) in stage 3, (7,) in stage 2 without further terms, as
-                `loss_names`.
+            loss (torch.Tensor): In the order of `loss_names`: (3,) in stage 1, (7,) in stage 2 without terms of the
+                user's own, (5,) in stage 3.
             items (dict[str, torch.Tensor]): Weighted terms by name, not multiplied by the batch size.
         """
         this = self.begin(preds, batch)
@@ -221,15 +221,15 @@ class FewShotLoss(v8DetectionLoss):
             this.batch, ignored = blank_ignored(batch)
             centers, size = self._anchor_centers(preds["feats"]), batch["img"].shape[:1:-1]
             this.keep_mask = outside(ignored.to(self.device), centers, size, len(preds["boxes"]))
-        if self.retained and "teacher" in batch:
+        if self.retention and "teacher" in batch:
             this.distilled = torch.zeros(self.nc, dtype=torch.bool, device=self.device)
-            this.distilled[self.retained.silent] = True
+            this.distilled[self.retention.unlabeled] = True
         return this
 
     def _anchor_centers(self, feats: list[torch.Tensor]) -> torch.Tensor:
-        """Return the centers of the anchors in pixels, (A, 2); those of the last batch if it had the same size."""
+        """Return the centers of the anchors in pixels, (A, 2), computed once per image size."""
         sizes = [(x.shape[2:], x.dtype) for x in feats]
-        if sizes != self._centers[0]:  # making them waits for the device
+        if sizes != self._centers[0]:  # computing them waits for the device
             anchors, stride = make_anchors(feats, self.stride, 0.5)
             self._centers = sizes, anchors * stride
         return self._centers[1]
@@ -260,7 +260,7 @@ class FewShotLoss(v8DetectionLoss):
         with torch.autocast(this.preds["scores"].device.type, enabled=False):
             if self.episodic and "support" in this.batch and "embeds" in this.preds:
                 this.added = self._weighted_episode_terms(self.episode(this))
-            elif self.retained:
+            elif self.retention:
                 this.added = self._retention_terms(this)
         zeros = loss.new_zeros(len(self.loss_names) - len(loss))
         return torch.cat([loss, torch.stack(this.added) if this.added else zeros])
@@ -368,16 +368,16 @@ class FewShotLoss(v8DetectionLoss):
     def _retention_terms(self, this: Pass) -> list[torch.Tensor]:
         """Return the weighted terms of stage 3, 0-dim float32 each, as `RETENTION_TERMS`."""
         h, preds, batch = self.hyp, this.preds, this.batch
-        branch, silent, embeds, level, targets = self.retained
-        scores = preds["scores"][:, silent].transpose(1, 2)
+        branch, unlabeled, embeds, level, targets = self.retention
+        scores = preds["scores"][:, unlabeled].transpose(1, 2)
         teacher = batch["teacher"][branch] if "teacher" in batch else scores.sigmoid()
         background = ~this.assignment.fg_mask[..., None]
-        taught = self.distillation(scores, teacher, this.assignment.scores.sum(), background)
+        teacher_loss = self.distillation(scores, teacher, this.assignment.scores.sum(), background)
         rows = F.normalize(preds["weight"].float(), dim=1) * preds["gain"].float()[:, None]
         scale, bias = preds["logit_scale"].float()[level, None], preds["logit_bias"].float()[level, None]
         logits = embeds @ rows.t() * scale + bias + preds["offset"].float()
-        rehearsed = self.distillation(logits, targets, targets.amax(1).sum())
-        return [h.teacher * taught, h.memory * rehearsed]
+        memory_loss = self.distillation(logits, targets, targets.amax(1).sum())
+        return [h.teacher * teacher_loss, h.memory * memory_loss]
 
 
 def _zero(like: torch.Tensor) -> torch.Tensor:
@@ -386,18 +386,18 @@ def _zero(like: torch.Tensor) -> torch.Tensor:
 
 
 def part_gradients(part: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradient of one of `FewShotLoss.parts`, as the backward pass of training has it.
+    """Compute the gradient of one of `FewShotLoss.parts` as the backward pass of training does.
 
     Args:
         part (torch.Tensor): 0-dim term; its graph stays usable.
         inputs (list[torch.Tensor]): Tensors to differentiate by.
 
     Returns:
-        (tuple[torch.Tensor | None, ...]): A gradient for each, or None where the term does not depend on it.
+        (tuple[torch.Tensor | None, ...]): A gradient for each, or None if the term does not depend on it.
     """
     if not part.requires_grad:
         return (None,) * len(inputs)
-    with torch.autocast(part.device.type, enabled=False):  # which would also cast the backward pass
+    with torch.autocast(part.device.type, enabled=False):  # autocast would cast the backward pass too
         return torch.autograd.grad(part, inputs, retain_graph=True, allow_unused=True)
 
 
@@ -420,7 +420,7 @@ def gain_of(term: str, args: Any) -> tuple[str | None, float | None]:
 
 
 def branch_losses(model: nn.Module) -> list[FewShotLoss]:
-    """Return the loss of every branch of the head, the one-to-many branch first; made now if no batch was seen yet.
+    """Return the loss of every branch of the head, the one-to-many branch first; created if there is none yet.
 
     Args:
         model (nn.Module): Few-shot model, not wrapped for several GPUs.

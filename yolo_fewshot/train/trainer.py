@@ -351,7 +351,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
 
     def begin_batch(self) -> None:
         """Announce a batch to the doctor."""
-        self.doctor.watch(unwrap_model(self.model), self.scaler)
+        self.doctor.begin_batch(unwrap_model(self.model), self.scaler)
 
     def end_epoch(self) -> None:
         """Check what the last step left over, and make the columns of guard and doctor."""

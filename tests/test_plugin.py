@@ -355,7 +355,7 @@ def test_exported_models_are_told_to_enroll_first(tmp_path: Path):
 @pytest.mark.parametrize("key", ["support", "enroll"])
 def test_training_takes_no_support_set(model: str, key: str, request: pytest.FixtureRequest):
     value = {"support": "shots.yaml", "enroll": "fit"}[key]
-    with pytest.raises(ValueError, match=f"'{key}={value}' is no setting of training"):
+    with pytest.raises(ValueError, match=f"'{key}={value}' is not a training argument"):
         request.getfixturevalue(model).train(data="coco8.yaml", **{key: value})
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what editors and type checkers see of the names that are lo
     from yolo_fewshot.nn.head import FewShotDetect
     from yolo_fewshot.nn.losses import ClampedDFLoss, CPELoss, SupConLoss, TripletLoss
     from yolo_fewshot.nn.model import FewShotDetectionModel
+    from yolo_fewshot.nn.terms import EpisodeTerm
     from yolo_fewshot.train.trainer import FewShotTrainer
     from yolo_fewshot.yolo import FewShotYOLO
 
@@ -30,6 +31,7 @@ _PUBLIC = {
     "FewShotDetectionModel": "nn.model",
     "FewShotDetect": "nn.head",
     "FewShotLoss": "nn.criterion",
+    "EpisodeTerm": "nn.terms",
     "EpisodeSampler": "data.episodes",
     "EpisodicDataset": "data.episodes",
     "ClampedDFLoss": "nn.losses",
@@ -42,6 +44,7 @@ __all__ = [
     "CPELoss",
     "ClampedDFLoss",
     "EpisodeSampler",
+    "EpisodeTerm",
     "EpisodicDataset",
     "FewShotDetect",
     "FewShotDetectionModel",

@@ -1,4 +1,4 @@
-"""The table of our configuration keys: name, kind, default, range and one line of help each."""
+"""The table of configuration keys that the plugin adds: name, type, default, range and one line of help."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ class Key(NamedTuple):
     """One configuration key.
 
     Attributes:
-        kind (type): int, float, bool or str; decides the type check and the text of its error.
-        default (Any): Value in stage 2 where neither the recipe nor the user gives one.
-        help (str): One line for the guide and the recipes.
-        low (float): Least valid value of a number.
+        kind (type): int, float, bool or str; Ultralytics checks it.
+        default (Any): Value if neither the recipe nor the user sets one.
+        help (str): One line for the README.
+        low (float): Minimum valid value of a number.
         high (float): Maximum valid value of a number.
-        above (bool): True where `low` itself is invalid.
+        above (bool): Whether `low` itself is invalid.
         choices (tuple[str, ...]): Valid values of a str.
     """
 
@@ -33,40 +33,43 @@ KEYS: dict[str, Key] = {
     "k_shot": Key(int, 1, "support images per drawn class", 1),
     "n_query": Key(int, 1, "query images per drawn class", 1),
     "episodes": Key(int, 500, "episodes, each one optimizer step, per epoch", 1),
-    "wide": Key(bool, True, "every class that has a support object is a way, not only the drawn ones"),
-    "supcon": Key(float, 1.2, "gain of the supervised contrastive term"),
-    "supcon_tau": Key(float, 0.1, "temperature of the supervised contrastive term", above=True),
-    "cpe": Key(float, 0.6, "gain of the contrastive proposal encoding term"),
-    "cpe_tau": Key(float, 0.2, "temperature of the contrastive proposal encoding term", above=True),
-    "cpe_iou": Key(float, 0.5, "least IoU of an anchor in the contrastive proposal encoding term", high=1),
-    "cpe_weight": Key(str, "none", "weight of such an anchor by its IoU", choices=("none", "linear", "exp")),
+    "wide": Key(bool, True, "every class with a support object is a way, not only the drawn classes"),
+    "supcon": Key(float, 1.2, "gain of the SupCon term"),
+    "supcon_tau": Key(float, 0.1, "temperature of the SupCon term", above=True),
+    "cpe": Key(float, 0.6, "gain of the CPE term, contrastive proposal encoding"),
+    "cpe_tau": Key(float, 0.2, "temperature of the CPE term", above=True),
+    "cpe_iou": Key(float, 0.5, "minimum IoU of an anchor in the CPE term", high=1),
+    "cpe_weight": Key(
+        str, "none", "weight of an anchor in the CPE term as a function of its IoU", choices=("none", "linear", "exp")
+    ),
     "triplet": Key(float, 0.3, "gain of the triplet term"),
     "triplet_margin": Key(float, 0.3, "margin of the triplet term, in cosine distance"),
-    "triplet_soft": Key(bool, False, "soft margin, log(1 + e^x), instead of the hinge in the triplet term"),
-    "dfl_side_max": Key(float, 20.0, "clamp of the DFL of one side of a box", above=True),
-    "dfl_mean_max": Key(float, 15.0, "clamp of the mean DFL of a batch, four sides summed", above=True),
+    "triplet_soft": Key(bool, False, "soft margin, log(1 + e^x), in place of the hinge of the triplet term"),
+    "terms": Key(str, None, "loss terms of your own: dotted paths of `EpisodeTerm` classes, separated by commas"),
+    "dfl_side_max": Key(float, 20.0, "maximum DFL of one side of a box", above=True),
+    "dfl_mean_max": Key(float, 15.0, "maximum mean DFL of a batch, four sides summed", above=True),
     "dfl_clamp_mode": Key(str, "hard", "gradient above a clamp: zero, or scaled down", choices=("hard", "rescale")),
     "grad_clip": Key(float, 5.0, "maximum gradient norm of the loss itself, not multiplied by batch size", above=True),
-    "base_replay": Key(str, None, "data.yaml whose train images are mixed into the shots of stage 3, half and half"),
+    "base_replay": Key(str, None, "data.yaml whose train images make half of each batch of stage 3"),
     "blend": Key(
         float,
         None,
-        "part of the trained weights in those that stage 3 ends with, the rest is the start; 0.75, with one shot 0.5",
+        "interpolation weight of the trained weights at the end of stage 3, the rest is the start; 0.75, with one shot 0.5",
         high=1,
     ),
-    "teacher": Key(
-        float, 0.5, "gain of the term of stage 3 by which the start of the run teaches the classes that have no label"
+    "teacher": Key(float, 0.5, "gain of the distillation term of stage 3, for the classes without a label"),
+    "memory": Key(
+        float, 0.5, "gain of the replay term of stage 3, for the same classes on the stored anchors of base images"
     ),
-    "memory": Key(float, 0.5, "gain of the term of stage 3 that rehearses those classes on the memory of base images"),
     "steps": Key(int, None, "optimizer steps of stage 3; 300, or 60 passes over the shots if that is more", 1),
     "nonfinite": Key(
         str, "skip", "a step whose loss or gradient is NaN or Inf: skip it, or raise", choices=("skip", "raise")
     ),
-    "nonfinite_limit": Key(int, 10, "such steps in a row after which training stops", 1),
-    "doctor": Key(int, 50, "batches from one measurement of every term's gradient to the next, 0 for none"),
+    "nonfinite_limit": Key(int, 10, "number of such steps in a row after which training stops", 1),
+    "doctor": Key(int, 50, "measure the gradient of every term once in so many batches, 0 for never"),
 }
 
-# Those that any training uses, of a stock model of any task too; those that all stages use; and those of stage 3.
+# Keys that work in any training, stock models included; keys that all stages use; and keys of stage 3.
 GUARD = ("grad_clip", "nonfinite", "nonfinite_limit")
 EVERY_STAGE = ("nonfinite", "nonfinite_limit", "doctor")
 ADAPTING = ("base_replay", "blend", "teacher", "memory", "steps")
@@ -79,12 +82,12 @@ ENROLL_KEYS: dict[str, Key] = {
 
 ALL_KEYS = {**KEYS, **ENROLL_KEYS}
 
-# Ultralytics' own gains, which it leaves unchecked.
+# Ultralytics' own gains, which Ultralytics does not check.
 STOCK_GAINS = ("box", "cls", "dfl")
 
 
 def used(args: dict[str, Any]) -> list[str]:
-    """Return which of our keys a configuration sets, that is, gives a value other than None.
+    """Return the keys of the table that a configuration sets to a value other than None.
 
     Args:
         args (dict[str, Any]): A configuration or overrides.
@@ -96,13 +99,13 @@ def used(args: dict[str, Any]) -> list[str]:
 
 
 def check(args: dict[str, Any]) -> None:
-    """Check the ranges of our keys and of the gains; types are checked by Ultralytics' `check_cfg`.
+    """Check the ranges of the keys and of Ultralytics' gains; Ultralytics' `check_cfg` checks types.
 
     Args:
         args (dict[str, Any]): A configuration; keys with the value None are skipped.
 
     Raises:
-        ValueError: If a value is out of its range, in the words of Ultralytics' own checks.
+        ValueError: If a value is out of its range.
     """
     for k in STOCK_GAINS:
         if args.get(k) is not None and args[k] < 0:
@@ -134,35 +137,34 @@ def refuse_support(args: dict[str, Any]) -> None:
     for k in ENROLL_KEYS:
         if args.get(k) is not None:
             raise ValueError(
-                f"'{k}={args[k]}' is no setting of training. To add classes from a few examples, train without it and "
-                "use it with predict, track, val or export; to train on them, make them the train split of data=."
+                f"'{k}={args[k]}' is not a training argument. To add classes from a few examples, train without it "
+                "and use it with predict, track, val or export; to train on them, make them the train split of data=."
             )
 
 
 def need_stage(args: dict[str, Any]) -> None:
-    """Refuse keys of a stage where no stage is given, since a key alone never makes an ordinary training another one.
+    """Refuse keys of a stage if no stage is given, since a key alone must not change an ordinary training.
 
     Args:
         args (dict[str, Any]): A configuration or overrides.
 
     Raises:
-        ValueError: If there are such keys; the text names them and the recipe to add.
+        ValueError: If there are such keys.
     """
     keys = [k for k in used(args) if k not in {*GUARD, *EVERY_STAGE}]
     if keys and args.get("stage") is None:
         stage = 3 if set(keys) & set(ADAPTING) else 2
         named = ", ".join(f"'{k}={args[k]}'" for k in keys)
         raise ValueError(
-            f"{named} belongs to stage {stage}, and no stage is given. Add cfg=stage{stage}.yaml, or stage={stage}, or "
+            f"{named} belongs to stage {stage}, and no stage is given. Add cfg=stage{stage}.yaml or stage={stage}, or "
             "leave it out for an ordinary training."
         )
 
 
 def resolve(args: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of our keys that a training run uses.
+    """Return the values of all keys in a training run.
 
-    The stage is the given one, else 1. Keys of the stage that are not given, and those of `EVERY_STAGE`, take the
-    table's default.
+    The stage is the given one, else 1. Keys of the stage and of `EVERY_STAGE` that are not given take the default.
 
     Args:
         args (dict[str, Any]): A configuration that passed `check`.
@@ -182,7 +184,7 @@ def resolve(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def episode_size(args: dict[str, Any]) -> int:
-    """Return the images of an episode, n_way x (k_shot + n_query).
+    """Return the number of images of an episode, n_way x (k_shot + n_query).
 
     Args:
         args (dict[str, Any]): A resolved configuration of stage 2.

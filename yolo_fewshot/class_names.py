@@ -1,4 +1,4 @@
-"""Class names: which class of a model a label index stands for."""
+"""Match the class names of labels to those of a model."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping
 
 from yolo_fewshot.errors import few
 
-UNKNOWN, AMBIGUOUS = -1, -2  # in the place of a class index
+UNKNOWN, AMBIGUOUS = -1, -2  # in place of a class index
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """Return the names that several classes have.
+    """Return the names that belong to several classes.
 
     Args:
         names (Iterable[str]): Class names.
 
     Returns:
-        (list[str]): Each of them once, in the order of the names.
+        (list[str]): Each name once, in order.
     """
     listed = [str(n) for n in names]
     return [n for n in dict.fromkeys(listed) if listed.count(n) > 1]
@@ -25,18 +25,18 @@ def repeated(names: Iterable[str]) -> list[str]:
 def match_classes(names: Mapping[int, str], classes: Mapping[int, str]) -> dict[int, int]:
     """Match label indices to the classes of a model by name.
 
-    A name that several classes have is matched by index, where labels and model have it at the same indices.
+    A repeated name is matched by index, provided that labels and model have it at the same indices.
 
     Args:
         names (Mapping[int, str]): Class names by label index.
         classes (Mapping[int, str]): Class names of the model.
 
     Returns:
-        (dict[int, int]): Of every label index the class, `UNKNOWN`, or `AMBIGUOUS` if several might be meant.
+        (dict[int, int]): Class of every label index, `UNKNOWN`, or `AMBIGUOUS` if there are several candidates.
     """
-    own, known = _indices(names), _indices(classes)
+    labeled, known = _indices(names), _indices(classes)
     index = {}
-    for name, rows in own.items():
+    for name, rows in labeled.items():
         found = known.get(name, [])
         if not found:
             found = [UNKNOWN] * len(rows)
@@ -54,19 +54,19 @@ def _indices(names: Mapping[int, str]) -> dict[str, list[int]]:
     return indices
 
 
-def check_unambiguous(names: Mapping[int, str], index: Mapping[int, int], shown: Iterable[int], source: object) -> None:
-    """Raise an error if a label index that is in use has no class of its own.
+def check_unambiguous(names: Mapping[int, str], index: Mapping[int, int], used: Iterable[int], source: object) -> None:
+    """Raise an error if a label index in use is ambiguous.
 
     Args:
         names (Mapping[int, str]): Class names by label index.
         index (Mapping[int, int]): What `match_classes` returned.
-        shown (Iterable[int]): Label indices that are in use.
-        source (object): Where they are from, for the text.
+        used (Iterable[int]): Label indices in use.
+        source (object): Source of the labels, for the message.
 
     Raises:
         ValueError: If the name of one of them belongs to several classes.
     """
-    unclear = list(dict.fromkeys(str(names[i]) for i in shown if index[i] == AMBIGUOUS))
+    unclear = list(dict.fromkeys(str(names[i]) for i in used if index[i] == AMBIGUOUS))
     if unclear:
         raise ValueError(
             f"Labels of '{source}' cannot be matched by name: several classes of the data or of the model are called "

@@ -1,12 +1,12 @@
-"""Which Ultralytics versions the package was tested with."""
+"""Newest Ultralytics version that the package was tested with, and a warning for newer ones."""
 
 from __future__ import annotations
 
-TESTED = "8.4.190"  # newest Ultralytics version the tests ran on
+TESTED = "8.4.190"
 
 
 def warn_untested() -> None:
-    """Warn, once per process, where Ultralytics is newer than the newest version the plugin was tested with."""
+    """Warn, once per process, if Ultralytics is newer than the newest tested version."""
     import ultralytics
     from ultralytics.utils import LOGGER
 

@@ -1,4 +1,4 @@
-"""Messages that several modules raise."""
+"""Parts of messages that several modules share."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def few(items: list[str], sep: str = ", ", n: int = 5) -> str:
-    """Join the first few of some texts, and say how many more there are.
+    """Join the first texts of a list, and add the number of the others.
 
     Args:
         items (list[str]): Texts.
         sep (str): Separator.
-        n (int): Maximum number to name.
+        n (int): Maximum number of texts to join.
 
     Returns:
         (str): The text.
@@ -21,14 +21,14 @@ def few(items: list[str], sep: str = ", ", n: int = 5) -> str:
 
 
 def no_head(model: Any, what: str) -> str:
-    """Return the text of the error for a model without a few-shot head.
+    """Return the error message for a model without a few-shot head.
 
     Args:
         model (ultralytics.engine.model.Model): The model.
-        what (str): What needs the head.
+        what (str): Feature that needs the head.
 
     Returns:
-        (str): What is wrong and what to do.
+        (str): The problem and its remedy.
     """
     name = model.model_name
     if isinstance(model.model, (str, Path)):

@@ -1,4 +1,4 @@
-"""Files that are never half-written."""
+"""Atomic writes: a file has its old or its new content, never a part."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 
 
 class AtomicPath(type(Path())):
-    """A path whose `write_bytes` replaces the file at once, so that a reader sees the old or the new content."""
+    """A path whose `write_bytes` is atomic: a reader sees the old or the new content."""
 
     def write_bytes(self, data: bytes) -> int:
-        """Write to a temporary file beside this one, then rename it.
+        """Write to a temporary file in the same folder, then rename it.
 
         Args:
             data (bytes): New content.
 
         Returns:
-            (int): Bytes written.
+            (int): Number of bytes written.
 
         Raises:
-            OSError: If the disk is full, for instance; the file keeps its old content.
+            OSError: If writing fails, as on a full disk; the file keeps its old content.
         """
         part = Path(f"{self}.part")
         try:
@@ -41,14 +41,14 @@ class AtomicPath(type(Path())):
 
 
 def save_checkpoint(ckpt: dict[str, Any], file: str | Path) -> None:
-    """Save a checkpoint, replacing the file at once.
+    """Save a checkpoint atomically.
 
     Args:
         ckpt (dict): Checkpoint.
         file (str | Path): File to write.
 
     Raises:
-        OSError: As `AtomicPath.write_bytes`.
+        OSError: If writing fails; the file keeps its old content.
     """
     buffer = BytesIO()
     torch.save(ckpt, buffer)
@@ -56,24 +56,24 @@ def save_checkpoint(ckpt: dict[str, Any], file: str | Path) -> None:
 
 
 class StagedPath(type(Path())):
-    """A path that goes by the name of a file, also in messages, while it reads and writes a copy, `<name>.new`."""
+    """A path that has the name of a file, also in messages, but reads and writes a copy, `<name>.new`."""
 
     def __fspath__(self) -> str:
-        """Return the file that is read and written."""
+        """Return the path of the copy."""
         return f"{self}.new"
 
 
 @contextlib.contextmanager
 def staged(*files: Path) -> Iterator[list[StagedPath]]:
-    """Build new versions of files aside, and replace the files when all is done, the last one first.
+    """Write new versions of files to copies, and replace the files at the end, the last one first.
 
-    A failure, an interruption or a kill leaves the files as they were.
+    After a failure, an interruption or a kill the files are unchanged.
 
     Args:
-        *files (Path): The files; those that do not exist may be made.
+        *files (Path): The files; missing files may be created.
 
     Yields:
-        (list[StagedPath]): Paths to read and write instead, which begin as copies.
+        (list[StagedPath]): Paths to read and write instead, copies of the files at first.
     """
     new = [StagedPath(f) for f in files]
     try:

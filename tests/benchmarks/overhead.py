@@ -57,7 +57,7 @@ def main() -> None:
         times[name].append(time.perf_counter() - start)
 
     for i in range(24):
-        doctor.watch(model, scaler)
+        doctor.begin_batch(model, scaler)
 
         def step() -> None:
             loss = model.loss(batch)[0].sum()

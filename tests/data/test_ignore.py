@@ -19,7 +19,8 @@ from yolo_fewshot.data.episodes import EpisodicDataset
 from yolo_fewshot.data.ignore import MaskedDataset, has_ignored, masked
 from yolo_fewshot.data.shots_and_base import ShotsAndBase
 from yolo_fewshot.nn import criterion
-from yolo_fewshot.nn.criterion import Retained, branch_losses
+from yolo_fewshot.nn import terms as episode_terms
+from yolo_fewshot.nn.criterion import Retention, branch_losses
 from yolo_fewshot.nn.ignore import IGNORED, blank_ignored, outside, without_ignored
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
@@ -320,8 +321,9 @@ def test_blanked_objects_are_padding_to_the_loss_and_ignore_regions_to_the_mask(
     for name, (loss, preds) in zip(FAMILIES, branches(make(FAMILIES[1], 2), batch)):
         found = []
         for x in (kept, blanked):
-            loss.get_assigned_targets_and_loss(preds, x)
-            found.append(loss.assigner.assigned[:4])
+            this = loss.begin(preds, x)
+            loss.terms(this)
+            found.append(this.assignment[:4])
         fg = found[0][3]
         assert fg.any() and torch.equal(found[1][3], fg), name
         assert all(torch.equal(a[fg], b[fg]) for a, b in zip(*found)) and torch.equal(found[0][2], found[1][2])
@@ -418,8 +420,9 @@ def naive_outside(batch, preds):
 
 def assigned(loss, preds):
     """Target scores and foreground of a batch in which nothing is to be ignored."""
-    loss.get_assigned_targets_and_loss(preds, batch_of(False))
-    return loss.assigner.assigned[2], loss.assigner.assigned[3]
+    this = loss.begin(preds, batch_of(False))
+    loss.terms(this)
+    return this.assignment.scores, this.assignment.fg_mask
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0, 0.25]])
@@ -444,9 +447,6 @@ def test_the_class_loss_leaves_background_in_ignore_regions_out(cfg, stage, weig
         loss.masked = False
         unmasked = loss.loss(preds, batch_of(False))[1]
         assert unmasked["cls_loss"] > 1.002 * items["cls_loss"]
-        # Their masks are of no use to the next batch.
-        again = loss.class_weights
-        assert again is None if weights is None else torch.equal(again.flatten(), torch.tensor(weights))
 
 
 @pytest.mark.parametrize("cfg", FAMILIES)
@@ -462,7 +462,7 @@ def test_a_teacher_knows_what_is_in_ignore_regions(cfg):
         known, told = torch.distributions.Bernoulli(logits=scores[~fg][:, silent]), taught["teacher"][i][~fg]
         tea = torch.distributions.kl_divergence(torch.distributions.Bernoulli(told), known).sum()
         none = torch.zeros(0, dtype=torch.long)
-        loss.retained = Retained(i, torch.tensor(silent), torch.zeros(0, 128), none, torch.zeros(0, NC))
+        loss.retention = Retention(i, torch.tensor(silent), torch.zeros(0, 128), none, torch.zeros(0, NC))
         loss.masked = True
         items = loss.loss(preds, taught)[1]
         mass = max(targets.sum().item(), 1)
@@ -508,11 +508,12 @@ def test_the_episode_term_leaves_them_out(cfg, monkeypatch):
     batch, model = batch_of(), make(cfg, 2)
     for loss, preds in branches(model, batch):
         fg, seen = assigned(loss, preds)[1], []
-        original = loss.episode_loss
-        monkeypatch.setattr(loss, "episode_loss", lambda *a, f=original, s=seen: s.append(a) or f(*a))
+        term = loss.episode_terms[0]
+        monkeypatch.setattr(term, "forward", lambda e, f=term.forward, s=seen: s.append(e) or f(e))
         loss.masked = True
         value = loss.loss(preds, batch)[1]["epi_loss"].item()
-        _, query, targets, prototypes, ways, _ = seen[0]
+        prototypes, ways, shown = seen[0].prototypes, seen[0].ways, seen[0].query
+        query, targets = preds["embeds"].transpose(1, 2)[shown], seen[0].assignment.scores[shown]
         counted = (naive_outside(batch, preds) | fg)[2:]
         assert not counted.all() and ways.tolist() == [0, 1, 2]
         level = [i for i, f in enumerate(preds["feats"]) for _ in range(f.shape[2] * f.shape[3])]
@@ -534,14 +535,14 @@ def test_the_background_of_the_proposal_term_leaves_them_out(cfg, monkeypatch):
     for loss, preds in branches(model, batch):
         fg, seen = assigned(loss, preds)[1], []
         monkeypatch.setattr(loss, "project", lambda x: x)
-        monkeypatch.setattr(loss, "supcon_term", lambda *a: torch.tensor(0.0))
-        monkeypatch.setattr(loss, "cpe", lambda *a, s=seen: s.append(a) or a[0].sum() * 0)
+        monkeypatch.setattr(loss.episode_terms[1], "forward", lambda e: torch.tensor(0.0))
+        monkeypatch.setattr(loss.episode_terms[2].loss, "forward", lambda *a, s=seen: s.append(a) or a[0].sum() * 0)
         loss.masked = True
         torch.manual_seed(5)
         loss.loss(preds, batch)
         torch.manual_seed(5)
         free, n = naive_outside(batch, preds), preds["embeds"].shape[2]
-        drawn = torch.randint(B * n, (criterion.CPE_ANCHORS // 4,)).tolist()
+        drawn = torch.randint(B * n, (episode_terms.CPE_ANCHORS // 4,)).tolist()
         background = [i for i in drawn if not fg[i // n, i % n]]
         chosen = [i for i in background if free[i // n, i % n]]
         assert len(background) > len(chosen) > 10

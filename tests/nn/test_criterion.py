@@ -1,4 +1,6 @@
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -8,17 +10,10 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.metrics import bbox_iou
 
 from yolo_fewshot import args as table
-from yolo_fewshot.nn.criterion import (
-    EPISODE_TERMS,
-    RETENTION_TERMS,
-    FewShotLoss,
-    Retained,
-    balanced_sample,
-    branch_losses,
-    gain_key,
-)
+from yolo_fewshot.nn.criterion import RETENTION_TERMS, FewShotLoss, Retention, branch_losses, gain_of
 from yolo_fewshot.nn.losses import SupConLoss, TripletLoss
 from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.nn.terms import EPISODE_TERMS, EpisodeTerm, balanced_sample
 
 pytestmark = pytest.mark.oldest
 
@@ -40,6 +35,17 @@ def make(cfg="yolo11n-fewshot.yaml", **values):
 def preds_of(model, batch):
     preds = model(batch["img"])
     return preds.get("one2many", preds)
+
+
+def run(loss, preds, batch):
+    """A pass of a loss, and its terms."""
+    this = loss.begin(preds, batch)
+    return this, loss.terms(this)
+
+
+def term_of(loss, name):
+    """One of the terms of an episode."""
+    return next(t for t in loss.episode_terms if t.name == name)
 
 
 def test_stage_one_is_ultralytics_own_loss(batch):
@@ -73,21 +79,25 @@ def test_names_are_the_same_with_and_without_an_episode(batch):
     assert all(episode[k] > 0 for k in EPISODE_TERMS) and not any(validation[k] for k in EPISODE_TERMS)
 
 
-class OwnLoss(FewShotLoss):
-    episode_names = (*FewShotLoss.episode_names, "own_loss")
+class OwnTerm(EpisodeTerm):
+    name, gain = "own_loss", 2
 
-    def episode_terms(self, preds, batch, pooled):
-        self.pooled = pooled
-        return [*super().episode_terms(preds, batch, pooled), 2 * pooled.prototypes.square().sum()]
+    def forward(self, episode):
+        self.episode = episode
+        return episode.prototypes.square().sum()
 
 
-def test_a_subclass_adds_a_term(batch):
+def test_a_term_of_ones_own_is_added(batch):
     model = make()
     preds = preds_of(model, batch)
-    ours, own = FewShotLoss(model)(preds, batch), (criterion := OwnLoss(model))(preds, batch)
+    ours = FewShotLoss(model)(preds, batch)
+    model.args.terms = "test_criterion.OwnTerm"
+    own = (criterion := FewShotLoss(model))(preds, batch)
     assert list(own[1]) == [*ours[1], "own_loss"]
     torch.testing.assert_close(own[0][:7], ours[0])
-    objects, y, prototypes, ways, _ = criterion.pooled
+    episode = term_of(criterion, "own_loss").episode
+    objects, y, prototypes, ways = episode[:4]
+    assert episode.query.tolist() == [2, 3, 4, 5] and episode.args is model.args
     assert own[1]["own_loss"].item() == pytest.approx(2 * len(ways), abs=1e-4)  # the prototypes are unit vectors
     assert ways.tolist() == [0, 1, 2] and sorted(y.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
     support = [(0, 0), (2, 0), (1, 1)]  # class and image of the objects in the support images
@@ -102,12 +112,12 @@ def test_a_subclass_adds_a_term(batch):
 def naive_terms(model, preds, batch, criterion):
     """Episode terms written with loops over images, objects, classes and anchors, from one fresh assignment."""
     h, head = model.args, model.model[-1]
-    criterion.get_assigned_targets_and_loss(preds, batch)
-    labels, _, scores, fg, gt_idx = criterion.assigner.assigned
+    assigned = run(criterion, preds, batch)[0].assignment
+    labels, _, scores, fg, gt_idx = assigned[:5]
     e = preds["embeds"].transpose(1, 2)
     objects = []  # (embedding, class, image)
     for b in range(B):
-        for g in range(criterion.assigner.n_max_boxes):
+        for g in range(assigned.n_max):
             anchors = [a for a in range(e.shape[1]) if fg[b, a] and gt_idx[b, a] == g]
             if anchors:
                 pooled = sum(max(float(scores[b, a].sum()), 1e-3) * e[b, a] for a in anchors)
@@ -160,22 +170,14 @@ def test_a_query_is_judged_by_prototypes_of_other_images_only(batch):
     model = make()
     preds = preds_of(model, batch)
     criterion = FewShotLoss(model)
-    criterion.get_assigned_targets_and_loss(preds, batch)
+    this = run(criterion, preds, batch)[0]
     moved = {**preds, "embeds": preds["embeds"].detach().clone()}
     moved["embeds"][2:] += 100 * torch.randn_like(moved["embeds"][2:])  # query embeddings change, prototypes do not
 
-    def prototypes_with(p):
-        seen = {}
-
-        def spy(preds_, query, targets, prototypes, ways, counted):
-            seen["p"] = prototypes
-            return query.sum() * 0
-
-        criterion.episode_loss = spy
-        criterion.episode_terms(p, batch, criterion.pool(p, batch))
-        return seen["p"]
-
-    torch.testing.assert_close(prototypes_with(preds), prototypes_with(moved))
+    prototypes = [criterion.episode(this).prototypes]
+    this.preds = moved
+    prototypes.append(criterion.episode(this).prototypes)
+    torch.testing.assert_close(*prototypes)
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"])
@@ -306,8 +308,8 @@ def test_parts_have_the_values_and_gradients_of_the_terms(batch, cfg, stage):
     model = make(cfg, stage=stage, **({"cpe_iou": 0.0} if stage == 2 else {}))
     for loss, preds in branches(model, batch):
         torch.manual_seed(2)
-        terms = loss.terms(preds, batch)
-        parts = loss.parts(preds, batch)
+        this, terms = run(loss, preds, batch)
+        parts = loss.parts(this)
         assert tuple(parts) == loss.loss_names and len(terms) == len(parts)
         inputs = [preds[k] for k in OUTPUTS if k in preds]
         for term, (name, part) in zip(terms, parts.items()):
@@ -321,8 +323,8 @@ def test_parts_of_a_batch_without_an_episode_are_stock_terms_only(batch):
     model = make()
     plain = {k: v for k, v in batch.items() if k not in {"support", "way"}}
     loss, preds = branches(model, plain)[0]
-    terms = loss.terms(preds, plain)
-    parts = loss.parts(preds, plain)
+    this, terms = run(loss, preds, plain)
+    parts = loss.parts(this)
     assert tuple(parts) == ("box_loss", "cls_loss", "dfl_loss") and not terms[3:].any()
     assert torch.equal(torch.stack(list(parts.values())), terms[:3])
 
@@ -333,11 +335,11 @@ BAD = {
     "dfl_loss": lambda m, loss, bad: m.setattr(
         loss.clamped_dfl, "per_anchor", lambda dist, target: bad(dist).expand(len(target), 1)
     ),
-    "epi_loss": lambda m, loss, bad: m.setattr(loss, "episode_loss", lambda _, query, *a: bad(query)),
-    "sup_loss": lambda m, loss, bad: m.setattr(loss, "supcon", lambda z, _: bad(z)),
-    "cpe_loss": lambda m, loss, bad: m.setattr(loss, "cpe", lambda z, *_: bad(z)),
-    "tri_loss": lambda m, loss, bad: m.setattr(loss, "triplet", lambda z, *_: bad(z)),
-}
+    **{t: lambda m, loss, bad, t=t: m.setattr(term_of(loss, t), "forward", lambda e: bad(e.objects)) for t in (
+        "sup_loss", "tri_loss")},
+    **{t: lambda m, loss, bad, t=t: m.setattr(term_of(loss, t), "forward", lambda e: bad(e.preds["embeds"])) for t in (
+        "epi_loss", "cpe_loss")},
+}  # fmt: skip
 
 
 def _bad_box(bad):
@@ -355,8 +357,8 @@ def test_a_nan_gradient_of_one_part_does_not_leak_into_the_others(batch, monkeyp
     model = make(cpe_iou=0.0)
     loss, preds = branches(model, batch)[0]
     BAD[term](monkeypatch, loss, lambda x: (x.sum() * 0).sqrt())  # a value of zero with a NaN gradient
-    terms = loss.terms(preds, batch)
-    parts = loss.parts(preds, batch)
+    this, terms = run(loss, preds, batch)
+    parts = loss.parts(this)
     assert torch.isfinite(terms).all()
     inputs = [preds[k] for k in OUTPUTS]
     nan = [k for k, part in parts.items() if any(g.isnan().any() for g in gradients(part, inputs))]
@@ -368,8 +370,7 @@ def test_the_gains_are_in_the_parts(batch):
         model = make(cpe_iou=0.0, **values)
         loss, preds = branches(model, batch)[0]
         torch.manual_seed(1)
-        loss.terms(preds, batch)
-        return loss.parts(preds, batch)
+        return loss.parts(run(loss, preds, batch)[0])
 
     gains = {"box": 7.5, "cls": 0.5, "dfl": 0.15, "supcon": 1.2, "cpe": 0.6, "triplet": 0.3}
     one, three = parts(**gains), parts(**{k: 3 * v for k, v in gains.items()})
@@ -377,15 +378,33 @@ def test_the_gains_are_in_the_parts(batch):
         torch.testing.assert_close(three[k], 3 * v)
 
 
-def test_a_loss_calls_its_watch_when_the_terms_are_known_and_keeps_nothing(batch):
+def test_a_loss_calls_its_observers_once_when_the_terms_are_known_and_keeps_nothing(batch):
     model = make()
     loss, preds = branches(model, batch)[0]
-    seen = []
-    loss.watch = lambda *args: seen.append((*args, loss.parts(preds, batch)))
+    seen, passes = [], []
+    loss.observers.append(lambda *args: seen.append((*args, loss.parts(args[1]))))
+    loss.observers.append(lambda _, this: passes.append(weakref.ref(this)))
     items = loss(preds, batch)[1]
-    assert len(seen) == 1 and seen[0][0] is loss and seen[0][1] is preds and seen[0][2] is batch
-    assert all(torch.equal(items[k], v) for k, v in seen[0][3].items())
-    assert loss.assigner.assigned is loss.bbox_loss.last is loss._added is None
+    assert len(seen) == len(passes) == 1 and loss.observers == []
+    assert seen[0][0] is loss and seen[0][1].preds is preds and seen[0][1].batch is batch
+    assert all(torch.equal(items[k], v) for k, v in seen[0][2].items())
+    seen.clear()
+    gc.collect()
+    assert passes[0]() is None
+    loss(preds, batch)
+    assert len(seen) == 0 and len(passes) == 1
+
+
+def test_a_loss_that_fails_leaves_nothing_behind(batch, monkeypatch):
+    model = make()
+    loss, preds = branches(model, batch)[0]
+    expected = loss(preds, batch)[1]
+    with monkeypatch.context() as m:
+        m.setattr(loss, "bbox_decode", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            loss(preds, {**batch, **NO_OBJECTS})
+    assert loss.assigner.current is loss.bce.current is loss.bbox_loss.current is None
+    assert torch.equal(loss(preds, batch)[1]["cls_loss"], expected["cls_loss"])
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
@@ -397,15 +416,18 @@ def test_the_box_loss_keeps_what_ultralytics_own_returns(batch, cfg):
         forward = stock.bbox_loss.forward
         stock.bbox_loss.forward = lambda *a, f=forward, kept=kept: kept.append(f(*a)) or kept[-1]
         stock(preds, batch)
-        terms = loss.terms(preds, batch)
-        assert torch.equal(torch.stack(loss.bbox_loss.last), torch.stack(kept[0]))
+        this, terms = run(loss, preds, batch)
+        assert torch.equal(this.box, kept[0][0]) and torch.equal(this.dfl, kept[0][1])
         torch.testing.assert_close(terms[[0, 2]], torch.stack(kept[0]) * torch.tensor([7.5, 0.15]))
 
 
 def test_keys_of_the_gains_of_all_terms():
-    names = ("box", "cls", "dfl", "l1", "epi", "sup", "cpe", "tri")
-    assert [gain_key(n) for n in names] == ["box", "cls", "dfl", "dfl", "cls", "supcon", "cpe", "triplet"]
-    assert [gain_key(f"{n}_loss") for n in names] == [gain_key(n) for n in names]
+    names, args = ("box", "cls", "dfl", "l1", "epi", "sup", "cpe", "tri"), run_args(terms="test_criterion.OwnTerm")
+    keys = ["box", "cls", "dfl", "dfl", "cls", "supcon", "cpe", "triplet"]
+    assert [gain_of(n, args) for n in names] == [(k, getattr(args, k)) for k in keys]
+    assert [gain_of(f"{n}_loss", args) for n in names] == [gain_of(n, args) for n in names]
+    assert gain_of("own", args) == gain_of("own_loss", args) == (None, 2)
+    assert gain_of("steps", args) == (None, None)  # a key, but no term
 
 
 def test_the_losses_of_the_branches_are_those_that_the_model_uses(batch):
@@ -422,15 +444,15 @@ def test_the_losses_of_the_branches_are_those_that_the_model_uses(batch):
 
 def assigned_of(loss, preds, batch):
     """What the assignment of a batch is, with the level of every anchor and its center in pixels."""
-    loss.terms(preds, batch)
-    labels, boxes, scores, fg, gt_idx = loss.assigner.assigned
+    this, _ = run(loss, preds, batch)
+    labels, boxes, scores, fg, gt_idx = this.assignment[:5]
     level, center = [], []
     for i, f in enumerate(preds["feats"]):
         for y in range(f.shape[2]):
             for x in range(f.shape[3]):
                 level.append(i)
                 center.append([(x + 0.5) * 8 * 2**i, (y + 0.5) * 8 * 2**i])
-    return labels, boxes, scores, fg, gt_idx, torch.tensor(level), torch.tensor(center)
+    return this, labels, boxes, scores, fg, gt_idx, torch.tensor(level), torch.tensor(center)
 
 
 def objects_of(fg, gt_idx, labels):
@@ -465,10 +487,10 @@ def test_chance_levels_are_what_closed_forms_say(batch, wide, frozen):
     if frozen:
         model.model[-1].freeze_prototypes(list(range(NC)))
     loss, preds = branches(model, batch)[0]
-    labels, boxes, scores, fg, gt_idx, level, center = assigned_of(loss, preds, batch)
+    this, labels, boxes, scores, fg, gt_idx, level, center = assigned_of(loss, preds, batch)
     assert scores.sum() > 1 and fg.sum() <= 512
     torch.manual_seed(3)
-    chance = dict(zip(loss.loss_names, loss.chance(preds, batch).tolist()))
+    chance = dict(zip(loss.loss_names, loss.chance(this).tolist()))
 
     assert chance["dfl_loss"] == pytest.approx(0.15 * 4 * math.log(16), rel=1e-5)
     assert chance["tri_loss"] == pytest.approx(0.3 * 0.3, rel=1e-5)
@@ -501,8 +523,8 @@ def test_chance_levels_are_what_closed_forms_say(batch, wide, frozen):
 def test_chance_levels_without_dfl(batch):
     model = trained(cfg="yolo26n-fewshot.yaml")
     for loss, preds in branches(model, batch):
-        _, boxes, scores, fg, _, level, center = assigned_of(loss, preds, batch)
-        chance = dict(zip(loss.loss_names, loss.chance(preds, batch).tolist()))
+        this, _, boxes, scores, fg, _, level, center = assigned_of(loss, preds, batch)
+        chance = dict(zip(loss.loss_names, loss.chance(this).tolist()))
         box = l1 = 0
         for b, a in fg.nonzero().tolist():
             stride, weight = 8 * 2 ** int(level[a]), float(scores[b, a].sum())
@@ -516,14 +538,13 @@ def test_chance_levels_without_dfl(batch):
 
 def test_the_chance_level_of_a_soft_triplet_is_ln_two(batch):
     loss, preds = branches(trained(triplet_soft=True), batch)[0]
-    loss.terms(preds, batch)
-    assert float(loss.chance(preds, batch)[-1]) == pytest.approx(0.3 * math.log(2), rel=1e-5)
+    this, _ = run(loss, preds, batch)
+    assert float(loss.chance(this)[-1]) == pytest.approx(0.3 * math.log(2), rel=1e-5)
 
 
 def test_chance_levels_of_stage_one(batch):
     loss, preds = branches(make(stage=1), batch)[0]
-    loss.terms(preds, batch)
-    chance = loss.chance(preds, batch)
+    chance = loss.chance(run(loss, preds, batch)[0])
     assert len(chance) == 3 and float(chance[2]) == pytest.approx(0.15 * math.log(16), rel=1e-5)  # mean of four sides
 
 
@@ -534,36 +555,37 @@ def test_an_untrained_head_is_at_chance(batch):
             box[-1].weight.zero_()
         model.model[-1].prototypes.logit_scale.zero_()
     loss, preds = branches(model, batch)[0]
-    terms = loss.terms(preds, batch)
+    this, terms = run(loss, preds, batch)
     assert (terms[:4] > 0).all()
-    torch.testing.assert_close(loss.chance(preds, batch)[:4], terms[:4].detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.chance(this)[:4], terms[:4].detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_chance_levels_depend_on_the_assignment_alone(batch):
     loss, preds = branches(trained(cpe_iou=0.0), batch)[0]
-    loss.terms(preds, batch)
+    this, _ = run(loss, preds, batch)
     torch.manual_seed(4)
-    chance = loss.chance(preds, batch)
+    chance = loss.chance(this)
     other = {k: torch.randn_like(preds[k]) * 9 for k in OUTPUTS} | {"logit_bias": torch.tensor([4.0, -4.0, 1.0])}
     torch.manual_seed(4)
-    assert torch.equal(loss.chance({**preds, **other}, batch), chance) and torch.isfinite(chance).all()
-    assert not chance.requires_grad and not loss.assigner.replay
+    this.preds = {**preds, **other}
+    assert torch.equal(loss.chance(this), chance) and torch.isfinite(chance).all()
+    assert not chance.requires_grad
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
 def test_measuring_leaves_random_state_and_counts_alone(batch, cfg):
     model = make(cfg, dfl_side_max=0.5, dfl_mean_max=0.5)  # below ln 16: all is clamped
     for loss, preds in branches(model, batch):
-        loss.terms(preds, batch)
+        this, _ = run(loss, preds, batch)
         dfl = loss.clamped_dfl
         counts = [int(dfl.side_clamped), int(dfl.mean_clamped)] if dfl else []
         assert all(counts)
         random = torch.get_rng_state()
-        loss.parts(preds, batch)
-        loss.chance(preds, batch)
+        loss.parts(this)
+        loss.chance(this)
         assert torch.equal(torch.get_rng_state(), random)
         assert counts == ([int(dfl.side_clamped), int(dfl.mean_clamped)] if dfl else [])
-        with pytest.raises(KeyError), loss.aside():
+        with pytest.raises(KeyError), loss.without_side_effects():
             torch.rand(1)
             raise KeyError
         assert torch.equal(torch.get_rng_state(), random)
@@ -573,9 +595,9 @@ def test_measuring_leaves_random_state_and_counts_alone(batch, cfg):
 def test_parts_and_chance_of_a_batch_without_objects(batch, cfg):
     empty = {**batch, **NO_OBJECTS}
     for loss, preds in branches(make(cfg), empty):
-        terms = loss.terms(preds, empty)
-        assert torch.equal(torch.stack(list(loss.parts(preds, empty).values())), terms)
-        chance = loss.chance(preds, empty)
+        this, terms = run(loss, preds, empty)
+        assert torch.equal(torch.stack(list(loss.parts(this).values())), terms)
+        chance = loss.chance(this)
         assert chance[1] > 0 and not chance[[0, *range(2, 7)]].any()
 
 
@@ -612,11 +634,11 @@ def check_extremes(batch, cfg, fills, objects):
     batch = batch if objects else {**batch, **NO_OBJECTS}
     loss, preds = FewShotLoss(model), extreme(model, fills)
     with torch.autocast("cpu", dtype=torch.float16):
-        terms = loss.terms(preds, batch)
+        this, terms = run(loss, preds, batch)
         if objects and "+" in fills[:2]:
-            assert loss.assigner.assigned[3].any()
-        parts = loss.parts(preds, batch)
-        chance = loss.chance(preds, batch)
+            assert this.assignment.fg_mask.any()
+        parts = loss.parts(this)
+        chance = loss.chance(this)
     assert torch.isfinite(terms).all() and torch.isfinite(chance).all()
     assert terms.dtype == torch.float32
     inputs = [preds[k] for k in OUTPUTS] + [p for p in model.model[-1].parameters() if p.requires_grad]
@@ -642,7 +664,7 @@ def test_stage_three_is_ultralytics_own_loss_if_every_class_has_labels(batch):
     ours, theirs = FewShotLoss(model)(preds, batch), v8DetectionLoss(model)(preds, batch)
     assert torch.equal(ours[0][:3], theirs[0]) and not ours[0][3:].any()
     assert tuple(ours[1]) == ("box_loss", "cls_loss", "dfl_loss", *RETENTION_TERMS)
-    assert [gain_key(k) for k in RETENTION_TERMS] == ["teacher", "memory"]
+    assert [gain_of(k, model.args) for k in RETENTION_TERMS] == [("teacher", 0.5), ("memory", 0.5)]
 
 
 def retaining(batch, cfg="yolo11n-fewshot.yaml", silent=(4, 1), **values):
@@ -655,7 +677,7 @@ def retaining(batch, cfg="yolo11n-fewshot.yaml", silent=(4, 1), **values):
             bank.offset.copy_(torch.randn(NC, generator=g))
         level, targets = torch.tensor([0, 2, 1, 1]), torch.rand(4, NC, generator=g)
         embeds = torch.randn(4, model.model[-1].embed, generator=g)
-        loss.retained = Retained(i, torch.tensor(silent), embeds, level, targets)
+        loss.retention = Retention(i, torch.tensor(silent), embeds, level, targets)
         teacher.append(torch.rand(*preds["scores"].transpose(1, 2).shape[:2], len(silent), generator=g))
     found = branches(model, batch)  # anew, with those gains and offsets
     return model, found, {**batch, "teacher": teacher}
@@ -665,8 +687,7 @@ def retaining(batch, cfg="yolo11n-fewshot.yaml", silent=(4, 1), **values):
 def test_the_terms_that_retain_classes_equal_loops(batch, cfg):
     model, found, taught = retaining(batch, cfg, teacher=0.7, memory=0.3)
     for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].banks)):
-        loss.get_assigned_targets_and_loss(preds, batch)
-        _, _, scores, fg, _ = loss.assigner.assigned
+        _, _, scores, fg, _ = run(loss, preds, batch)[0].assignment[:5]
         x, cls, tea = preds["scores"].detach().double(), 0.0, 0.0
         for b in range(B):
             for a in range(x.shape[2]):
@@ -677,7 +698,7 @@ def test_the_terms_that_retain_classes_equal_loops(batch, cfg):
                     else:
                         cls += float(F.binary_cross_entropy_with_logits(x[b, c, a], scores[b, a, c].double()))
         mass = max(float(scores.sum()), 1)
-        _, _, embeds, level, targets = loss.retained
+        _, _, embeds, level, targets = loss.retention
         mem = 0.0
         for m in range(4):
             for c in range(NC):
@@ -704,8 +725,7 @@ def test_a_student_that_agrees_with_its_teacher_is_left_alone(batch):
     taught["teacher"] = [preds["scores"][:, [4, 1]].transpose(1, 2).detach().sigmoid()]
     terms = loss.loss(preds, taught)[0]
     (grad,) = torch.autograd.grad(terms.sum(), preds["scores"])
-    loss.get_assigned_targets_and_loss(preds, batch)
-    background = ~loss.assigner.assigned[3]
+    background = ~run(loss, preds, batch)[0].assignment.fg_mask
     assert abs(float(terms[3].detach())) < 1e-4 and background.any()
     assert grad[:, [4, 1]].transpose(1, 2)[background].abs().max() < 1e-6
     rest = grad[:, [0, 2, 3, 5]].transpose(1, 2)
@@ -717,7 +737,7 @@ def test_without_a_teacher_old_classes_are_background_and_only_rehearsed(batch):
     plain = loss.loss(preds, batch)[1]
     assert plain["tea_loss"].abs() < 1e-4 and plain["mem_loss"] > 0
     assert plain["cls_loss"] > loss.loss(preds, taught)[1]["cls_loss"]
-    loss.retained = None
+    loss.retention = None
     items = loss.loss(preds, taught)[1]
     assert torch.equal(items["cls_loss"], plain["cls_loss"]) and not items["tea_loss"] and not items["mem_loss"]
 
@@ -726,12 +746,12 @@ def test_parts_and_chance_of_stage_three(batch):
     _, found, taught = retaining(batch)
     seen = []
     for loss, preds in found:
-        loss.watch = lambda loss, preds, batch: seen.extend([loss.parts(preds, batch), loss.chance(preds, batch)])
+        loss.observers.append(lambda loss, this: seen.extend([loss.parts(this), loss.chance(this)]))
         items = loss.loss(preds, taught)[1]
         parts, chance = seen
         torch.testing.assert_close({k: v.detach() for k, v in parts.items()}, items)
         assert all(p.requires_grad for p in parts.values())
-        level, targets = loss.retained[3:]
+        level, targets = loss.retention[3:]
         z = torch.tensor([math.log(5 / NC / (640 / (8 * 2 ** int(i))) ** 2) for i in level])[:, None]
         bce = F.binary_cross_entropy_with_logits(z.expand(4, NC), targets, reduction="sum")
         entropy = torch.distributions.Bernoulli(targets).entropy().sum()

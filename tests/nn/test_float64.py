@@ -60,10 +60,10 @@ def test_training(device, batch, cfg, stage):
     if stage == 3:
         start, silent = deepcopy(model), torch.tensor([4, 5], device=DEVICE)
         for loss, retained in zip(branch_losses(model), retain(start, silent)):
-            loss.retained = retained
+            loss.retention = retained
         batch["teacher"] = Teacher(start, silent)(batch["img"])
     guard = Guard(model)
-    doctor.watch(model, OFF)
+    doctor.begin_batch(model, OFF)
     loss = model(batch)[0].sum()
     loss.backward()
     assert guard.clip(10.0, 1.0, loss)

@@ -456,7 +456,7 @@ def test_cpe_rows_that_do_not_count_are_as_if_left_out(reweight):
     assert torch.equal(run(loss, x, y, u, torch.ones_like(counted))[0], run(loss, x, y, u)[0])
     nothing = run(loss, x, y, u, torch.zeros_like(counted))
     assert nothing[0] == 0 and not nothing[1].any()
-    with pytest.raises(ValueError, match="counted must have shape"):
+    with pytest.raises(ValueError, match="mask must have shape"):
         loss(x, y, u, counted[1:])
 
 

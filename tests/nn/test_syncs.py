@@ -10,7 +10,7 @@ from copy import deepcopy
 import pytest
 import torch
 from standin import DEVICE, Device, to_device
-from test_criterion import OwnLoss, make
+from test_criterion import make, term_of
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 
 from yolo_fewshot.nn.criterion import branch_losses
@@ -44,17 +44,15 @@ def with_ignored(batch):
     return {**batch, "batch_idx": rows[:, 0], "cls": rows[:, 1:2], "bboxes": rows[:, 2:]}
 
 
-def prepare(cfg, stage, batch, masked=False, loss_class=None):
+def prepare(cfg, stage, batch, masked=False, **values):
     """A model in training and its batch, both still on the CPU."""
-    model = make(cfg, stage=stage)
-    if loss_class:
-        model.loss_class = loss_class
+    model = make(cfg, stage=stage, **values)
     if stage == 3:
         start = deepcopy(model)
         rows = torch.randn(8, start.model[-1].embed), torch.arange(8) % 3, torch.arange(8) % 6
         start.memory = [rows for _ in start.model[-1].branches]
         for loss, retained in zip(branch_losses(model), retain(start, SILENT)):
-            loss.retained = retained
+            loss.retention = retained
         batch = {**batch, "teacher": Teacher(start, SILENT)(batch["img"])}
     for loss in branch_losses(model):
         loss.masked = masked
@@ -63,11 +61,11 @@ def prepare(cfg, stage, batch, masked=False, loss_class=None):
 
 def there(model, batch):
     """Both of them on the device."""
-    retained = [x.retained for x in branch_losses(model)]
+    retained = [x.retention for x in branch_losses(model)]
     masked = branch_losses(model)[0].masked
     model.criterion = None
     for loss, x in zip(branch_losses(to_device(model)), retained):
-        loss.retained, loss.masked = x and type(x)(x.branch, *to_device(x[1:])), masked
+        loss.retention, loss.masked = x and type(x)(x.branch, *to_device(x[1:])), masked
     return model, to_device(batch)
 
 
@@ -148,11 +146,11 @@ def test_a_batch_that_does_not_tell_its_query_images_costs_a_wait(device, batch)
 
 @pytest.mark.parametrize("cfg", FAMILIES)
 def test_a_term_of_ones_own_sees_rows_without_padding_and_without_a_wait(device, batch, cfg):
-    model, shown = there(*prepare(cfg, 2, with_ignored(batch), True, OwnLoss))
+    model, shown = there(*prepare(cfg, 2, with_ignored(batch), True, terms="test_criterion.OwnTerm"))
     plain, _ = there(*prepare(cfg, 2, batch, True))
     own = waits(device, model.criterion, model, shown)
     assert own == waits(device, plain.criterion, plain, shown)
-    pooled = branch_losses(model)[0].pooled
+    pooled = term_of(branch_losses(model)[0], "own_loss").episode
     assert pooled.ways.tolist() == [0, 1, 2] and len(pooled.prototypes) == 3
     assert pooled.y.tolist() == batch["cls"].flatten().tolist() and len(pooled.objects) == len(batch["cls"])
     assert pooled.objects.norm(dim=1).tolist() == pytest.approx([1.0] * len(pooled.y))

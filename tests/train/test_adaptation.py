@@ -245,7 +245,7 @@ def test_the_start_of_a_run_teaches_the_classes_that_the_shots_do_not_show(retai
             expected = begun(batch["img"])[1]["scores"][:, silent].sigmoid().transpose(1, 2)
         (scores,) = batch["teacher"]
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
-    assert all(x.retained.silent.tolist() == silent for r in runs.values() for x in branch_losses(r.model))
+    assert all(x.retention.unlabeled.tolist() == silent for r in runs.values() for x in branch_losses(r.model))
     tea = [[r["train/tea_loss"] for r in v._results()] for v in runs.values()]
     assert not any(tea[0] + tea[2]) and all(tea[1])
 
@@ -272,8 +272,8 @@ def test_labeled_classes_need_no_teacher(site, start):
     shown = {int(c) for x in trainer.train_loader.dataset.labels for c in x["cls"].flat}
     silent = [i for i in range(32) if i not in shown]
     for loss in branch_losses(trainer.model):
-        assert (loss.retained is None) == (not silent)
-        assert not silent or loss.retained.silent.tolist() == silent
+        assert (loss.retention is None) == (not silent)
+        assert not silent or loss.retention.unlabeled.tolist() == silent
 
 
 def test_labels_of_validation_images_are_those_of_the_model(adapted, site):

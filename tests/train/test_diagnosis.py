@@ -3,9 +3,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_criterion import B, make
+from test_criterion import B, make, term_of
 
-from yolo_fewshot.nn.criterion import EPISODE_TERMS, branch_losses
+from yolo_fewshot.nn.criterion import branch_losses
+from yolo_fewshot.nn.terms import EPISODE_TERMS
 from yolo_fewshot.train.diagnosis import Diagnosis, describe_batch, describe_gradients, diagnose
 
 NAN, INF = float("nan"), float("inf")
@@ -91,11 +92,8 @@ def spoil(loss, term, monkeypatch, spoilt):
         monkeypatch.setattr(loss, "bce", lambda scores, targets: spoilt(scores))
     elif term == "dfl_loss":
         monkeypatch.setattr(loss.clamped_dfl, "per_anchor", lambda dist, target: spoilt(dist).expand(len(target), 1))
-    elif term == "epi_loss":
-        monkeypatch.setattr(loss, "episode_loss", lambda preds, query, *_: spoilt(query))
     else:
-        name = {"sup_loss": "supcon", "cpe_loss": "cpe", "tri_loss": "triplet"}[term]
-        monkeypatch.setattr(loss, name, lambda z, *_: spoilt(z))
+        monkeypatch.setattr(term_of(loss, term), "forward", lambda episode: spoilt(episode.preds["embeds"]))
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -207,7 +205,7 @@ def test_without_memory_to_run_the_batch_again_nothing_is_certain(model, batch, 
 
     monkeypatch.setattr(model, "loss", loss)
     found = ask(model, batch, float16=True, scaled=True)
-    assert not found.certain and not found.overflow and "no memory" in found.cause and found.terms == []
+    assert not found.certain and not found.overflow and "not enough memory" in found.cause and found.terms == []
     batch["img"][1] = NAN
     found = ask(model, batch, float16=True, scaled=True)  # this is seen without running it again
     assert found.certain and found.cause == "pixels of 1.png are not finite"
@@ -218,7 +216,7 @@ def state_of(model):
     hooks = {k: (list(m._forward_hooks), list(m._forward_pre_hooks)) for k, m in model.named_modules()}
     losses = branch_losses(model)
     counts = [(int(x.clamped_dfl.side_clamped), int(x.clamped_dfl.mean_clamped)) for x in losses if x.clamped_dfl]
-    return grads, hooks, counts, [x.watch for x in losses], [x.assigner.replay for x in losses]
+    return grads, hooks, counts, [list(x.observers) for x in losses], [x.assigner.current for x in losses]
 
 
 @pytest.mark.parametrize("outcome", ["finite", "not finite", "no memory", "another error"])
@@ -228,14 +226,14 @@ def test_a_diagnosis_leaves_no_trace(batch, monkeypatch, outcome):
     model.model[3].conv.weight.grad[0, 0] = NAN
     model.model[0].conv.weight.grad = None
     loss = branch_losses(model)[0]
-    loss.watch = watch = lambda *_: None
+    loss.observers.append(watch := lambda *_: None)
     if outcome == "not finite":
         batch["img"][0] = NAN
     elif outcome != "finite":
         text = "out of memory" if outcome == "no memory" else "a bug"
-        monkeypatch.setattr(loss, "triplet", lambda *_: (_ for _ in ()).throw(RuntimeError(text)))
-    grads, hooks, counts, watches, replays = state_of(model)
-    assert counts[0][0] > 0 and watches == [watch] and replays == [False]
+        monkeypatch.setattr(term_of(loss, "tri_loss"), "forward", lambda *_: (_ for _ in ()).throw(RuntimeError(text)))
+    grads, hooks, counts, watches, passes = state_of(model)
+    assert counts[0][0] > 0 and watches == [[watch]] and passes == [None]
     random = torch.get_rng_state()
     if outcome == "another error":
         with pytest.raises(RuntimeError, match="a bug"):
@@ -246,7 +244,7 @@ def test_a_diagnosis_leaves_no_trace(batch, monkeypatch, outcome):
     after = state_of(model)
     assert after[0].keys() == grads.keys() and "model.0.conv.weight" not in grads
     assert all(torch.equal(g.view(torch.int32), grads[k].view(torch.int32)) for k, g in after[0].items())
-    assert after[1:] == (hooks, counts, watches, replays)
+    assert after[1:] == (hooks, counts, watches, passes)
 
 
 def test_the_first_gradient_that_is_not_finite_is_described_with_its_figures(model):

@@ -25,7 +25,7 @@ def scaler(scale):
 def step(model, batch, doctor=None, seed=1, scaler=OFF):
     torch.manual_seed(seed)
     if doctor is not None:
-        doctor.watch(model, scaler)
+        doctor.begin_batch(model, scaler)
     return model(batch)
 
 
@@ -80,16 +80,16 @@ def test_chance_levels_are_those_of_the_branch_whose_terms_are_logged(batch, cfg
     model = make(cfg, cpe_iou=0.0)
     doctor = LossDoctor(1)
     torch.manual_seed(1)
-    doctor.watch(model, OFF)
+    doctor.begin_batch(model, OFF)
     preds = model(batch["img"])
     loss, preds = branch_losses(model)[-1], preds.get("one2one", preds)
     keep = []
-    loss.watch, measure = lambda *args: keep.append(torch.get_rng_state()) or measure(*args), loss.watch
+    loss.observers.insert(0, lambda *_: keep.append(torch.get_rng_state()))
     model.criterion(model(batch["img"]), batch)
-    loss.watch = None
-    loss.terms(preds, batch)
+    this = loss.begin(preds, batch)
+    loss.terms(this)
     torch.set_rng_state(keep[0])
-    expected = loss.chance(preds, batch)
+    expected = loss.chance(this)
     torch.testing.assert_close(doctor.chance[0], expected)
     assert [doctor.columns()[f"chance/{t}"] for t in doctor.terms] == pytest.approx(expected.tolist(), rel=1e-4)
 
@@ -105,7 +105,7 @@ def test_the_first_batch_of_an_epoch_and_every_so_many_later_are_measured(batch,
             step(model, batch, doctor)
             after = len(doctor.norms), len(doctor.chance)
             measured += [i] if after == (before[0] + 1, before[1] + 1) else []
-            assert after[0] == after[1] and all(x.watch is None for x in branch_losses(model))
+            assert after[0] == after[1] and all(x.observers == [] for x in branch_losses(model))
             assert hooks_of(model) == []
         assert measured == list(range(0, 5, every))
 
@@ -164,7 +164,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without_measurements(batch, c
         torch.manual_seed(3)
         for _ in range(2):  # the second batch has the random state that the first one leaves
             if who:
-                who.watch(model, OFF)
+                who.begin_batch(model, OFF)
             model.zero_grad()
             loss, items = model(batch)
             loss.sum().backward()
@@ -187,13 +187,14 @@ def test_terms_in_float32_are_measured_in_float32_under_amp(batch):
     loss = branch_losses(model)[0]
     with torch.autocast("cpu", dtype=torch.float16):
         preds = model(small["img"])
-        loss.terms(preds, small)
-        part = loss.parts(preds, small)["sup_loss"]
+        this = loss.begin(preds, small)
+        loss.terms(this)
+        part = loss.parts(this)["sup_loss"]
     grads = torch.autograd.grad(part * 65536.0, preds["feats"])
     expected = torch.nn.utils.get_total_norm([g.float() / 65536 for g in grads]).item()
     assert math.isfinite(expected)
     doctor = LossDoctor(1)
-    doctor.watch(model, scaler(65536.0))
+    doctor.begin_batch(model, scaler(65536.0))
     with torch.autocast("cpu", dtype=torch.float16):
         model(small)
     assert doctor.norms[0][4].item() == pytest.approx(expected, rel=1e-2)
@@ -211,7 +212,7 @@ def test_a_batch_that_failed_before_its_loss_is_measured_when_it_is_tried_again(
     doctor.reset()
     step(model, batch, doctor)
     assert len(doctor.norms) == len(doctor.chance) == 1
-    assert hooks_of(model) == [] and all(x.watch is None for x in branch_losses(model))
+    assert hooks_of(model) == [] and all(x.observers == [] for x in branch_losses(model))
 
 
 def measured(norms, chance, terms=("box", "cls")):
@@ -271,7 +272,7 @@ def test_nothing_measured_nothing_said():
 
 def test_a_run_without_trouble():
     assert told(row(), row()) == (
-        "Gradient at the neck by term: box 40%, epi 35%, sup 25%. No term sits at chance. Of 200 steps 0 were clipped, "
+        "Gradient at the neck by term: box 40%, epi 35%, sup 25%. No term is at chance. Of 200 steps 0 were clipped, "
         "0 skipped for an overflow of AMP and 0 because something was not finite."
     )
 
@@ -294,11 +295,11 @@ def test_a_term_with_more_than_half_of_the_gradient_dominates(shares, words):
 
 def test_a_term_at_its_chance_level_is_named_with_a_remedy():
     text = told(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.9, 2.5)))
-    assert "box sits" not in text and "No term sits at chance" not in text
-    assert f"epi sits at chance (1.9, chance 2): {REMEDIES['epi']}." in text
-    assert f"sup sits at chance (2.5, chance 2): {REMEDIES['sup']}." in text
-    assert "No term sits at chance." in told(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.89, 1.89)))
-    assert "No term sits at chance." in told(row(values=(0.0, 1.0, 1.0), chance=(0.0, 2.0, 2.0)))  # off or not measured
+    assert "box is at" not in text and "No term is at chance" not in text
+    assert f"epi is at chance (1.9, chance 2): {REMEDIES['epi']}." in text
+    assert f"sup is at chance (2.5, chance 2): {REMEDIES['sup']}." in text
+    assert "No term is at chance." in told(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.89, 1.89)))
+    assert "No term is at chance." in told(row(values=(0.0, 1.0, 1.0), chance=(0.0, 2.0, 2.0)))  # off or not measured
 
 
 def test_every_term_has_a_remedy_and_a_key():
@@ -306,15 +307,16 @@ def test_every_term_has_a_remedy_and_a_key():
     for term in (*NAMES, "l1", "tea", "mem"):
         only = {f"share/{term}": 1.0, f"chance/{term}": 1.0, f"train/{term}_loss": 1.0}
         text = report([{**row(), **only}], args)
-        assert f"{term} dominates" in text and f"{term} sits at chance (1, chance 1): {REMEDIES[term]}." in text
+        assert f"{term} dominates" in text and f"{term} is at chance (1, chance 1): {REMEDIES[term]}." in text
 
 
 def test_steps_are_summed_over_the_epochs():
     text = told(row(steps=50, clipped=3, overflows=1, skipped=2), row(steps=50, clipped=4, overflows=1))
     assert (
-        "Of 100 steps 7 were clipped, 2 skipped for an overflow of AMP and 2 because something was not finite." in text
+        "Of 100 steps 7 were clipped, 2 skipped for an overflow of AMP and 2 because something was not finite."
+        in text
     )
-    assert "The warnings in the log name what it was and what to change." in text
+    assert "The warnings in the log name the cause and what to change." in text
     assert "warnings in the log" not in told(row(clipped=3, overflows=1))
 
 
@@ -332,7 +334,7 @@ def test_a_copy_of_a_model_in_training_is_not_measured(batch):
     """The moving average is copied from the model, and validated with a loss of its own."""
     model, doctor = make(), LossDoctor(1)
     average = copy.deepcopy(model)
-    doctor.watch(model, OFF)
+    doctor.begin_batch(model, OFF)
     average.eval()(batch["img"])
     assert doctor.norms == doctor.chance == []
     model(batch)

@@ -15,6 +15,8 @@ from ultralytics.utils import YAML
 
 from yolo_fewshot.train.adaptation import steps_for
 
+pytestmark = pytest.mark.oldest
+
 HERE = Path(__file__).parent
 QUICK = {
     "imgsz": 64, "workers": 0, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0, "epochs": 2, "batch": 8,
@@ -30,8 +32,6 @@ import torch.distributed as dist
 from ultralytics import YOLO
 from ultralytics.utils.torch_utils import unwrap_model
 import yolo_fewshot
-
-pytestmark = pytest.mark.oldest
 
 def note(trainer):
     model = unwrap_model(trainer.model)
@@ -163,29 +163,23 @@ def test_steps_of_stage_three_do_not_grow_with_the_processes():
 
 OWN = """
 import os
-from own_loss import SpreadLoss, SpreadTrainer
+from own_loss import SpreadLoss
 
 class Faulty(SpreadLoss):
     calls = 0
 
-    def episode_terms(self, preds, batch, pooled):
-        terms = super().episode_terms(preds, batch, pooled)
+    def forward(self, episode):
         Faulty.calls += 1
-        if os.environ.get("RANK") == "1" and Faulty.calls == 2:
-            terms[-1] = terms[-1] * float("nan")
-        return terms
-
-class FaultyTrainer(SpreadTrainer):
-    loss_class = Faulty
+        bad = os.environ.get("RANK") == "1" and Faulty.calls == 2
+        return super().forward(episode) * (float("nan") if bad else 1)
 """
 
 
-def test_a_loss_of_the_users_own_and_a_step_that_is_not_finite_in_one_of_two_processes(root, stage1):
+def test_a_term_of_the_users_own_and_a_step_that_is_not_finite_in_one_of_two_processes(root, stage1):
     (root / "own.py").write_text(OWN)
     settings = {**QUICK, "project": str(root), "name": "own", "epochs": 1, "doctor": 0, "n_way": 3, "episodes": 4}
     settings |= {"cfg": "stage2.yaml", "data": str(root / "data.yaml")}
-    more = "from own import FaultyTrainer\nsettings['trainer'] = FaultyTrainer"
-    ends = launch(root, root / "stage1/weights/best.pt", settings, more=more)
+    ends = launch(root, root / "stage1/weights/best.pt", {**settings, "terms": "own.Faulty"})
     assert [x["skipped"] for x in ends] == [1, 1]
     with open(root / "own/results.csv") as f:
         (row,) = csv.DictReader(f)

@@ -44,7 +44,7 @@ def test_a_model_is_retained_as_its_scores_at_remembered_anchors(model):
     model.memory = memory_of(model)
     silent = torch.tensor([0, 2])
     for i, (bank, found) in enumerate(zip(model.model[-1].banks, retain(model, silent), strict=True)):
-        assert found.branch == i and found.silent is silent
+        assert found.branch == i and found.unlabeled is silent
         rows = []
         for e, lev, c in zip(*model.memory[i]):
             if int(c) in {1, 3}:  # labeled now

@@ -1,4 +1,4 @@
-"""Which anchors belong to which object: Ultralytics' assignment, kept for the terms that need it again."""
+"""Ultralytics' assignment of anchors to objects, recorded for the terms that need it again."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import nn
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.tal import TaskAlignedAssigner
 
+from yolo_fewshot.nn.passes import Assignment, Pass
+
 
 class RecordingAssigner(TaskAlignedAssigner):
-    """Ultralytics' assigner, keeping its last assignment, so that the episode terms need not assign again.
+    """Ultralytics' assigner, which assigns once in a pass and records the result there.
 
     Attributes:
-        boxes (torch.Tensor): Decoded boxes that were assigned, (B, A, 4) in pixels.
-        assigned (tuple): What `TaskAlignedAssigner.forward` returned.
-        replay (bool): Whether to return the last assignment whatever the predictions are.
+        current (Pass | None): The pass that is under way. Without one the assigner is Ultralytics' own.
     """
 
-    replay = False
+    current: Pass | None = None
 
     @classmethod
     def like(cls, assigner: TaskAlignedAssigner, num_classes: int | None = None) -> RecordingAssigner:
@@ -40,16 +40,14 @@ class RecordingAssigner(TaskAlignedAssigner):
         return recording
 
     def forward(self, pd_scores: torch.Tensor, pd_bboxes: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
-        """Assign as Ultralytics does."""
-        if self.replay:
-            return self.assigned
-        self.boxes = pd_bboxes
-        self.assigned = super().forward(pd_scores, pd_bboxes, *args, **kwargs)
-        return self.assigned
-
-    def forget(self) -> None:
-        """Drop the last assignment, to free its memory."""
-        self.boxes = self.assigned = None
+        """Assign as Ultralytics does, or return the assignment of the pass, whatever the predictions are."""
+        this = self.current
+        if this is None:
+            return super().forward(pd_scores, pd_bboxes, *args, **kwargs)
+        if this.assignment is None:
+            assigned = super().forward(pd_scores, pd_bboxes, *args, **kwargs)
+            this.assignment = Assignment(*assigned, pd_bboxes, self.n_max_boxes)
+        return this.assignment[:5]
 
 
 class BoxAssignment(v8DetectionLoss):
@@ -80,10 +78,10 @@ class BoxAssignment(v8DetectionLoss):
         Args:
             model (nn.Module): Detection model.
             tal_topk (int): Anchors per object, see `TaskAlignedAssigner`.
-            tal_topk2 (int, optional): Those of them to keep, in one-to-one branches.
+            tal_topk2 (int, optional): Number of them to keep, in one-to-one branches.
         """
         super().__init__(model, tal_topk, tal_topk2)
-        self.hyp = SimpleNamespace(box=0.0, cls=0.0, dfl=0.0)  # of its loss only the assignment is wanted
+        self.hyp = SimpleNamespace(box=0.0, cls=0.0, dfl=0.0)  # the value of the loss is not used
         self.class_weights = None
         self.assigner = RecordingAssigner.like(self.assigner, num_classes=1)
 
@@ -101,12 +99,15 @@ class BoxAssignment(v8DetectionLoss):
             gt_idx (torch.Tensor): Index of the object within its image, (M,).
             weight (torch.Tensor): IoU-based weight of the anchor, (M,).
             n_max (int): Objects per image, padding included.
-            boxes (torch.Tensor): Decoded boxes of all anchors, x1, y1, x2, y2 in pixels, (B, A, 4).
+            boxes (torch.Tensor): Predicted boxes of all anchors, x1, y1, x2, y2 in pixels, (B, A, 4).
         """
-        sure = {**preds, "scores": torch.full_like(preds["boxes"][:, :1], 20.0)}  # sigmoid(20) is 1
-        self.get_assigned_targets_and_loss(sure, {**batch, "cls": torch.zeros_like(batch["cls"])})
-        _, _, scores, fg_mask, gt_idx = self.assigner.assigned
-        fg = fg_mask.nonzero(as_tuple=True)
-        n_max, boxes = self.assigner.n_max_boxes, self.assigner.boxes
-        self.assigner.forget()
-        return fg, gt_idx[fg], scores[fg][:, 0], n_max, boxes
+        certain = {**preds, "scores": torch.full_like(preds["boxes"][:, :1], 20.0)}  # sigmoid(20) is 1
+        one_class = {**batch, "cls": torch.zeros_like(batch["cls"])}
+        self.assigner.current = this = Pass(certain, one_class)
+        try:
+            self.get_assigned_targets_and_loss(certain, one_class)
+        finally:
+            self.assigner.current = None
+        found = this.assignment
+        fg = found.fg_mask.nonzero(as_tuple=True)
+        return fg, found.gt_idx[fg], found.scores[fg][:, 0], found.n_max, found.decoded

@@ -1,8 +1,11 @@
-"""The few-shot detection head: class logits are products of an embedding with class prototypes.
+"""The few-shot detection head: class logits are dot products of an embedding with class prototypes.
 
 Per level: stock class stem -> 1x1 conv to D -> BatchNorm -> e, and the logit of class c is s * <e, p_c / |p_c|> + b
 with s and b of the level. BatchNorm instead of a normalized e keeps everything after the stem linear, so that it can be
 folded into the one 1x1 conv that a stock `Detect` has there.
+
+Checkpoints pickle `FewShotDetect`, `Embedding` and `Prototypes` by the path of this module. It may never move, nor the
+classes be renamed.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ BOX_PRIOR = 2.0  # Ultralytics' initial bias of the box branch
 
 
 def class_prior(nc: int, stride: torch.Tensor) -> torch.Tensor:
-    """Return Ultralytics' initial bias of a class logit: about 5 objects in a image of 640 x 640.
+    """Compute Ultralytics' initial bias of a class logit: about 5 objects in an image of 640 x 640.
 
     Args:
         nc (int): Number of classes.
@@ -50,7 +53,7 @@ class Embedding(Conv):
 
     @property
     def in_channels(self) -> int:
-        """Channels of the class stem, which Ultralytics asks the last layer of a class branch for."""
+        """Channels of the class stem; Ultralytics reads them from the last layer of a class branch."""
         return self.conv.in_channels
 
 
@@ -58,13 +61,13 @@ class Prototypes(nn.Module):
     """The class prototypes of one branch, with scale and bias of its levels.
 
     Attributes:
-        weight (nn.Parameter): Prototypes, (nc, D, 1). The third axis keeps them out of the matrices that Ultralytics'
-            MuSGD orthogonalizes: rows are classes and must be free to be alike.
+        weight (nn.Parameter): Prototypes, (nc, D, 1). The third axis keeps Ultralytics' MuSGD from orthogonalizing
+            them as a matrix, since rows of similar classes must be free to be similar.
         logit_scale (nn.Parameter): s of every level, (nl,).
         bias (nn.Parameter): b of every level, (nl,).
-        gain (torch.Tensor): Factor of a class's scale, (nc,) float buffer; 1 except for classes enrolled by `fit`.
-        offset (torch.Tensor): Summand of a class's bias, (nc,) float buffer; 0 except for classes enrolled by `fit`.
-        frozen (torch.Tensor): Prototypes at the start of stage 2, (nc, D) float buffer; rows of zeros are absent.
+        gain (torch.Tensor): Scale of each class, (nc,) float buffer; 1 except for classes enrolled by `fit`.
+        offset (torch.Tensor): Bias of each class, (nc,) float buffer; 0 except for classes enrolled by `fit`.
+        frozen (torch.Tensor): Prototypes at the start of stage 2, (nc, D) float buffer; a row of zeros is absent.
     """
 
     def __init__(self, nc: int, embed: int, nl: int):
@@ -89,8 +92,8 @@ class Prototypes(nn.Module):
         Args:
             index (int): Class index, 0 to nc.
             prototype (torch.Tensor, optional): Its prototype of unit length, (1, D, 1); None removes the class.
-            gain (float | torch.Tensor): Its gain.
-            offset (float | torch.Tensor): Its offset.
+            gain (float | torch.Tensor): Its scale.
+            offset (float | torch.Tensor): Its bias.
         """
         frozen = self.frozen[index : index + 1] if index < len(self.frozen) else torch.zeros_like(self.frozen[:1])
         row = {
@@ -114,7 +117,7 @@ class Prototypes(nn.Module):
         self.bias.data.copy_(class_prior(len(self.weight), stride))
 
     def rows(self, level: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the classifier of one level, which is linear in the embedding.
+        """Return weight and bias of the linear classifier of one level.
 
         Args:
             level (int): Index of the level.
@@ -145,8 +148,9 @@ class FewShotDetect(Detect):
 
     Attributes:
         embed (int): Size D of the embedding.
-        prototypes (Prototypes): Of the one-to-many branch, and `one2one_prototypes` of the one-to-one branch, if any.
-        proj (nn.Module): Projection of embeddings for the contrastive terms, used in training only (FSCE, CVPR 2021).
+        prototypes (Prototypes): Prototypes of the one-to-many branch; `one2one_prototypes` are those of the one-to-one
+            branch, if any.
+        proj (nn.Module): Projection of embeddings for the contrastive terms, used in training only (Sun et al. 2021).
 
     Examples:
         >>> from ultralytics.nn.tasks import DetectionModel
@@ -159,7 +163,7 @@ class FewShotDetect(Detect):
         """Turn a stock head into a few-shot head that keeps its box branch and class stems.
 
         Args:
-            detect (Detect): Head of a built model (strides known); it is taken over and must not be used afterwards.
+            detect (Detect): Head of a built model (strides known); its parts are reused, so do not use it afterwards.
             embed (int): Size D of the embedding.
             proj (int): Size of the projection for the contrastive terms, 0 for none.
 
@@ -167,7 +171,7 @@ class FewShotDetect(Detect):
             (FewShotDetect): The head, with random prototypes at the focal prior.
 
         Raises:
-            TypeError: If the head is another one than `Detect` itself, such as Segment's, or has been fused.
+            TypeError: If the head is not `Detect` itself, such as that of Segment, or is fused.
         """
         if type(detect) is not Detect or detect.cv2 is None:
             raise TypeError(
@@ -182,9 +186,9 @@ class FewShotDetect(Detect):
             stems = getattr(head, f"{branch}cv3")
             for stem in stems:
                 stem[-1] = Embedding(stem[-1].in_channels, embed)
-            bank = Prototypes(head.nc, embed, head.nl)
-            bank.set_prior(head.stride)
-            setattr(head, f"{branch}prototypes", bank)
+            prototypes = Prototypes(head.nc, embed, head.nl)
+            prototypes.set_prior(head.stride)
+            setattr(head, f"{branch}prototypes", prototypes)
         layers = (nn.Linear(embed, embed), nn.ReLU(), nn.Linear(embed, proj)) if proj else ()
         head.proj = nn.Sequential(*layers)  # the identity if empty
         initialize_weights(head)
@@ -198,17 +202,17 @@ class FewShotDetect(Detect):
 
     @property
     def banks(self) -> tuple[Prototypes, ...]:
-        """Prototypes of every branch."""
+        """Prototypes of every branch, in the order of `branches`."""
         return tuple(getattr(self, f"{p}prototypes") for p in self.branches)
 
     @property
     def one2many(self) -> dict[str, nn.Module]:
-        """The parts of the one-to-many branch."""
+        """Modules of the one-to-many branch."""
         return {**super().one2many, "prototypes": self.prototypes}
 
     @property
     def one2one(self) -> dict[str, nn.Module]:
-        """The parts of the one-to-one branch."""
+        """Modules of the one-to-one branch."""
         return {**super().one2one, "prototypes": self.one2one_prototypes}
 
     def forward_head(
@@ -224,7 +228,7 @@ class FewShotDetect(Detect):
 
         Returns:
             (dict[str, torch.Tensor]): Ultralytics' `boxes` (B, 4 * reg_max, A), `scores` (B, nc, A) and `feats`; in
-                training also `embeds` (B, D, A), and of the prototypes `weight` (nc, D), `gain` and `offset` (nc,),
+                training also `embeds` (B, D, A), and from the prototypes `weight` (nc, D), `gain` and `offset` (nc,),
                 `logit_scale` and `logit_bias` (nl,), and `frozen` (nc, D).
         """
         if box_head is None or cls_head is None:
@@ -241,84 +245,84 @@ class FewShotDetect(Detect):
         return preds
 
     def bias_init(self) -> None:
-        """Set the biases of box and class branches to Ultralytics' initial values; needs the strides."""
-        for branch, bank in zip(self.branches, self.banks):
+        """Set the biases of box and class branches to Ultralytics' initial values; the strides must be known."""
+        for branch, prototypes in zip(self.branches, self.banks):
             for box in getattr(self, f"{branch}cv2"):
                 box[-1].bias.data[:] = BOX_PRIOR
-            bank.set_prior(self.stride)
+            prototypes.set_prior(self.stride)
 
     def freeze_prototypes(self, classes: list[int]) -> None:
-        """Keep the present prototypes of some classes, and of no others, as the anchors of the triplet term.
+        """Freeze the current prototypes of some classes, and of no others, for the triplet term.
 
         Args:
             classes (list[int]): Class indices, those with a learned prototype.
         """
-        for bank in self.banks:
-            bank.frozen.zero_()
-            bank.frozen[classes] = F.normalize(bank.weight.detach()[classes, :, 0], dim=1)
+        for prototypes in self.banks:
+            prototypes.frozen.zero_()
+            prototypes.frozen[classes] = F.normalize(prototypes.weight.detach()[classes, :, 0], dim=1)
 
     def get_class(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return what `set_class` sets: the classifier of one class in every branch.
+        """Return the classifier of one class in every branch, as `set_class` takes it.
 
         Args:
             index (int): Class index.
 
         Returns:
-            (list[tuple[torch.Tensor, torch.Tensor]]): Prototype times gain, (D,), and offset, (), of each branch.
+            (list[tuple[torch.Tensor, torch.Tensor]]): Prototype times its scale, (D,), and bias, (), of each branch.
         """
         return [
-            (F.normalize(b.weight.detach()[index, :, 0].float(), dim=0) * b.gain[index], b.offset[index].clone())
-            for b in self.banks
+            (F.normalize(p.weight.detach()[index, :, 0].float(), dim=0) * p.gain[index], p.offset[index].clone())
+            for p in self.banks
         ]
 
     def set_class(self, index: int, rows: list[tuple[torch.Tensor, torch.Tensor | float]]) -> None:
-        """Set the classifier of one class, or append it if `index` is the number of classes; the others stay.
+        """Set the classifier of one class, or append it if `index` is the number of classes.
 
         Args:
             index (int): Class index, 0 to nc.
-            rows (list[tuple[torch.Tensor, torch.Tensor | float]]): Of each branch, the prototype (D,), whose length is
-                the gain, and the offset.
+            rows (list[tuple[torch.Tensor, torch.Tensor | float]]): For each branch, the prototype (D,), whose length is
+                the scale, and the bias.
 
         Raises:
-            IndexError: If `index` is greater than the number of classes.
+            IndexError: If `index` is larger than the number of classes.
         """
         if index > self.nc:
             raise IndexError(f"class index {index} would leave a gap after the {self.nc} classes of the head")
-        for bank, (prototype, offset) in zip(self.banks, rows):
+        for prototypes, (prototype, offset) in zip(self.banks, rows):
             gain = prototype.float().norm().clamp(min=1e-12)
-            bank.replace(index, (prototype / gain).view(1, -1, 1), gain, offset)
+            prototypes.replace(index, (prototype / gain).view(1, -1, 1), gain, offset)
         self._count_classes()
 
     def remove_class(self, index: int) -> None:
-        """Remove one class; those after it move up.
+        """Remove one class; the indices after it move up.
 
         Args:
             index (int): Class index.
         """
-        for bank in self.banks:
-            bank.replace(index)
+        for prototypes in self.banks:
+            prototypes.replace(index)
         self._count_classes()
 
     def _count_classes(self) -> None:
-        """Adopt the class count of the prototypes."""
+        """Set the class count to the number of prototypes."""
         self.nc = len(self.banks[0].weight)
         self.no = self.nc + self.reg_max * 4
 
     def fold(self) -> Detect:
         """Return a stock head with the same outputs: per level, embedding and classifier become one 1x1 conv.
 
-        With e = W f + v (BatchNorm merged) and logits R e + b, the conv has the weight R W and the bias R v + b, both
-        computed in float64 on the CPU, since Apple GPUs have none.
+        With e = W f + v (BatchNorm merged) and logits R e + b, the conv has the weight R W and the bias R v + b. Both
+        are computed in float64 on the CPU, since Apple GPUs lack float64.
 
         Returns:
-            (Detect): The head, which shares its other parts with this one.
+            (Detect): The head, which shares its other modules with this one.
         """
         head = Detect.__new__(Detect)
         head.__dict__ = {k: v for k, v in self.__dict__.items() if k != "embed"}
         head._modules = {k: v for k, v in self._modules.items() if "proto" not in k and k != "proj"}
         head.type = f"{Detect.__module__}.{Detect.__name__}"
-        for branch, bank in zip(self.branches, self.banks):
-            convs = [_fold_level(stem[-1], *bank.rows(i)) for i, stem in enumerate(getattr(self, f"{branch}cv3"))]
+        for branch, prototypes in zip(self.branches, self.banks):
+            convs = [_fold_level(stem[-1], *prototypes.rows(i)) for i, stem in enumerate(getattr(self, f"{branch}cv3"))]
             stems = (nn.Sequential(*stem[:-1], conv) for stem, conv in zip(getattr(self, f"{branch}cv3"), convs))
             setattr(head, f"{branch}cv3", nn.ModuleList(stems))
         head.np = sum(x.numel() for x in head.parameters())

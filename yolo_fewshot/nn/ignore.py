@@ -1,4 +1,4 @@
-"""Boxes to ignore in a batch: their anchors are neither objects nor background."""
+"""Ignore regions of a batch: anchors inside are excluded from positives and negatives."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-IGNORED = -1.0  # class of such an object between loading and loss
+IGNORED = -1.0  # class of an ignore region between loading and loss
 
 
 def without_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-    """Divide the objects of a batch.
+    """Separate labeled objects and ignore regions.
 
     Args:
         batch (dict): Collated batch.
 
     Returns:
-        batch (dict): The batch with the labeled objects only.
-        ignored (torch.Tensor): Image index, x, y, w, h, normalized, of the others, (n, 5).
+        batch (dict): The batch with the labeled objects alone.
+        ignored (torch.Tensor): Image index, x, y, w, h, normalized, of the ignore regions, (n, 5).
     """
     drop = batch["cls"].view(-1) == IGNORED
     ignored = torch.cat([batch["batch_idx"].view(-1, 1), batch["bboxes"]], 1)[drop]
@@ -25,15 +25,15 @@ def without_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor
 
 
 def blank_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-    """Divide the objects of a batch as `without_ignored` does, but without a wait for the device.
+    """Separate labeled objects and ignore regions as `without_ignored` does, without waiting for the device.
 
     Args:
         batch (dict): Collated batch.
 
     Returns:
-        batch (dict): The batch in which the objects to ignore have boxes of zeros, which the loss takes for padding.
+        batch (dict): The batch in which ignore regions have boxes of zeros, which the loss takes for padding.
         ignored (torch.Tensor): Image index, x, y, w, h, normalized, of all objects, (N, 5); labeled ones have boxes
-            of zeros, in which there is no anchor.
+            of zeros, which contain no anchor.
     """
     drop = batch["cls"].view(-1, 1) == IGNORED
     boxes, cls = batch["bboxes"], batch["cls"]
@@ -42,7 +42,7 @@ def blank_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
 
 
 def outside(ignored: torch.Tensor, anchors: torch.Tensor, size: torch.Tensor | tuple[int, int], n: int) -> torch.Tensor:
-    """Return which anchors have their center outside all boxes to ignore.
+    """Find the anchors whose center is outside all ignore regions.
 
     Args:
         ignored (torch.Tensor): Image index, x, y, w, h, normalized, (n, 5).

@@ -2,8 +2,8 @@
 
 Every loss computes in float32 whatever the input dtype (also inside an autocast region), returns a 0-dim float32
 tensor that stays attached to the graph, and is finite in value and gradient for finite inputs: empty batches,
-batches with nothing to compare, zero vectors and values at the limits of float16 included. No loss waits for the
-device: selections are masks.
+batches with nothing to compare, zero vectors and values at the limits of float16 included. Selections are masks, so
+that no loss waits for the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_FEATURE = 1e3  # limit of raw features in dot products: keeps their gradien
 
 
 def _full_precision(x: Tensor) -> torch.autocast:
-    """Return a context in which autocast is off on the device of `x`."""
+    """Switch autocast off on the device of `x`."""
     return torch.autocast(device_type=x.device.type, enabled=False)
 
 
@@ -67,21 +67,21 @@ def _unit(x: Tensor) -> Tensor:
     return torch.where(keep, x / torch.where(keep, norm, 1.0), 0.0)
 
 
-def _contrast(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compare every row with its positives, against all other rows.
+def _contrast(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Contrast every row with its positives against all other rows.
 
     Args:
         logits (Tensor): Similarity over temperature, shape (N, N), float32; the diagonal is ignored.
         labels (Tensor): Class of each row, shape (N,).
-        counted (Tensor | None): Which rows there are, bool (N,); all by default.
+        mask (Tensor | None): Rows that exist, bool (N,); all by default.
 
     Returns:
         (tuple[Tensor, Tensor]): Per row the mean over its positives of -log softmax, float32 (N,), zero where the row
             has no positive; and whether it has one, bool (N,).
     """
     other = ~torch.eye(len(labels), dtype=torch.bool, device=logits.device)
-    if counted is not None:
-        other = other & counted & counted[:, None]
+    if mask is not None:
+        other = other & mask & mask[:, None]
     positive = (labels[:, None] == labels[None, :]) & other
     count = positive.sum(1)
     log_total = logits.masked_fill(~other, -_FAR).logsumexp(1)
@@ -93,9 +93,9 @@ def _contrast(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> 
 class ClampedDFLoss(nn.Module):
     """Distribution Focal Loss with an upper limit per box side and on the final mean.
 
-    A side at distance t, between the bins l = floor(t) and r = l + 1, costs -((r - t) log p_l + (t - l) log p_r):
-    Li et al. 2020, "Generalized Focal Loss", eq. 6, arXiv:2006.04388. The four sides of an anchor are summed, so
-    uniform logits over 16 bins cost 4 ln 16 = 11.0904.
+    The loss of a side at distance t, between the bins l = floor(t) and r = l + 1, is
+    -((r - t) log p_l + (t - l) log p_r): Li et al. 2020, "Generalized Focal Loss", eq. 6, arXiv:2006.04388. The four
+    sides of an anchor are summed, so uniform logits over 16 bins give 4 ln 16 = 11.0904.
 
     Attributes:
         side_clamped (Tensor | int): Sides clamped since `reset_counts`; a 0-dim int64 tensor on the device of the
@@ -139,7 +139,7 @@ class ClampedDFLoss(nn.Module):
         Args:
             pred_dist (Tensor): Bin logits, shape (M * 4, reg_max), any float dtype.
             target (Tensor): Distances in bins, shape (M, 4); left unmodified.
-            weight (Tensor | None): Non-negative anchor weights, shape (M,); None weighs all anchors alike.
+            weight (Tensor | None): Non-negative anchor weights, shape (M,); None weighs all anchors equally.
 
         Returns:
             (Tensor): 0-dim float32, at most `mean_max`; zero if the weights sum to zero or M is 0.
@@ -218,7 +218,7 @@ class ClampedDFLoss(nn.Module):
 class SupConLoss(nn.Module):
     """Supervised contrastive loss, the form with the sum outside the logarithm.
 
-    An anchor i with positives P(i), the other rows of its class, costs the mean over p in P(i) of
+    An anchor i with positives P(i), the other rows of its class, has as loss the mean over p in P(i) of
     -log(exp(z_i.z_p / t) / sum_{a != i} exp(z_i.z_a / t)): Khosla et al. 2020, "Supervised Contrastive Learning",
     eq. 2 (L_out), arXiv:2004.11362. The loss is the mean over the anchors that have a positive.
     """
@@ -264,7 +264,7 @@ class CPELoss(nn.Module):
     -log(exp(z_i.z_j / t) / sum_{k != i} exp(z_i.z_k / t)) over the N_y - 1 other rows j of the class of i.
 
     N is that of eq. 4: all foreground rows (label other than -1), whether or not they pass the gate or have a
-    positive. A batch with few accurate proposals therefore weighs less than it would under a mean over the rows kept.
+    positive, so a batch with few accurate proposals weighs less than under a mean over the rows that pass.
     Background rows (label -1) and rows below the gate are no anchors but stay in the denominators, and rows below the
     gate stay positives of the others.
     """
@@ -294,14 +294,14 @@ class CPELoss(nn.Module):
         self.reweight = reweight
         self.normalize = normalize
 
-    def forward(self, embeddings: Tensor, labels: Tensor, ious: Tensor, counted: Tensor | None = None) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor, ious: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the gated, weighted sum of the anchor losses over the number of foreground rows.
 
         Args:
             embeddings (Tensor): Proposal embeddings, shape (N, D), any float dtype.
             labels (Tensor): Class of each proposal, shape (N,), integer; -1 is background.
             ious (Tensor): IoU of each proposal with its object, shape (N,), any float dtype; clipped to [0, 1].
-            counted (Tensor | None): Which rows count, shape (N,), bool; the others are as if left out, but their number
+            mask (Tensor | None): Rows that exist, shape (N,), bool; the others are as if left out, but their number
                 need not be known on the CPU. All by default.
 
         Returns:
@@ -310,11 +310,11 @@ class CPELoss(nn.Module):
         Raises:
             ValueError: If the shapes do not fit.
         """
-        _check_batch(embeddings, labels=labels, ious=ious, **({} if counted is None else {"counted": counted}))
+        _check_batch(embeddings, labels=labels, ious=ious, **({} if mask is None else {"mask": mask}))
         with _full_precision(embeddings):
             rows = _unit(embeddings) if self.normalize else embeddings.float().clamp(-_MAX_FEATURE, _MAX_FEATURE)
-            loss, _ = _contrast(rows @ rows.T / self.temperature, labels, counted)
-            foreground = labels != -1 if counted is None else counted & (labels != -1)
+            loss, _ = _contrast(rows @ rows.T / self.temperature, labels, mask)
+            foreground = labels != -1 if mask is None else mask & (labels != -1)
             ious = ious.float().clamp(0, 1)
             weight = {"none": torch.ones_like, "linear": torch.clone, "exp": torch.expm1}[self.reweight](ious)
             weight = torch.where(foreground & (ious >= self.iou_threshold), weight, 0.0)
@@ -324,9 +324,9 @@ class CPELoss(nn.Module):
 class TripletLoss(nn.Module):
     """Triplet loss on the hardest positive and negative of the batch, or on class prototypes.
 
-    An anchor costs max(0, margin + d_p - d_n), or log(1 + exp(d_p - d_n)) with a soft margin; the loss is the mean
-    over the anchors that have both a positive and a negative, those of zero cost included. Hermans et al. 2017,
-    "In Defense of the Triplet Loss for Person Re-Identification", eq. 5, arXiv:1703.07737.
+    The loss of an anchor is max(0, margin + d_p - d_n), or log(1 + exp(d_p - d_n)) with a soft margin; the result is
+    the mean over the anchors that have both a positive and a negative, those with a loss of zero included. Hermans et
+    al. 2017, "In Defense of the Triplet Loss for Person Re-Identification", eq. 5, arXiv:1703.07737.
     """
 
     def __init__(self, margin: float = 0.3, distance: str = "cosine", soft: bool = False) -> None:
@@ -399,27 +399,26 @@ class TripletLoss(nn.Module):
 
 
 class DistillationLoss(nn.Module):
-    """Divergence of class scores from those of a teacher, classes being independent of each other.
+    """Divergence of class scores from those of a teacher, one Bernoulli variable per class.
 
-    Sum over all scores t of KL(t || sigmoid(x)) for Bernoulli variables, x being the logit, divided by `mass`. Learning
-    without forgetting: Li and Hoiem, ECCV 2016, arXiv:1606.09282; of detectors: Shmelkov et al., ICCV 2017,
-    arXiv:1708.06977.
+    Sum over all scores t of KL(t || sigmoid(x)) for Bernoulli variables, x being the logit, divided by `mass`. Li and
+    Hoiem 2016, "Learning without Forgetting", arXiv:1606.09282; for detectors Shmelkov et al. 2017, arXiv:1708.06977.
 
     Examples:
         >>> loss = DistillationLoss()(logits, teacher_scores, mass)
     """
 
-    def forward(self, logits: Tensor, targets: Tensor, mass: Tensor, counted: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, targets: Tensor, mass: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the loss.
 
         Args:
             logits (Tensor): Logits, any shape and float dtype, clipped to 1e30 in magnitude.
-            targets (Tensor): Scores of the teacher, of the same shape, clamped to 0..1; get no gradient.
+            targets (Tensor): Scores of the teacher, of the same shape, clamped to 0..1; without gradient.
             mass (Tensor): Divisor, 0-dim, at least 1 here.
-            counted (Tensor | None): Which logits count, bool, broadcast to their shape; all by default.
+            mask (Tensor | None): Logits to include, bool, broadcast to their shape; all by default.
 
         Returns:
-            (Tensor): 0-dim float32, at least 0 but for rounding; 0 where there is no logit.
+            (Tensor): 0-dim float32, at least 0 except for rounding; 0 without logits.
 
         Raises:
             ValueError: If the shapes differ.
@@ -432,6 +431,6 @@ class DistillationLoss(nn.Module):
             x, t = logits.float().clamp(-_MAX_VALUE, _MAX_VALUE), targets.detach().float().clamp(0, 1)
             loss = F.binary_cross_entropy_with_logits(x, t, reduction="none")
             loss = loss - torch.special.entr(t) - torch.special.entr(1 - t)
-            if counted is not None:
-                loss = torch.where(counted, loss, 0.0)
+            if mask is not None:
+                loss = torch.where(mask, loss, 0.0)
             return loss.sum() / mass.detach().float().clamp_min(1)

@@ -1,4 +1,7 @@
-"""The few-shot detection model: a stock network whose head has been upgraded."""
+"""The few-shot detection model: a stock network with an upgraded head.
+
+Checkpoints pickle `FewShotDetectionModel` by the path of this module. It may never move, nor the class be renamed.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,16 @@ class FewShotDetectionModel(DetectionModel):
 
     Attributes:
         transferred (list[int]): Classes whose prototypes the last `load` took from its source.
-        enrolled (dict[str, dict]): What is known of every enrolled class, see `yolo_fewshot.enroll.enroll.Shots`.
-        prior_strength (float | None): Of one shot under enrollment `auto`, chosen when training ended.
-        memory (list): Anchors of base images, kept when training ended, see `yolo_fewshot.enroll.replay`.
-        loss_class (type[FewShotLoss]): Loss to train with; copies and checkpoints have ours.
+        enrolled (dict[str, dict]): Record of every enrolled class, see `yolo_fewshot.enroll.enroll.Shots`.
+        prior_strength (float | None): Prior strength for one shot under enrollment `auto`, chosen at the end of
+            training.
+        memory (list): Replay buffer of anchors of base images, filled at the end of training, see
+            `yolo_fewshot.enroll.replay`.
 
     Examples:
         >>> model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=20)
         >>> model.load(YOLO("yolo11n.pt").model)  # backbone, neck, box branch and class stems
     """
-
-    loss_class: type[FewShotLoss] = FewShotLoss
 
     def __init__(self, cfg: str | dict = "fewshot.yaml", ch: int = 3, nc: int | None = None, verbose: bool = True):
         """Initialize the model.
@@ -69,7 +71,7 @@ class FewShotDetectionModel(DetectionModel):
         Returns:
             (DetectionModel): The model, which loads where this package is not installed.
         """
-        memo = {id(getattr(self, "criterion", None)): None}  # the loss is of no use to the copy
+        memo = {id(getattr(self, "criterion", None)): None}  # the copy needs no loss
         folded = deepcopy(self, memo)
         for name in ("criterion", "transferred", "prior_strength", "memory"):
             folded.__dict__.pop(name, None)
@@ -91,17 +93,14 @@ class FewShotDetectionModel(DetectionModel):
         return self.fold().fuse(verbose=verbose, imgsz=imgsz)
 
     def init_criterion(self) -> FewShotLoss | E2ELoss:
-        """Return the loss, one for each branch of the head."""
-        return E2ELoss(self, self.loss_class) if len(self.model[-1].branches) > 1 else self.loss_class(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and saved: not the class of a loss, which may not be there when it is loaded."""
-        return {k: v for k, v in self.__dict__.items() if k != "loss_class"}
+        """Create the loss, one for each branch of the head."""
+        return E2ELoss(self, FewShotLoss) if len(self.model[-1].branches) > 1 else FewShotLoss(self)
 
     def load(self, weights: dict | nn.Module, verbose: bool = True) -> None:
         """Load the weights of a stock or few-shot model; prototypes follow their class by name.
 
-        Where the class names of either model are placeholders, prototypes follow their index if the class counts agree.
+        If the class names of either model are placeholders, prototypes follow their index, provided that the class
+        counts are equal.
 
         Args:
             weights (dict | nn.Module): Model or checkpoint.
@@ -118,7 +117,7 @@ class FewShotDetectionModel(DetectionModel):
 
     @staticmethod
     def _adopt_stems(head: FewShotDetect, src_head: Detect) -> None:
-        """Give the class stems the widths of the source's, which depend on its class count, so that they transfer."""
+        """Adopt the widths of the source's class stems, which depend on its class count, so that they transfer."""
         widths, src_widths = ([m[0].conv.in_channels for m in h.cv2 or h.one2one_cv2] for h in (head, src_head))
         if widths != src_widths:  # another model scale
             return
@@ -132,7 +131,7 @@ class FewShotDetectionModel(DetectionModel):
         initialize_weights(head)
 
     def _copy_prototypes(self, source: Any, src_head: FewShotDetect, verbose: bool) -> list[int]:
-        """Copy the rows of the prototypes whose class the source has too, and return them."""
+        """Copy the prototypes of the classes that the source has too, and return these classes."""
         names, src_names = ({i: str(n).strip() for i, n in m.names.items()} for m in (self, source))
         if any(all(str(i) == n for i, n in x.items()) for x in (names, src_names)):
             index = {i: i for i in names} if len(names) == len(src_names) else {}
@@ -144,14 +143,14 @@ class FewShotDetectionModel(DetectionModel):
         if not index:
             return []
         dst, src = list(index), list(index.values())
-        for bank, src_bank in zip(self.model[-1].banks, src_head.banks):
-            # Where the counts agree, all rows were copied by index: classes new to the source must not inherit them.
-            fresh = torch.randn_like(bank.weight)
-            rest = [i for i in range(len(bank.weight)) if i not in index]
-            bank.weight.data[rest] = fresh[rest] / fresh[rest].norm(dim=1, keepdim=True)
-            bank.frozen[rest], bank.gain[rest], bank.offset[rest] = 0, 1, 0
+        for prototypes, source_prototypes in zip(self.model[-1].banks, src_head.banks):
+            # With equal counts, all rows were copied by index: classes that the source lacks must not inherit them.
+            fresh = torch.randn_like(prototypes.weight)
+            rest = [i for i in range(len(prototypes.weight)) if i not in index]
+            prototypes.weight.data[rest] = fresh[rest] / fresh[rest].norm(dim=1, keepdim=True)
+            prototypes.frozen[rest], prototypes.gain[rest], prototypes.offset[rest] = 0, 1, 0
             for name in ("weight", "frozen", "gain", "offset"):
-                getattr(bank, name).data[dst] = getattr(src_bank, name).data[src].to(bank.weight)
+                getattr(prototypes, name).data[dst] = getattr(source_prototypes, name).data[src].to(prototypes.weight)
         if verbose:
             LOGGER.info(f"Transferred {len(index)}/{len(names)} prototypes by class name")
         return dst

@@ -1,4 +1,4 @@
-"""Raw predictions of a model in eval mode, as training sees them."""
+"""Raw predictions of a model in eval mode, in the form that training uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def branch_predictions(model: nn.Module, img: torch.Tensor) -> list[dict[str, to
         (list[dict[str, torch.Tensor]]): As `FewShotDetect.forward_head` returns them in training.
     """
     head, shallow = copy(model.model[-1]), copy(model)
-    head.training = True  # the flag of this copy alone, while BatchNorm stays in eval and other threads see no change
+    head.training = True  # of this copy alone: BatchNorm stays in eval mode, and other threads see no change
     shallow._modules = {**model._modules, "model": nn.Sequential(*model.model[:-1], head)}
     preds = shallow.predict(img)
     return [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]

@@ -14,17 +14,17 @@ def pool_objects(
     Args:
         embeds (torch.Tensor): Anchor embeddings, (B, A, D).
         fg (tuple[torch.Tensor, torch.Tensor]): Image and anchor index of the M foreground anchors, (M,) each.
-        gt_idx (torch.Tensor): Index of the object, within its image, that each of them is assigned to, (M,).
-        weight (torch.Tensor): Weight of each of them, (M,).
+        gt_idx (torch.Tensor): Index within its image of the object that each anchor is assigned to, (M,).
+        weight (torch.Tensor): Weight of each anchor, (M,).
         n_max (int): Objects per image, padding included.
 
     Returns:
-        pooled (torch.Tensor): Weighted means of unit length, (B * n_max, D) float32; rows of zeros where an object has
-            no anchor.
-        valid (torch.Tensor): Which objects have one, (B * n_max,) bool.
+        pooled (torch.Tensor): Weighted means of unit length, (B * n_max, D) float32; rows of zeros for objects
+            without an anchor.
+        valid (torch.Tensor): Objects that have an anchor, (B * n_max,) bool.
     """
-    index = fg[0] * n_max + gt_idx.long()  # an assignment without objects is float
-    weight = weight.float().clamp(min=1e-3)  # untrained models fit their objects with weights of almost zero
+    index = fg[0] * n_max + gt_idx.long()  # a float where there are no objects
+    weight = weight.float().clamp(min=1e-3)  # weights of untrained models are close to zero
     rows = embeds[fg].float() * weight[:, None]
     pooled = rows.new_zeros(len(embeds) * n_max, rows.shape[1]).index_add(0, index, rows)
     valid = torch.zeros(len(pooled), dtype=torch.bool, device=pooled.device).index_fill(0, index, True)
@@ -46,11 +46,11 @@ def object_index(batch_idx: torch.Tensor, n_max: int) -> torch.Tensor:
 
 
 def class_means(objects: torch.Tensor, labels: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the prototypes: each class's mean object embedding, of unit length (Snell et al. 2017, eq. 1).
+    """Compute prototypes: the mean object embedding of each class, of unit length (Snell et al. 2017, eq. 1).
 
     Args:
         objects (torch.Tensor): Object embeddings of unit length, (N, D).
-        labels (torch.Tensor): Their class, (N,) in 0..n-1, or negative for an object to leave out.
+        labels (torch.Tensor): Class of each object, (N,) in 0..n-1; negative to leave it out.
         n (int): Number of classes.
 
     Returns:

@@ -219,7 +219,7 @@ class Adaptation:
         if not len(silent):
             return
         for loss, retained in zip(branch_losses(model), retain(start, silent)):
-            loss.retained = retained
+            loss.retention = retained
         if self.args.teacher:
             self._teacher = Teacher(start, silent)
 

@@ -1,4 +1,4 @@
-"""Why a step was not finite: the batch is run again, and the first thing that is not finite is named."""
+"""Diagnose a step that is not finite: run the batch again and name the first tensor with NaN or Inf."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 from torch import nn
 
 from yolo_fewshot.errors import few
-from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_key, part_gradients
+from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_of, part_gradients
+from yolo_fewshot.nn.passes import Pass
 from yolo_fewshot.train.guard import nonfinite
 
 FAR = 2.0  # a normalized box coordinate beyond this is a corrupt label, not one that an augmentation moved
 
 
 class Diagnosis(NamedTuple):
-    """What is known of a step that was not finite.
+    """Cause of a step that is not finite.
 
     Attributes:
-        what (str): The first parameter whose gradient is not finite, with figures, or what else is not.
+        what (str): First parameter whose gradient is not finite, with its minimum, maximum and mean, or another tensor.
         where (str): Classes and image files of the batch.
         terms (list[str]): Names of the loss terms whose value or gradient is not finite.
         cause (str): Likely cause.
         advice (str): What to change, with the key.
-        certain (bool): Whether it was seen again when the batch was run again.
+        certain (bool): Whether running the batch again reproduced it.
         overflow (bool): Whether only the scale of AMP was too large, which AMP corrects by itself.
     """
 
@@ -38,13 +39,13 @@ class Diagnosis(NamedTuple):
     overflow: bool = False
 
     def __str__(self) -> str:
-        """Return all of it in a few sentences."""
+        """Return the diagnosis in a few sentences."""
         terms = f" Loss terms not finite: {', '.join(self.terms)}." if self.terms else ""
         return f"{self.what}.{terms} {self.where} Likely cause: {self.cause}. {self.advice}"
 
 
 class _Rerun(NamedTuple):
-    """A second pass of a batch: terms and first layer that are not finite, and whether all gradients are finite."""
+    """Result of running a batch again: terms and first layer that are not finite, and whether all is finite."""
 
     terms: list[str]
     layer: str
@@ -59,9 +60,9 @@ def diagnose(
     float16: bool,
     scaled: bool,
 ) -> Diagnosis:
-    """Find out why a batch gave a loss or gradient that is not finite.
+    """Find the cause of a loss or gradient that is not finite.
 
-    The gradients of the model and the random state stay as they are; the statistics of BatchNorm move.
+    The gradients of the model and the random state are kept; the statistics of BatchNorm change.
 
     Args:
         model (nn.Module): Model in training, not wrapped, with the gradients of the step.
@@ -72,7 +73,7 @@ def diagnose(
         scaled (bool): Whether the loss was scaled for AMP, and finite.
 
     Returns:
-        (Diagnosis): What was found.
+        (Diagnosis): The diagnosis.
     """
     what, where = describe_gradients(model), describe_batch(batch, names)
     weights = nonfinite(dict(model.named_parameters()))
@@ -80,7 +81,7 @@ def diagnose(
     images = [f for f, ok in zip(files, torch.isfinite(batch["img"]).flatten(1).all(1).tolist()) if not ok]
     labels = []
     if "bboxes" in batch:
-        corrupt = ~(batch["bboxes"][:, :4].float().abs() <= FAR).all(1)  # true for NaN, too; a fifth number is an angle
+        corrupt = ~(batch["bboxes"][:, :4].float().abs() <= FAR).all(1)  # also true for NaN; a fifth column is an angle
         labels = sorted({files[int(i)] for i in batch["batch_idx"][corrupt]})
     run = _rerun(model, batch, autocast)
     if run and run.finite and scaled:
@@ -90,24 +91,24 @@ def diagnose(
         cause, advice = f"the weights of {few(weights)} are not finite", "If it happens again, set a smaller lr0."
     elif images:
         cause = f"pixels of {few(images)} are not finite"
-        advice = "Repair or remove them, or look at augmentations."
+        advice = "Repair or remove them, or check the augmentations."
     elif labels:
         cause = f"labels of {few(labels)} are not finite or lie far outside the image"
-        advice = "Correct them; 'yolo-fewshot doctor' looks for such labels."
+        advice = "Correct them; 'yolo-fewshot doctor' finds such labels."
     elif run is None:
-        cause, advice = "unknown, for there is no memory left to run the batch again", "Set a smaller lr0."
+        cause, advice = "unknown, since there is not enough memory to run the batch again", "Set a smaller lr0."
         return Diagnosis(what, where, [], cause, advice, certain=False)
     elif run.finite:
-        cause, advice = "unknown, for the last batch run again is finite", "If it goes on, set a smaller lr0."
+        cause, advice = "unknown, since the batch is finite when run again", "If it continues, set a smaller lr0."
         return Diagnosis(what, where, [], cause, advice, certain=False)
     elif float16 and (full := _rerun(model, batch, contextlib.nullcontext)) and full.finite:
         cause, advice = f"float16 cannot hold what {run.layer or 'the loss'} computes", "Set amp=bf16 or amp=False."
     elif run.layer:
         cause, advice = f"the output of {run.layer} is not finite", "Set a smaller lr0 or grad_clip."
     elif run.terms:
-        keys = [k for k in dict.fromkeys(map(gain_key, run.terms)) if hasattr(model.args, k)]  # not of own terms
+        keys = list(dict.fromkeys(key for t in run.terms if (key := gain_of(t, model.args)[0])))
         cause = f"{few(run.terms)} {'is' if len(run.terms) == 1 else 'are'} not finite for finite predictions"
-        without = f"Set {', '.join(f'{k}=0' for k in keys)} to train without" if keys else "Look at what computes it"
+        without = f"Set {', '.join(f'{k}=0' for k in keys)} to train without" if keys else "Check its forward"
         advice = f"{without}, or set a smaller lr0."
     else:
         cause, advice = "the gradient overflows on its way through the network", "Set a smaller lr0 or grad_clip."
@@ -121,7 +122,7 @@ def describe_gradients(model: nn.Module) -> str:
         model (nn.Module): Model with gradients.
 
     Returns:
-        (str): Name, minimum, maximum and mean of its gradient; another text if all are finite.
+        (str): Name of the parameter, minimum, maximum and mean of its gradient; another text if all are finite.
     """
     grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     bad = nonfinite(grads)
@@ -132,7 +133,7 @@ def describe_gradients(model: nn.Module) -> str:
 
 
 def describe_batch(batch: dict[str, Any], names: dict[int, str]) -> str:
-    """Say what is in a batch: the classes that an episode was drawn for, or those labeled, and its image files.
+    """Describe a batch: the drawn classes of an episode or the labeled classes, and the image files.
 
     Args:
         batch (dict): Collated batch of any task.
@@ -148,20 +149,20 @@ def describe_batch(batch: dict[str, Any], names: dict[int, str]) -> str:
 
 
 def _files(batch: dict[str, Any]) -> list[str]:
-    """Return the image files of a batch, or places in it where it does not know them, as in classification."""
+    """Return the image files of a batch, or positions in it where it has none, as in classification."""
     return list(batch.get("im_file") or (f"image {i}" for i in range(len(batch["img"]))))
 
 
 def _rerun(
     model: nn.Module, batch: dict[str, Any], autocast: Callable[[], contextlib.AbstractContextManager]
 ) -> _Rerun | None:
-    """Run a batch again without a trace in gradients and random state; None if there is no memory for it."""
-    losses = [x for x in branch_losses(model) if isinstance(x, FewShotLoss)]  # none in a stock model
+    """Run a batch again, keeping gradients and random state; None if there is not enough memory."""
+    losses = [x for x in branch_losses(model) if isinstance(x, FewShotLoss)]  # a stock model has none
     terms: list[str] = []
 
-    def watch(loss: Any, preds: dict[str, torch.Tensor], batch: dict[str, Any]) -> None:
-        outputs = [preds[k] for k in ("boxes", "scores", "embeds") if k in preds]
-        for name, part in loss.parts(preds, batch).items():
+    def observe(loss: FewShotLoss, this: Pass) -> None:
+        outputs = [this.preds[k] for k in ("boxes", "scores", "embeds") if k in this.preds]
+        for name, part in loss.parts(this).items():
             grads = [g for g in part_gradients(part, outputs) if g is not None]
             if nonfinite(dict(enumerate((part, *grads)))) and name not in terms:
                 terms.append(name)
@@ -169,9 +170,9 @@ def _rerun(
     devices = [batch["img"].device] if batch["img"].device.type == "cuda" else []
     with contextlib.ExitStack() as stack, torch.enable_grad(), torch.random.fork_rng(devices):
         for loss in losses:
-            stack.enter_context(loss.aside())
-            stack.callback(setattr, loss, "watch", loss.watch)
-            loss.watch = watch
+            stack.enter_context(loss.without_side_effects())
+            stack.callback(setattr, loss, "observers", loss.observers)
+            loss.observers = [observe]
         layers = stack.enter_context(_nonfinite_layers(model))
         try:
             with autocast():
@@ -190,18 +191,18 @@ def _rerun(
 
 @contextlib.contextmanager
 def _nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
-    """Collect the names of the layers whose output, seen while the context is open, is not finite."""
+    """Collect the names of the layers whose output is not finite while the context is open."""
     found: list[str] = []
 
-    def look(name: str) -> Callable[..., None]:
+    def watcher(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, _: Any, output: Any) -> None:
             if not all(torch.isfinite(t).all() for t in _tensors(output)):
                 found.append(f"layer {name} ({type(layer).__name__})")
 
         return hook
 
-    layers = getattr(model, "student_model", model).model  # of a distillation, the part that is trained
-    handles = [m.register_forward_hook(look(f"model.{i}")) for i, m in enumerate(layers)]
+    layers = getattr(model, "student_model", model).model  # in a distillation, the model that is trained
+    handles = [m.register_forward_hook(watcher(f"model.{i}")) for i, m in enumerate(layers)]
     try:
         yield found
     finally:

@@ -1,41 +1,41 @@
-"""How much each loss term pulls at the network, and what that says about a run."""
+"""Gradient and chance level of each loss term during training, and a report on them."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import nn
 
-from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_key, part_gradients
+from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_of, part_gradients
+from yolo_fewshot.nn.passes import Pass
 
-AT_CHANCE = 0.95  # a term at or above this part of its chance level has taught nothing yet
+AT_CHANCE = 0.95  # a term at or above this fraction of its chance level has not been learned
 DOMINANT = 0.5  # share of the gradient above which a term dominates
-CLAMPED = 0.01  # part of the steps above which clamps of the mean DFL are worth a word
+CLAMPED = 0.01  # fraction of the steps above which clamps of the mean DFL are reported
 COUNTS = ("clipped", "skipped", "overflows", "sides_clamped", "means_clamped")  # columns train/...
-UNTRAINED = "no better than those of an untrained model: train stage 1 first, or set a greater lr0"
-OWN = "it has taught nothing yet: set a greater lr0, or leave it out"  # of a term of the user's own
+UNTRAINED = "no better than those of an untrained model: train stage 1 first, or set a larger lr0"
+OWN = "it has not been learned yet: set a larger lr0, or leave it out"  # for a term of the user's own
 REMEDIES = {
     "box": f"boxes are {UNTRAINED}",
     "cls": f"class scores are {UNTRAINED}",
     "dfl": f"boxes are {UNTRAINED}",
     "l1": f"boxes are {UNTRAINED}",
-    "epi": "prototypes do not tell the classes apart yet: train longer, or set a greater lr0",
+    "epi": "prototypes do not tell the classes apart yet: train longer, or set a larger lr0",
     "sup": "embeddings of objects do not cluster by class: raise n_way or k_shot, or set supcon=0 to save its time",
     "cpe": "embeddings of anchors do not cluster by class: raise n_way, or set cpe=0 to save its time",
-    "tea": "the old classes are forgotten on the shots: set a smaller lr0 or blend",
+    "tea": "the old classes are forgotten on the images of the shots: set a smaller lr0 or blend",
     "mem": "the old classes are forgotten: set a smaller lr0 or blend",
     "tri": "objects are no closer to their own prototype than to others: train longer, or set triplet=0",
 }
 
 
 class LossDoctor:
-    """Measures every so many batches the gradient of each term at the neck's output, and the term's chance level.
+    """Measures the gradient of each term at the neck's output and the term's chance level, once in `every` batches.
 
-    The chance level is the value of the term for a head that knows nothing, see `FewShotLoss.chance`. Of models with
-    two branches, the one-to-many branch is the one that sends gradients to the neck, and the one-to-one branch the one
-    whose terms Ultralytics logs.
+    The chance level is the value of the term for a head that has learned nothing, see `FewShotLoss.chance`. In models
+    with two branches, gradients are measured in the one-to-many branch, since the other one sends none to the neck, and
+    chance levels in the one-to-one branch, whose terms Ultralytics logs.
 
     Attributes:
         every (int): Batches from one measurement to the next; the first batch of an epoch is measured. 0 for none.
@@ -50,57 +50,52 @@ class LossDoctor:
         Args:
             every (int): Batches from one measurement to the next.
         """
-        self.every, self.terms, self._hook = every, [], None
+        self.every, self.terms, self._hook, self._scale = every, [], None, 1.0
         self.reset()
 
     def reset(self) -> None:
-        """Forget the measurements, as at the start of an epoch."""
+        """Drop the measurements, as at the start of an epoch."""
         self.batches = 0
         self.norms: list[torch.Tensor] = []
         self.chance: list[torch.Tensor] = []
 
-    def watch(self, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-        """Announce a batch, which is measured in its forward pass if it is its turn.
+    def begin_batch(self, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+        """Begin a batch, and measure it when its loss is computed if it is its turn.
 
         Args:
             model (nn.Module): Few-shot model, not wrapped for several GPUs.
-            scaler (torch.amp.GradScaler): Scaler of the run, so that gradients do not vanish in float16.
+            scaler (torch.amp.GradScaler): Scaler of the run, without which gradients vanish in float16.
         """
         if self.every and self.batches % self.every == 0:
             losses, head = branch_losses(model), getattr(model, "student_model", model).model[-1]
             self._hook = self._hook or head.register_forward_pre_hook(_separate)
-            losses[-1].watch = self._measure_chance
-            losses[0].watch = functools.partial(
-                self._measure_gradients, scale=scaler.get_scale(), one_branch=len(losses) == 1
-            )
+            self._scale = scaler.get_scale()
+            for loss, observe in ((losses[0], self._measure_gradients), (losses[-1], self._measure_chance)):
+                if observe not in loss.observers:  # left there if the last batch failed before its loss
+                    loss.observers.append(observe)
         self.batches += 1
 
-    def _measure_gradients(
-        self, loss: FewShotLoss, preds: dict[str, Any], batch: dict[str, Any], scale: float, one_branch: bool
-    ) -> None:
+    def _measure_gradients(self, loss: FewShotLoss, this: Pass) -> None:
         """Measure the norm of the gradient of every term with respect to the feature maps of the neck."""
-        loss.watch, self._hook = None, self._hook.remove()
+        self._hook = self._hook.remove()
         norms = []
-        for part in loss.parts(preds, batch).values():
-            grads = part_gradients(part * scale, preds["feats"])
-            norm = torch.nn.utils.get_total_norm([g.float() / scale for g in grads if g is not None])
+        for part in loss.parts(this).values():
+            grads = part_gradients(part * self._scale, this.preds["feats"])
+            norm = torch.nn.utils.get_total_norm([g.float() / self._scale for g in grads if g is not None])
             norms.append(norm.float().to(part.device))
         self.terms = [k.removesuffix("_loss") for k in loss.loss_names]
         self.norms.append(torch.stack(norms))
-        if one_branch:
-            self._measure_chance(loss, preds, batch)
 
-    def _measure_chance(self, loss: FewShotLoss, preds: dict[str, Any], batch: dict[str, Any]) -> None:
+    def _measure_chance(self, loss: FewShotLoss, this: Pass) -> None:
         """Measure the chance level of every term."""
-        loss.watch = None
-        self.chance.append(loss.chance(preds, batch))
+        self.chance.append(loss.chance(this))
 
     def columns(self) -> dict[str, float]:
-        """Return the columns for results.csv: means of the epoch over the measurements that are finite.
+        """Return the columns for results.csv: means over the finite measurements of the epoch.
 
         Returns:
-            (dict[str, float]): `grad/<term>`, gradient norm of the weighted term; `share/<term>`, its part of the sum
-                over all terms; `chance/<term>`, its chance level in the units of `train/<term>_loss`.
+            (dict[str, float]): `grad/<term>`, gradient norm of the weighted term; `share/<term>`, its fraction of the
+                sum over all terms; `chance/<term>`, its chance level in the units of `train/<term>_loss`.
         """
         if not self.every:
             return {}
@@ -114,13 +109,13 @@ class LossDoctor:
 
 
 def _separate(head: nn.Module, inputs: tuple[list[torch.Tensor], ...]) -> tuple[list[torch.Tensor], ...]:
-    """Give every feature map a node of its own, since one is computed from another, and a gradient, also if frozen."""
+    """Give every feature map a node of its own, since one is computed from another, and a gradient even if frozen."""
     views = [x.view_as(x) for x in inputs[0]]
     return ([x if x.requires_grad else x.requires_grad_() for x in views], *inputs[1:])
 
 
 def report(rows: list[dict[str, float]], args: Any) -> str:
-    """Say in words how the loss terms did: what dominates, what sits at chance, what was clamped and skipped.
+    """Report on the loss terms: which dominate, which are at chance, and what was clamped and skipped.
 
     Args:
         rows (list[dict[str, float]]): Rows of results.csv, one for each epoch.
@@ -135,30 +130,30 @@ def report(rows: list[dict[str, float]], args: Any) -> str:
     last = rows[-1]
     shares = {t: last[f"share/{t}"] for t in terms}
     top = max(shares, key=shares.get)
-    listed = ", ".join(f"{t} {v:.0%}" for t, v in sorted(shares.items(), key=lambda x: -x[1]))
-    says = [f"Gradient at the neck by term: {listed}."]
+    ranked = ", ".join(f"{t} {v:.0%}" for t, v in sorted(shares.items(), key=lambda x: -x[1]))
+    sentences = [f"Gradient at the neck by term: {ranked}."]
     if shares[top] > DOMINANT:
-        gain = getattr(args, gain_key(top), None)  # a term of the user's own has none
-        what = f"{gain_key(top)}={gain} is the key to lower" if gain else "lower its gain"
-        says.append(f"{top} dominates; {what} if it should not.")
+        key, gain = gain_of(top, args)
+        what = f"{key}={gain} is the key to lower" if key else "lower its gain"
+        sentences.append(f"{top} dominates; {what} if it should not.")
     idle = [t for t in terms if last[f"chance/{t}"] > 0 and last[f"train/{t}_loss"] >= AT_CHANCE * last[f"chance/{t}"]]
     for t in idle:
         value, chance = last[f"train/{t}_loss"], last[f"chance/{t}"]
-        says.append(f"{t} sits at chance ({value:.4g}, chance {chance:.4g}): {REMEDIES.get(t, OWN)}.")
+        sentences.append(f"{t} is at chance ({value:.4g}, chance {chance:.4g}): {REMEDIES.get(t, OWN)}.")
     if not idle:
-        says.append("No term sits at chance.")
+        sentences.append("No term is at chance.")
     count = {k: int(sum(r[f"train/{k}"] for r in rows)) for k in COUNTS}
     total = int(sum(r["train/steps"] for r in rows))
-    says.append(
+    sentences.append(
         f"Of {total} steps {count['clipped']} were clipped, {count['overflows']} skipped for an overflow of AMP and "
         f"{count['skipped']} because something was not finite."
     )
     if count["skipped"]:
-        says.append("The warnings in the log name what it was and what to change.")
+        sentences.append("The warnings in the log name the cause and what to change.")
     if count["means_clamped"] or count["sides_clamped"]:
-        says.append(
+        sentences.append(
             f"The DFL was clamped {count['means_clamped']} times in its mean and on {count['sides_clamped']} sides."
         )
     if count["means_clamped"] > total * CLAMPED and args.dfl_clamp_mode == "hard":
-        says.append("A hard clamp passes no gradient: set dfl_clamp_mode=rescale, or train stage 1 first.")
-    return " ".join(says)
+        sentences.append("A hard clamp passes no gradient: set dfl_clamp_mode=rescale, or train stage 1 first.")
+    return " ".join(sentences)

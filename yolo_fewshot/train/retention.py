@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_fewshot.nn.criterion import Retained
+from yolo_fewshot.nn.criterion import Retention
 from yolo_fewshot.nn.predictions import branch_predictions
 
 
@@ -60,7 +60,7 @@ def silent_classes(classes: int, labels: list[dict[str, Any]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def retain(model: nn.Module, silent: torch.Tensor) -> list[Retained]:
+def retain(model: nn.Module, silent: torch.Tensor) -> list[Retention]:
     """Return what a model knows of the silent classes.
 
     Args:
@@ -68,7 +68,7 @@ def retain(model: nn.Module, silent: torch.Tensor) -> list[Retained]:
         silent (torch.Tensor): Classes without a label in the training images, (S,) int64.
 
     Returns:
-        (list[Retained]): Of every branch. Remembered anchors of classes that are labeled now are left out.
+        (list[Retention]): Of every branch. Remembered anchors of classes that are labeled now are left out.
     """
     head, found = model.model[-1], []
     for i, bank in enumerate(head.banks):
@@ -80,5 +80,5 @@ def retain(model: nn.Module, silent: torch.Tensor) -> list[Retained]:
         scores = (torch.einsum("md,mcd->mc", embeds, weights[level]) + biases[level]).sigmoid()
         targets = torch.zeros_like(scores)
         targets[:, silent] = scores[:, silent]
-        found.append(Retained(i, silent, embeds, level, targets))
+        found.append(Retention(i, silent, embeds, level, targets))
     return found

@@ -36,8 +36,9 @@ from yolo_fewshot.enroll.enroll import Shots
 from yolo_fewshot.enroll.features import View, extract
 from yolo_fewshot.enroll.replay import base_support, fill_replay_buffer
 from yolo_fewshot.files import AtomicPath, StagedPath, save_checkpoint, staged
-from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_key
+from yolo_fewshot.nn.criterion import branch_losses, gain_of
 from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.nn.own_terms import load_terms
 from yolo_fewshot.plots.embedding import plot_embedding
 from yolo_fewshot.plots.episode import plot_episode
 from yolo_fewshot.plots.episode_detection import detect_queries
@@ -63,14 +64,11 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         episodic (bool): Whether this run is stage 2.
         adaptation (Adaptation, optional): What stage 3 does beside training.
         doctor (LossDoctor): Gradient of each term and its chance level.
-        loss_class (type[FewShotLoss]): The loss; a subclass of the trainer may set one with terms of its own.
 
     Examples:
         >>> from yolo_fewshot import FewShotTrainer
         >>> FewShotTrainer(cfg="stage2.yaml", overrides={"model": "fewshot.yaml", "data": "base.yaml"}).train()
     """
-
-    loss_class: type[FewShotLoss] = FewShotLoss
 
     def __init__(
         self,
@@ -99,9 +97,12 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         table.refuse_support(merged)
         if not merged["resume"]:  # a resumed run takes everything from its checkpoint
             table.check(merged)
+            load_terms(merged["terms"])
             merged.update(self._resolve(merged, given))
         self.adaptation: Adaptation | None = None
         super().__init__(merged, {k: merged[k] for k in overrides}, _callbacks)
+        if self.resume:
+            load_terms(self.args.terms)
         self.episodic = self.args.stage == 2
         self._columns: dict[str, float] = {}  # of the last epoch, by guard and doctor
         self.doctor = LossDoctor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
@@ -174,7 +175,6 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             weights = self._enrolled(weights)
         model = FewShotDetectionModel(cfg, ch=self.data["channels"], nc=self.data["nc"], verbose=verbose and RANK == -1)
         model = self.set_model_names_for_load(model)
-        model.loss_class = self.loss_class
         if self.adaptation:
             model.names = self.data["names"]
         if weights:
@@ -334,8 +334,6 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         """Give the loss what it needs of the data, in every process."""
         super().begin_training()
         model = unwrap_model(self.model)
-        for m in (model, self.ema.ema):  # neither a checkpoint nor another process hands it over
-            m.loss_class = self.loss_class
         for loss in branch_losses(model):
             loss.masked = has_ignored(self.train_loader.dataset)
         if self.adaptation:
@@ -353,7 +351,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
 
     def begin_batch(self) -> None:
         """Announce a batch to the doctor."""
-        self.doctor.watch(unwrap_model(self.model), self.scaler)
+        self.doctor.begin_batch(unwrap_model(self.model), self.scaler)
 
     def end_epoch(self) -> None:
         """Check what the last step left over, and make the columns of guard and doctor."""
@@ -499,7 +497,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         if self.doctor.every and results:
             file = self.save_dir / "losses.png"
             terms = [k.removeprefix("share/") for k in results if k.startswith("share/")]
-            plot_losses(results, file, {t: getattr(self.args, gain_key(t), None) for t in terms})
+            plot_losses(results, file, {t: gain_of(t, self.args)[1] for t in terms})
             self.on_plot(file)
 
     def _results(self) -> list[dict[str, float]]:

@@ -246,7 +246,7 @@ def yolo(site, *args):
 
 
 def names_found(text, image):
-    """The class names in the line of a image."""
+    """The class names in the line of an image."""
     (line,) = (x for x in text.splitlines() if image in x and x.startswith(("image ", "video ")))
     return {name for name in (*BASE, *NOVEL) if f" {name}" in line}
 

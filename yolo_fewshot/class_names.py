@@ -35,7 +35,7 @@ def match_classes(names: Mapping[int, str], classes: Mapping[int, str]) -> dict[
         (dict[int, int]): Of every label index the class, `UNKNOWN`, or `AMBIGUOUS` if several might be meant.
     """
     own, known = _indices(names), _indices(classes)
-    index = {}
+    index: dict[int, int] = {}
     for name, rows in own.items():
         found = known.get(name, [])
         if not found:

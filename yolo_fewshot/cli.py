@@ -52,6 +52,7 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
     yolo = FewShotYOLO(model)
     yolo.enroll(support, method=enroll, **kwargs)
     yolo.save(save)
+    assert yolo.shots is not None  # enroll has set them
     plot_support(yolo.shots, yolo.names, Path(save).absolute().with_name(f"{Path(save).stem}_{FILE}"))
     LOGGER.info(f"Results saved to {Path(save).resolve()}")
 
@@ -74,6 +75,11 @@ def doctor(**kwargs: Any) -> None:
     LOGGER.info(f"\n{summary}")
 
 
+def _as_text(kwargs: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Return the arguments with some of them as text, since a name of digits is parsed as an int."""
+    return {k: str(v) if k in names and v is not None else v for k, v in kwargs.items()}
+
+
 def split(**kwargs: Any) -> None:
     """Make K-shot splits of a detection data set.
 
@@ -82,8 +88,7 @@ def split(**kwargs: Any) -> None:
     """
     from yolo_fewshot.data.splits import split
 
-    paths = {"data", "out", "val", "images", "val_images"}  # a name of digits is parsed as an int
-    split(**{k: str(v) if k in paths and v is not None else v for k, v in kwargs.items()})
+    split(**_as_text(kwargs, {"data", "out", "val", "images", "val_images"}))
 
 
 def benchmark(**kwargs: Any) -> None:
@@ -94,8 +99,7 @@ def benchmark(**kwargs: Any) -> None:
     """
     from yolo_fewshot.evaluate.benchmark import benchmark
 
-    paths = {"data", "model", "stock", "stage1", "out"}  # a name of digits is parsed as an int
-    benchmark(**{k: str(v) if k in paths and v is not None else v for k, v in kwargs.items()})
+    benchmark(**_as_text(kwargs, {"data", "model", "stock", "stage1", "out"}))
 
 
 COMMANDS = {

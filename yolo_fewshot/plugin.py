@@ -126,14 +126,15 @@ class _PostImport(importlib.abc.MetaPathFinder):
                 break
         else:
             return None
-        execute = spec.loader.exec_module
+        loader: Any = spec.loader
+        execute = loader.exec_module
 
         def exec_module(module: Any) -> None:
             execute(module)
             if self in sys.meta_path:  # not unregistered meanwhile
                 _on_import(fullname, module)
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec
 
 
@@ -212,9 +213,10 @@ def _resolve_names(checks: Any) -> None:
 
 def _swap(old: Any, new: Any) -> None:
     """Replace a function of Ultralytics in all its modules that have imported it."""
+    name = old.__name__
     for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("ultralytics") and vars(module).get(old.__name__) is old:
-            setattr(module, old.__name__, new)
+        if getattr(module, "__name__", "").startswith("ultralytics") and vars(module).get(name) is old:
+            setattr(module, name, new)
 
 
 def _route_models(engine: Any) -> None:

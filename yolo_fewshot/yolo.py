@@ -43,7 +43,9 @@ class FewShotYOLO(YOLO):
         >>> model.export(format="onnx")
     """
 
+    predictor: Any
     shots: enrollment.Shots | None = None
+    _given: tuple[Any, ...] | None = None  # what the classes of `support=` were enrolled from
     _undrawn = False
 
     def enroll(
@@ -274,7 +276,8 @@ class FewShotYOLO(YOLO):
     def _draw(self, folder: Path) -> None:
         """Draw the shots of `support` into a run folder, the first one after they were enrolled."""
         self._undrawn = False
-        plot_support(self.shots, self.model.names, folder / FILE)
+        if self.shots:
+            plot_support(self.shots, self.model.names, folder / FILE)
 
     def _changed(self) -> None:
         """Drop what belongs to the model as it was: the predictor, which holds a copy, and the last support set."""

@@ -42,7 +42,7 @@ from yolo_fewshot.yolo import FewShotYOLO
 FREEZES = (0, 10, 22)  # of the stock fine-tuning: nothing, the backbone, or all but the head is frozen
 STOCKS = ("stock", "stock_all")  # fine-tuning on the shots of the novel classes, and on shots of all classes
 ALL = "_all"  # suffix of the methods that see shots of all classes
-STOCK = {
+STOCK: dict[str, Any] = {
     "optimizer": "AdamW", "lr0": 0.002, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0, "val": False,
     "save": False,
 }  # fmt: skip
@@ -75,7 +75,9 @@ class Plan(NamedTuple):
     Attributes:
         folder (Path): Folder of the data.
         out (Path): Folder of the results.
-        files (dict[str, Path | None]): Checkpoints `model`, `stock` and `stage1`.
+        model (Path): Few-shot checkpoint after stage 2.
+        stock (Path | None): Stock detector.
+        stage1 (Path | None): Few-shot checkpoint before stage 2.
         shots (dict[tuple[int, int], Path]): data.yaml of each number of shots and seed.
         balanced (dict[tuple[int, int], Path]): The same with as many shots of the base classes, if needed.
         methods (tuple[str, ...]): Methods, stock fine-tuning once for each `freeze`.
@@ -86,7 +88,9 @@ class Plan(NamedTuple):
 
     folder: Path
     out: Path
-    files: dict[str, Path | None]
+    model: Path
+    stock: Path | None
+    stage1: Path | None
     shots: dict[tuple[int, int], Path]
     balanced: dict[tuple[int, int], Path]
     methods: tuple[str, ...]
@@ -144,8 +148,8 @@ def benchmark(
         >>> benchmark("voc1", "best.pt", stock="stock.pt", shots=(1, 5), device=0)
     """
     folder, target = Path(data).resolve(), Path(out).resolve()
-    files = {k: _file(k, x) for k, x in zip(FILES, (model, stock, stage1))}
-    chosen = _methods(methods, files["stage1"])
+    files = {k: _file(k, x) for k, x in zip(FILES, (model, stock, stage1)) if x is not None}
+    chosen = _methods(methods, "stage1" in files)
     counts = shot_counts(shots if isinstance(shots, (str, int)) else list(shots))
     if type(seeds) is not int or seeds < 1:
         raise ValueError(f"'seeds={seeds}' is an invalid value. It must be an int of at least 1, the number of draws.")
@@ -154,14 +158,16 @@ def benchmark(
     found = _find_shots(folder, counts, seeds, "novel")
     of_all = any(m.partition("-")[0].endswith(ALL) for m in chosen)
     balanced = _find_shots(folder, counts, seeds, "all") if of_all else {}
-    settings = {"imgsz": _check_models(files), **settings}  # which recipes would set to 640
+    _check_models(files)
+    settings = {"imgsz": YOLO(files["model"]).overrides.get("imgsz", 640), **settings}  # which recipes would set to 640
     record = _record(folder, files, settings, {"shots": counts, "seeds": seeds, "methods": chosen, "save": save})
-    record["leakage"] = _leakage([x for x in (files["model"], files["stock"]) if x], novel)
+    record["leakage"] = _leakage([x for k, x in files.items() if k != "stage1"], novel)
     _compare(target, record)
     target.mkdir(parents=True, exist_ok=True)
     AtomicPath(target / "benchmark.json").write_bytes(json.dumps(record, indent=1, ensure_ascii=False).encode())
-    described = ({key: _describe(target, *sources) for key, sources in x.items()} for x in (found, balanced))
-    plan = Plan(folder, target, files, *described, tuple(chosen), novel, settings, save)
+    described = [{key: _describe(target, *sources) for key, sources in x.items()} for x in (found, balanced)]
+    checkpoints = files["model"], files.get("stock"), files.get("stage1")
+    plan = Plan(folder, target, *checkpoints, described[0], described[1], tuple(chosen), novel, settings, save)
     _do_missing(plan, record)
     report(target, record, len(novel))
     LOGGER.info(f"Results saved to {target}")
@@ -171,14 +177,14 @@ def benchmark(
 # Checks
 
 
-def _file(key: str, file: str | Path | None) -> Path | None:
-    """Return the absolute path of a checkpoint, which must exist if it is given."""
-    if file is not None and not Path(file).is_file():
+def _file(key: str, file: str | Path) -> Path:
+    """Return the absolute path of a checkpoint, which must exist."""
+    if not Path(file).is_file():
         raise FileNotFoundError(f"{key}={file} does not exist.")
-    return file if file is None else Path(file).resolve()
+    return Path(file).resolve()
 
 
-def _methods(methods: str | Iterable[str], stage1: Path | None) -> list[str]:
+def _methods(methods: str | Iterable[str], has_stage1: bool) -> list[str]:
     """Return the names of the methods without repetition, and stock fine-tuning once for each `freeze`."""
     listed = methods.split(",") if isinstance(methods, str) else methods
     chosen = list(dict.fromkeys(x for x in (str(x).strip() for x in listed) if x))
@@ -188,7 +194,7 @@ def _methods(methods: str | Iterable[str], stage1: Path | None) -> list[str]:
         named = [f"{m} (similar: {', '.join(x)})" if x else m for m, x in unknown.items()]
         raise ValueError(f"'methods=' names {few(named) or 'nothing'}. Valid methods are {', '.join(METHODS)}.")
     need = [m for m in chosen if m == "no_episodes" or m in ABLATIONS]
-    if need and not stage1:
+    if need and not has_stage1:
         raise ValueError(f"stage1= must be given for {', '.join(need)}: the few-shot checkpoint before stage 2.")
     every = (x for m in chosen for x in ([f"{m}-{f}" for f in FREEZES] if m in STOCKS else [m]))
     return list(dict.fromkeys(every))
@@ -225,15 +231,16 @@ def _find_shots(
     folder: Path, counts: list[int], seeds: int, kind: str
 ) -> dict[tuple[int, int], tuple[Path, Path | None]]:
     """Return the data.yaml of each number of shots and seed, and the list that replaces its train split, if any."""
-    found, missing = {}, []
+    found: dict[tuple[int, int], tuple[Path, Path | None]] = {}
+    missing = []
     for k, s in product(counts, range(seeds)):
-        own, shared, listed = (folder / f"{kind}_{k}shot{x}" for x in (f"_seed{s}.yaml", ".yaml", f"_seed{s}.txt"))
-        if own.is_file():
-            found[k, s] = own, None
-        elif shared.is_file() and listed.is_file():
-            found[k, s] = shared, listed
+        of_seed, shared, images = (folder / f"{kind}_{k}shot{x}" for x in (f"_seed{s}.yaml", ".yaml", f"_seed{s}.txt"))
+        if of_seed.is_file():
+            found[k, s] = of_seed, None
+        elif shared.is_file() and images.is_file():
+            found[k, s] = shared, images
         else:
-            missing.append(own.name)
+            missing.append(of_seed.name)
     if missing:
         there = {x.stem for x in folder.iterdir() if re.fullmatch(kind + r"_\d+shot_seed\d+\.(yaml|txt)", x.name)}
         listed = sorted(there, key=lambda x: [int(n) for n in re.findall(r"\d+", x)])
@@ -246,17 +253,15 @@ def _find_shots(
     return found
 
 
-def _check_models(files: dict[str, Path | None]) -> int:
-    """Check the kind of each checkpoint, and return the image size that `model` was trained with."""
+def _check_models(files: dict[str, Path]) -> None:
+    """Check the kind of each checkpoint."""
     for key, file in files.items():
-        if file:
-            yolo = YOLO(file)
-            few_shot = isinstance(yolo.model, FewShotDetectionModel)
-            if key != "stock" and not few_shot:
-                raise TypeError(no_head(yolo, "yolo-fewshot benchmark"))
-            if key == "stock" and (few_shot or yolo.task != "detect"):
-                raise TypeError(f"stock={file} must be a stock detector. Without stock= it is model=, folded.")
-    return YOLO(files["model"]).overrides.get("imgsz", 640)
+        yolo = YOLO(file)
+        few_shot = isinstance(yolo.model, FewShotDetectionModel)
+        if key != "stock" and not few_shot:
+            raise TypeError(no_head(yolo, "yolo-fewshot benchmark"))
+        if key == "stock" and (few_shot or yolo.task != "detect"):
+            raise TypeError(f"stock={file} must be a stock detector. Without stock= it is model=, folded.")
 
 
 def _leakage(files: list[Path], novel: tuple[str, ...]) -> list[str]:
@@ -276,12 +281,12 @@ def _leakage(files: list[Path], novel: tuple[str, ...]) -> list[str]:
     return names
 
 
-def _record(folder: Path, files: dict[str, Path | None], settings: Row, more: Row) -> dict[str, Any]:
+def _record(folder: Path, files: dict[str, Path], settings: Row, more: Row) -> dict[str, Any]:
     """Return the content of benchmark.json."""
     record = {
         "data": str(folder),
-        "files": {k: str(f) if f else None for k, f in files.items()},
-        "sha256": {k: hashlib.sha256(f.read_bytes()).hexdigest() if f else None for k, f in files.items()},
+        "files": {k: str(files[k]) if k in files else None for k in FILES},
+        "sha256": {k: hashlib.sha256(files[k].read_bytes()).hexdigest() if k in files else None for k in FILES},
         "settings": dict(sorted(settings.items())),
         **more,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -334,12 +339,15 @@ def _run_method(plan: Plan, method: str, shots: int, seed: int) -> Row:
     if name in STOCKS:
         file, seconds = _fine_tune(plan, folder, train, int(freeze), seed)
     elif method in ADAPTATIONS:
-        own = {"replay": {"base_replay": str(plan.folder / "base.yaml")}, "adapt_full": {"blend": 1.0}}
-        keys = {**_settings_for("stage3", plan.settings), **own.get(method, {})}
-        trainer, seconds = _train(plan.files["model"], folder, cfg=_recipe(3), data=str(train), seed=seed, **keys)
+        extra: dict[str, Row] = {
+            "replay": {"base_replay": str(plan.folder / "base.yaml")},
+            "adapt_full": {"blend": 1.0},
+        }
+        keys = {**_settings_for("stage3", plan.settings), **extra.get(method, {})}
+        trainer, seconds = _train(plan.model, folder, cfg=_recipe(3), data=str(train), seed=seed, **keys)
         file = Path(trainer.last)
     else:
-        start = plan.files["stage1" if method == "no_episodes" else "model"]
+        start = (plan.stage1 if method == "no_episodes" else None) or plan.model
         start = _ablated(plan, method, seed) if method in ABLATIONS else start
         file, seconds = _enroll(plan, folder, start, data, method if method in ENROLLMENTS else "auto")
     figures = {"seconds": round(seconds, 2)}
@@ -381,9 +389,9 @@ def _train(start: Path, folder: Path, **arguments: Any) -> tuple[Any, float]:
 
 def _fine_tune(plan: Plan, folder: Path, data: Path, freeze: int, seed: int) -> tuple[Path, float]:
     """Fine-tune the stock detector on shots, as Ultralytics does."""
-    start = plan.files["stock"] or plan.out / "stock.pt"
+    start = plan.stock or plan.out / "stock.pt"
     if not start.exists():
-        FewShotYOLO(plan.files["model"]).fold().save(start)
+        FewShotYOLO(plan.model).fold().save(start)
     keys, train = _settings_for("stock", plan.settings), check_det_dataset(data)["train"]
     images = sum(len(list_images(Path(x))) for x in (train if isinstance(train, list) else [train]))
     epochs = _epochs_for(images, keys.get("batch", DEFAULT_CFG_DICT["batch"]))
@@ -405,7 +413,8 @@ def _ablated(plan: Plan, method: str, seed: int) -> Path:
         keys = {**_settings_for("stage2", plan.settings), **ABLATIONS[method], "seed": seed}
         folder = file.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)
-        trainer, _ = _train(plan.files["stage1"], folder, cfg=_recipe(2), data=str(plan.folder / "base.yaml"), **keys)
+        assert plan.stage1 is not None  # checked with the methods
+        trainer, _ = _train(plan.stage1, folder, cfg=_recipe(2), data=str(plan.folder / "base.yaml"), **keys)
         shutil.copy2(Path(trainer.best), f"{file}.part")
         os.replace(f"{file}.part", file)
         if not plan.save:

@@ -46,7 +46,8 @@ def read_rows(file: Path) -> Rows:
     """
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     numbers = {*FIGURES["FSOD"], *FIGURES["G-FSOD"], "seconds"}
-    rows = [{k: float(v) if k in numbers else v for k, v in x.items()} for x in csv.DictReader(io.StringIO(text))]
+    table = csv.DictReader(io.StringIO(text))
+    rows: list[Row] = [{k: float(v) if k in numbers else v for k, v in x.items()} for x in table]
     return {(x["method"], int(x["shots"]), int(x["seed"])): x for x in rows}
 
 

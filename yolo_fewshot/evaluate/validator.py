@@ -34,6 +34,10 @@ class FewShotValidator(DetectionValidator):
         >>> FewShotYOLO("best.pt").val(data="shots.yaml")
     """
 
+    metrics: FewShotMetrics
+    names: Any
+    class_map: Any
+
     def __init__(
         self,
         dataloader: DataLoader | None = None,

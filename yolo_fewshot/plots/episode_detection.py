@@ -27,7 +27,9 @@ def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, 
     Returns:
         (list[torch.Tensor]): Detections of each query image, (n, 6): corners in pixels, confidence, class.
     """
-    preds, bank = branch_predictions(model, batch["img"])[0], model.model[-1].banks[0]
+    layers: Any = model.model
+    head = layers[-1]
+    preds, bank = branch_predictions(model, batch["img"])[0], head.banks[0]
     fg, gt_idx, weight, n_max, boxes = BoxAssignment.of_branches(model)[0](preds, batch)
     embeds, support = preds["embeds"].transpose(1, 2).float(), batch["support"]
     objects, valid = pool_objects(embeds, fg, gt_idx, weight, n_max)
@@ -37,7 +39,7 @@ def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, 
     y = cls.new_full((len(objects),), -1)
     y[image * n_max + number] = cls
     y = torch.where(valid & support.repeat_interleave(n_max), y, -1)
-    prototypes, counts = class_means(objects, y, model.model[-1].nc)
+    prototypes, counts = class_means(objects, y, head.nc)
     ways = counts.nonzero()[:, 0]
     sizes = [x.shape[2] * x.shape[3] for x in preds["feats"]]
     scale, bias = (torch.cat([v.expand(n) for v, n in zip(x.float(), sizes)]) for x in (bank.logit_scale, bank.bias))

@@ -20,7 +20,7 @@ def plot_losses(results: dict[str, list[float]], file: Path, gains: dict[str, fl
 
     terms = [k.removeprefix("share/") for k in results if k.startswith("share/")]
     x = results["epoch"]
-    colors = dict(zip(terms, plt.cm.tab10.colors))
+    colors = {t: plt.get_cmap("tab10")(i) for i, t in enumerate(terms)}
     n = (len(terms) + 4) // 2
     fig, axes = plt.subplots(2, n, figsize=(3.2 * n, 6.4), layout="constrained")
     axes = axes.ravel()

@@ -74,9 +74,9 @@ class FewShotResults(Results):
         Returns:
             (np.ndarray | PIL.Image.Image): The image, BGR, or RGB with `pil=True`.
         """
-        given = inspect.signature(super().plot).bind(*args, **kwargs)
-        given.apply_defaults()
-        given = given.arguments
+        bound = inspect.signature(super().plot).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
         classes = [] if self.boxes is None else self.boxes.cls.tolist()
         novel = [i for i, c in enumerate(classes) if str(self.names[int(c)]) in self.enrolled]
         if not (novel and given["boxes"]):
@@ -143,14 +143,15 @@ def _dashed(box: list[float], lw: float) -> list[tuple[slice, slice]]:
         spans.append([(low - reach, first), *inner[1:-1], (last, high + reach + 1)])
         bands.append([(low - reach, min(low + reach + 1, first)), (max(high - reach, last), high + reach + 1)])
     areas = [(y, x) for y in bands[1] for x in spans[0]] + [(y, x) for y in spans[1] for x in bands[0]]
-    return [tuple(slice(max(a, 0), max(b, 0)) for a, b in area) for area in areas]
+    return [(slice(max(y1, 0), max(y2, 0)), slice(max(x1, 0), max(x2, 0))) for (y1, y2), (x1, x2) in areas]
 
 
 def _text_size(annotator: Annotator, text: str) -> tuple[int, int]:
     """Return width and height of a text."""
     if annotator.pil:
         return annotator.font.getsize(text)
-    return cv2.getTextSize(text, 0, annotator.sf, annotator.tf)[0]
+    width, height = cv2.getTextSize(text, 0, annotator.sf, annotator.tf)[0]
+    return width, height
 
 
 def _row(name: str, shots: int, width: int, annotator: Annotator) -> str | None:
@@ -187,8 +188,9 @@ def _add_legend(
     plate = annotate(np.full((height, width, 3), PLATE, np.uint8), 1, label.font.size * scale if label.pil else None)
     if not plate.pil:
         plate.sf, plate.tf = label.sf * scale, max(round(label.tf * scale), 1)
-    rows = [_row(name, shots, width - 3 * pad - key, plate) for name, shots, _ in classes[:limit]]
-    if None in rows:
+    fitting = (_row(name, shots, width - 3 * pad - key, plate) for name, shots, _ in classes[:limit])
+    rows = [x for x in fitting if x is not None]
+    if len(rows) < len(classes[:limit]):
         return
     rows += [f"+ {len(classes) - limit} more"] * (len(classes) > limit)
     middle = [pad // 2 + pitch // 2 + pitch * i for i in range(len(rows))]

@@ -1,4 +1,4 @@
-"""Teach a few-shot detector new classes from a few labeled examples, and measure how well it finds them.
+"""Teach a few-shot detector new classes from a few labeled examples, and measure how well it detects them.
 
     python examples/add_classes.py best.pt shots.yaml
 
@@ -20,7 +20,7 @@ def main(weights: str, support: str) -> float:
         support (str): YOLO data.yaml.
 
     Returns:
-        (float): mAP50 over the classes that the val split shows.
+        (float): mAP50 over the classes that occur in the val split.
     """
     model = FewShotYOLO(weights)
     shots = model.enroll(support)

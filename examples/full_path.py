@@ -2,8 +2,8 @@
 
     python examples/full_path.py
 
-About eight minutes on two CPU cores. With your own data, give its base.yaml and the data.yaml of the shots, see
-my_data.py.
+It takes about eight minutes on two CPU cores. For your own data, give its base.yaml and the data.yaml of the shots (see
+my_data.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from yolo_fewshot import FewShotYOLO
 
 
 def main(base: str = "fewshot-demo.yaml", novel: str = "fewshot-demo-novel.yaml", **settings: Any) -> dict[str, float]:
-    """Go the full path.
+    """Train, enroll, adapt and export, and measure after each step.
 
     Args:
         base (str): data.yaml of the base classes.
@@ -29,36 +29,36 @@ def main(base: str = "fewshot-demo.yaml", novel: str = "fewshot-demo-novel.yaml"
     """
     common = {"imgsz": 128, "plots": False, **settings}
     stages = {"lr0": 0.002, "optimizer": "AdamW", "val": False, "warmup_bias_lr": 0.0}
-    found = {}
+    map50s = {}
 
     # 1: ordinary detection training of the few-shot head.
     model = YOLO("fewshot.yaml")
     model.train(data=base, **{"cfg": "stage1.yaml", "epochs": 8, **stages, **common})
-    found["base training, enrolled"] = measure(str(model.trainer.best), novel)
+    map50s["base training, enrolled"] = measure(str(model.trainer.best), novel)
 
-    # 2: episodes. They teach the embedding to tell classes apart that it has never seen.
+    # 2: episodes. They train the embedding to separate classes that it has never seen.
     model = YOLO(model.trainer.best)
     model.train(data=base, **{"cfg": "stage2.yaml", "epochs": 8, "episodes": 60, "lrf": 0.05, **stages, **common})
     few_shot = str(model.trainer.best)
-    found["episodes, enrolled"] = measure(few_shot, novel)
+    map50s["episodes, enrolled"] = measure(few_shot, novel)
 
-    # 3: some steps on the shots, from the enrollment. The result knows the novel classes.
+    # 3: fine-tuning on the shots, from the enrolled weights. The result has the novel classes.
     model = FewShotYOLO(few_shot)
     model.train(data=novel, **{"cfg": "stage3.yaml", **common})
     adapted = FewShotYOLO(model.trainer.best)
-    found["adapted"] = adapted.val(data=novel, plots=False).box.map50
+    map50s["adapted"] = adapted.val(data=novel, plots=False).box.map50
 
-    # An ordinary ONNX file, see serve_onnx.py for what runs it.
+    # An ordinary ONNX file; serve_onnx.py runs it.
     file = adapted.export(format="onnx")
-    found["adapted, ONNX"] = YOLO(file, task="detect").val(data=novel, plots=False).box.map50
-    for step, map50 in found.items():
+    map50s["adapted, ONNX"] = YOLO(file, task="detect").val(data=novel, plots=False).box.map50
+    for step, map50 in map50s.items():
         print(f"{step:<26}novel mAP50 {map50:.3f}")
     print(f"The model for deployment is {file}")
-    return found
+    return map50s
 
 
 def measure(weights: str, novel: str) -> float:
-    """Return the mAP50 of the novel classes, enrolled for this alone."""
+    """Return the mAP50 of the novel classes, enrolled for this measurement only."""
     return FewShotYOLO(weights).val(data=novel, support=novel, plots=False).box.map50
 
 

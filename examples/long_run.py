@@ -1,9 +1,9 @@
-"""A long run that goes on where it was stopped: start the same command again after a crash.
+"""Continue a long run where it was stopped: start the same command again after a crash.
 
     python examples/long_run.py best.pt base.yaml 0,1,2,3
 
-Every device draws episodes of its own, so a step sees four of them here. A resumed run has the episodes that it would
-have had without the break. Tested with two processes on a CPU; not yet run on several GPUs.
+Every device draws its own episodes, so a step sees four of them here. A resumed run has the episodes that it would have
+had without the interruption. Tested with two processes on a CPU; not yet run on several GPUs.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import yolo_fewshot  # noqa: F401  (registers the plugin, as `yolo` does by itse
 
 
 def main(model: str, data: str, device: str = "cpu", project: str = "long", **settings: Any) -> Path:
-    """Train stage 2, or go on with it.
+    """Train stage 2, or continue it.
 
     Args:
         model (str): Few-shot checkpoint after stage 1, or a model YAML.
         data (str): data.yaml of the base classes.
         device (str): Devices, i.e. '0,1'.
-        project (str): Folder of the run, which says whether there is one to go on with.
+        project (str): Folder of the run; a run that is in it is continued.
         **settings (Any): Further arguments of training.
 
     Returns:
@@ -43,7 +43,7 @@ def main(model: str, data: str, device: str = "cpu", project: str = "long", **se
 
 
 def can_resume(last: Path) -> bool:
-    """Return whether a checkpoint is that of a run that has not come to its end."""
+    """Return whether a checkpoint belongs to a run that has not finished."""
     return last.exists() and (YOLO(last).ckpt or {}).get("epoch", -1) >= 0
 
 

@@ -1,9 +1,9 @@
-"""From your own data, YOLO folders or COCO jsons, to K-shot splits.
+"""Make K-shot splits of your own data, YOLO folders or COCO jsons.
 
     python examples/my_data.py data.yaml scooter,bus my_split
     python examples/my_data.py instances_train.json scooter,bus my_split images=train val=instances_val.json
 
-Without arguments the built-in data is split, once as YOLO folders and once as COCO jsons, which it is written to first.
+Without arguments it splits the built-in data, once as YOLO folders and once as COCO jsons, which it writes first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from yolo_fewshot.data.splits import split
 
 
 def main(data: str = "fewshot-demo.yaml", novel: str = "gear,key,tree", out: str = "my_split", **more: Any) -> Path:
-    """Split a data set, and say what to do with it.
+    """Split a data set, and print the commands that use it.
 
     Args:
         data (str): data.yaml, or COCO json of the train images.
@@ -43,7 +43,7 @@ def main(data: str = "fewshot-demo.yaml", novel: str = "gear,key,tree", out: str
 
 
 def to_coco(data: str, kind: str, out: Path) -> Path:
-    """Write the COCO json of a split of a YOLO data set: what `split` reads, and no more.
+    """Write the COCO json of a split of a YOLO data set, with the fields that `split` reads.
 
     Args:
         data (str): data.yaml.

@@ -1,9 +1,9 @@
-"""Serve the exported ONNX file with onnxruntime alone: neither this package, nor Ultralytics, nor torch.
+"""Serve the exported ONNX file with onnxruntime only, without this package, Ultralytics and torch.
 
     yolo export model=best.pt format=onnx support=shots.yaml
     python examples/serve_onnx.py best.onnx street.jpg
 
-An export of a few-shot model is an ordinary YOLO graph. Its metadata has the class names, the enrolled ones included.
+An export of a few-shot model is an ordinary YOLO graph. Its metadata has the class names, including the enrolled ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Detector:
     """A YOLO detector in an ONNX file of a fixed image size, exported without `nms=True`."""
 
     def __init__(self, file: str):
-        """Load it.
+        """Load the file.
 
         Args:
             file (str): ONNX file.
@@ -46,15 +46,15 @@ class Detector:
         self.height, self.width = ast.literal_eval(metadata["imgsz"])
 
     def __call__(self, image: np.ndarray, conf: float = 0.25, iou: float = 0.7) -> list[Detection]:
-        """Detect.
+        """Detect objects in an image.
 
         Args:
             image (np.ndarray): BGR image, (h, w, 3) uint8.
-            conf (float): Least confidence.
-            iou (float): Overlap above which the weaker of two boxes of a class goes.
+            conf (float): Minimum confidence.
+            iou (float): IoU above which NMS removes the weaker of two boxes of a class.
 
         Returns:
-            (list[Detection]): Detections, the best first.
+            (list[Detection]): Detections, the most confident first.
         """
         pixels, scale, margin = self.letterbox(image)
         rows = self.session.run(None, {self.session.get_inputs()[0].name: pixels})[0][0].T  # (anchors, 4 + classes)
@@ -72,7 +72,7 @@ class Detector:
         return sorted(found, key=lambda x: -x.score)
 
     def letterbox(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-        """Return a image for the network, (1, 3, H, W) float32 in 0..1 RGB, its scale and margin in x and y."""
+        """Return the network input, (1, 3, H, W) float32 in 0..1 RGB, with its scale and margin in x and y."""
         h, w = image.shape[:2]
         scale = min(self.height / h, self.width / w)
         size = round(w * scale), round(h * scale)
@@ -89,12 +89,12 @@ class Detector:
 
 
 def main(file: str, image: str, conf: str = "0.25") -> list[Detection]:
-    """Print what is in a image.
+    """Print the detections in an image.
 
     Args:
         file (str): ONNX file.
         image (str): Image.
-        conf (str): Least confidence.
+        conf (str): Minimum confidence.
 
     Returns:
         (list[Detection]): Detections.

@@ -1,9 +1,9 @@
-"""Follow objects of new classes through a video.
+"""Track objects of new classes in a video.
 
     yolo track model=best.pt source=street.mp4 support=shots.yaml
     python examples/track_video.py best.pt fewshot-demo-novel.yaml street.mp4
 
-Without a video of yours one is made of the built-in data: a image that moves.
+Without a video it makes one of the built-in data: an image that moves.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def main(weights: str, support: str = "fewshot-demo-novel.yaml", video: str = ""
 
     Args:
         weights (str): Few-shot checkpoint.
-        support (str): The examples.
+        support (str): Support set.
         video (str): Video.
         **settings (Any): Further arguments of `track`.
 
     Returns:
-        (dict[str, int]): How many objects of each class were followed.
+        (dict[str, int]): Number of tracked objects of each class.
     """
     video = video or str(moving_image(next(Path(check_det_dataset(support)["val"]).glob("*")), Path("moving.mp4")))
     model, tracks = FewShotYOLO(weights), {}
@@ -38,12 +38,12 @@ def main(weights: str, support: str = "fewshot-demo-novel.yaml", video: str = ""
             tracks.update(zip(frame.boxes.id.int().tolist(), frame.boxes.cls.int().tolist()))
     names = [model.names[c] for c in tracks.values()]
     counts = {n: names.count(n) for n in dict.fromkeys(names)}
-    print(", ".join(f"{k} {n}" for n, k in counts.items()) or "Nothing was followed.")
+    print(", ".join(f"{k} {n}" for n, k in counts.items()) or "No object was tracked.")
     return counts
 
 
 def moving_image(image: Path, video: Path, frames: int = 30) -> Path:
-    """Write a video in which a image moves to the right and down.
+    """Write a video in which an image moves to the right and down.
 
     Args:
         image (Path): Image.

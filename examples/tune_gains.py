@@ -2,8 +2,8 @@
 
     python examples/tune_gains.py best.pt base.yaml iterations=20
 
-The tuner keeps what gives the best mAP on the *base* val split. It knows nothing of novel classes, whose query images
-must not choose anything; to tune for new classes, hold some base classes out as `yolo-fewshot split` does.
+The tuner keeps the values with the best mAP on the *base* val split. It does not see the novel classes, whose query
+images must not choose anything; to tune for new classes, hold out some base classes as `yolo-fewshot split` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ultralytics.utils import YAML
 
 import yolo_fewshot  # noqa: F401  (registers the plugin, as `yolo` does by itself)
 
-SPACE = {"supcon": (0.0, 2.0), "cpe": (0.0, 1.5), "triplet": (0.0, 1.0), "lr0": (0.0002, 0.005)}  # any key will do
+SPACE = {"supcon": (0.0, 2.0), "cpe": (0.0, 1.5), "triplet": (0.0, 1.0), "lr0": (0.0002, 0.005)}  # any key works
 
 
 def main(model: str = "fewshot.yaml", data: str = "fewshot-demo.yaml", **settings: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Shared set-up: Ultralytics' settings, runs and data sets in a temporary folder, no network, few threads."""
+"""Shared fixtures: Ultralytics' settings, runs and data sets in a temporary folder, no network, few threads."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ for name in ("YOLO_FEWSHOT_DISABLE", "ULTRALYTICS_SAFE_LOAD"):
 FONT = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 for name in ("Arial.ttf", "Arial.Unicode.ttf"):
     shutil.copy(FONT, HOME / "Ultralytics" / name)
+
+
+SLOW_FIXTURES = {"trained", "enrolled", "stages", "wheel"}  # which train models or build the package
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a slow fixture."""
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -75,7 +86,7 @@ def draw_tiny() -> Callable[[Path, int], Path]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The trainers of a short run of both stages on the demo data; what stage 2 leaves in `best` does detect."""
+    """The trainers of a short run of both stages on the demo data; `best` of stage 2 detects objects."""
     from yolo_fewshot import FewShotTrainer
     from yolo_fewshot.paths import cfg_dir
 

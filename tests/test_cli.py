@@ -99,7 +99,7 @@ def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
 
 @pytest.fixture
 def rehearsed(monkeypatch):
-    """What the doctor is asked, and what it answers."""
+    """The arguments that the doctor gets, and the findings that it returns."""
     asked, found = [], []
     monkeypatch.setattr("yolo_fewshot.train.doctor.doctor", lambda **kwargs: asked.append(kwargs) or found)
     return asked, found
@@ -127,7 +127,7 @@ def test_the_doctor_fails_if_it_finds_an_error(rehearsed, caplog):
 def test_the_doctor_needs_data_and_a_model(rehearsed):
     assert text_of("doctor", "n_way=3").startswith("data=, model= must be given.")
     assert text_of("doctor", "data=a.yaml").startswith("model= must be given.")
-    assert text_of("doctor", "data=a.yaml", "model=b.pt", "n_way").startswith("'n_way' is no key=value pair.")
+    assert text_of("doctor", "data=a.yaml", "model=b.pt", "n_way").startswith("expected key=value, got 'n_way'.")
     assert rehearsed[0] == []
 
 
@@ -173,7 +173,7 @@ def test_the_split_end_to_end(tmp_path, monkeypatch, caplog):
 
 
 def test_the_help_is_a_table():
-    assert re.search(r"^  doctor +look at the data, .* before it starts$", cli.usage(), re.M)
+    assert re.search(r"^  doctor +check the data, .* before it starts$", cli.usage(), re.M)
     assert re.search(r"^  \[KEY=\] +any other argument of yolo train", cli.usage("doctor"), re.M)
     for name, command in cli.COMMANDS.items():
         texts = [*command.required.values(), *command.optional.values()]
@@ -183,21 +183,21 @@ def test_the_help_is_a_table():
 
 def test_an_unknown_command(nothing_loaded):
     text = text_of("enroll", "model=best.pt")
-    assert text.startswith("'enroll' is no command of yolo-fewshot.") and cli.usage() in text
+    assert text.startswith("unknown command 'enroll'.") and cli.usage() in text
 
 
 def test_an_unknown_key_gets_a_suggestion(nothing_loaded):
     text = text_of("enroll", "model=best.pt", "suport=shots.yaml", "save=b.pt")
-    assert text.startswith("'suport=' is no argument of yolo-fewshot enroll. Similar: support=.")
+    assert text.startswith("'suport=' is not an argument of yolo-fewshot enroll. Similar: support=.")
     assert cli.usage("enroll") in text
     text = text_of("enroll", "model=best.pt", "zzz=1")
-    assert text.startswith("'zzz=' is no argument of yolo-fewshot enroll.\n")
+    assert text.startswith("'zzz=' is not an argument of yolo-fewshot enroll.\n")
 
 
 @pytest.mark.parametrize("argument", ["support", "support=", "support= "])
 def test_a_missing_value(argument, nothing_loaded):
     text = text_of("enroll", "model=best.pt", argument, "save=b.pt")
-    assert text.startswith(f"'{argument}' is no key=value pair.") and cli.usage("enroll") in text
+    assert text.startswith(f"expected key=value, got '{argument}'.") and cli.usage("enroll") in text
 
 
 def test_missing_keys_are_named(nothing_loaded):
@@ -230,7 +230,7 @@ def test_enrolling_end_to_end(trained, crops, tmp_path, monkeypatch, caplog):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_image_that_cannot_be_drawn_costs_nothing_but_the_image(trained, crops, tmp_path, monkeypatch, caplog):
+def test_an_error_of_the_plot_loses_only_the_plot(trained, crops, tmp_path, monkeypatch, caplog):
     """Not even if the process ends there."""
     argv = ["enroll", f"model={trained[1].best}", f"support={crops}", f"save={tmp_path}/a.pt", "enroll=mean"]
     monkeypatch.setattr("yolo_fewshot.plots.support._table", lambda *_: 1 / 0)
@@ -286,5 +286,7 @@ def test_the_installed_command(trained, crops, tmp_path):
     assert list(YOLO(tmp_path / "site.pt").model.enrolled) == ["hourglass", "umbrella"]
     done = subprocess.run([script, "enroll", *argv, "emroll=fit"], cwd=tmp_path, capture_output=True, text=True)
     assert (
-        done.returncode == 1 and done.stderr.startswith("'emroll=' is no argument") and "Traceback" not in done.stderr
+        done.returncode == 1
+        and done.stderr.startswith("'emroll=' is not an argument")
+        and "Traceback" not in done.stderr
     )

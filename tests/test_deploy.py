@@ -17,10 +17,10 @@ from ultralytics import YOLO
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import ROOT, YAML
-from yolo_fewshot.data.demo import BASE, NOVEL
-from yolo_fewshot.nn.model import FewShotDetectionModel
 
 from yolo_fewshot import FewShotYOLO
+from yolo_fewshot.data.demo import BASE, NOVEL
+from yolo_fewshot.nn.model import FewShotDetectionModel
 
 IMGSZ = 96
 
@@ -268,7 +268,7 @@ def yolo(site, *args):
 
 
 def names_found(text, image):
-    """The class names in the line of a image."""
+    """The class names in the line of an image."""
     (line,) = (x for x in text.splitlines() if image in x and x.startswith(("image ", "video ")))
     return {name for name in (*BASE, *NOVEL) if f" {name}" in line}
 

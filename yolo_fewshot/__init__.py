@@ -1,7 +1,7 @@
 """Few-shot object detection by meta-learning, as a plugin of Ultralytics YOLO.
 
-Importing this package registers the plugin with Ultralytics (see `yolo_fewshot.plugin`). The public names below are
-loaded on first use, so that the import itself stays cheap.
+Importing this package registers the plugin with Ultralytics (see `yolo_fewshot.plugin`). The public names are loaded
+on first use, so that the import is fast.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from yolo_fewshot import plugin
 
-if TYPE_CHECKING:  # what editors and type checkers see of the names that are loaded on first use
+if TYPE_CHECKING:  # for editors and type checkers, which do not see names loaded on first use
     from yolo_fewshot.data.episodes import EpisodeSampler, EpisodicDataset
     from yolo_fewshot.evaluate.validator import FewShotValidator
     from yolo_fewshot.nn.criterion import FewShotLoss
@@ -68,5 +68,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """List the public names, the not yet loaded ones too."""
+    """List the public names, including those not loaded yet."""
     return sorted({*globals(), *_PUBLIC})

@@ -35,7 +35,7 @@ def match_classes(names: Mapping[int, str], classes: Mapping[int, str]) -> dict[
         (dict[int, int]): Class of every label index, `UNKNOWN`, or `AMBIGUOUS` if there are several candidates.
     """
     labeled, known = _indices(names), _indices(classes)
-    index = {}
+    index: dict[int, int] = {}
     for name, rows in labeled.items():
         found = known.get(name, [])
         if not found:

@@ -1,4 +1,4 @@
-"""The `yolo-fewshot` command: what the `yolo` command has no mode for. Arguments are key=value, as there."""
+"""The `yolo-fewshot` command, for what `yolo` has no mode. Arguments are key=value, as in `yolo`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-        run (Callable): Function of the arguments.
-        help (str): What it does, in one line.
-        required (dict[str, str]): Help of the arguments that must be given.
-        optional (dict[str, str]): Help of the others.
-        example (str): A call.
+        run (Callable): Function that takes the arguments.
+        help (str): Description in one line.
+        required (dict[str, str]): Help of the required arguments.
+        optional (dict[str, str]): Help of the optional arguments.
+        example (str): Example of a call.
     """
 
     run: Callable[..., None]
@@ -31,7 +31,7 @@ class Command(NamedTuple):
 
 
 def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: Any) -> None:
-    """Enroll the classes of a support set, save the model, and draw the shots beside it.
+    """Enroll the classes of a support set, save the model, and plot the shots beside it.
 
     Args:
         model (str): Few-shot checkpoint.
@@ -46,24 +46,25 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
     from yolo_fewshot import FewShotYOLO
     from yolo_fewshot.plots.support import FILE, plot_support
 
-    model, support, save = str(model), str(support), str(save)  # digits come as an int
+    model, support, save = str(model), str(support), str(save)  # a name of digits is parsed as an int
     if Path(save).suffix != ".pt" or not Path(save).resolve().parent.is_dir():
         raise ValueError(f"'save={save}' is an invalid value. It must be a *.pt file in a folder that exists.")
     yolo = FewShotYOLO(model)
     yolo.enroll(support, method=enroll, **kwargs)
     yolo.save(save)
+    assert yolo.shots is not None  # enroll has set them
     plot_support(yolo.shots, yolo.names, Path(save).absolute().with_name(f"{Path(save).stem}_{FILE}"))
     LOGGER.info(f"Results saved to {Path(save).resolve()}")
 
 
 def doctor(**kwargs: Any) -> None:
-    """Look at the data and rehearse a training run.
+    """Check the data, and rehearse a training run.
 
     Args:
         **kwargs (Any): Arguments of `yolo_fewshot.train.doctor.doctor`.
 
     Raises:
-        SystemExit: If something was found that training cannot do with.
+        SystemExit: If training would fail.
     """
     from yolo_fewshot.train.doctor import doctor
 
@@ -74,6 +75,11 @@ def doctor(**kwargs: Any) -> None:
     LOGGER.info(f"\n{summary}")
 
 
+def _as_text(kwargs: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Return the arguments with some of them as text, since a name of digits is parsed as an int."""
+    return {k: str(v) if k in names and v is not None else v for k, v in kwargs.items()}
+
+
 def split(**kwargs: Any) -> None:
     """Make K-shot splits of a detection data set.
 
@@ -82,8 +88,7 @@ def split(**kwargs: Any) -> None:
     """
     from yolo_fewshot.data.splits import split
 
-    paths = {"data", "out", "val", "images", "val_images"}  # digits come as an int
-    split(**{k: str(v) if k in paths and v is not None else v for k, v in kwargs.items()})
+    split(**_as_text(kwargs, {"data", "out", "val", "images", "val_images"}))
 
 
 def benchmark(**kwargs: Any) -> None:
@@ -94,24 +99,23 @@ def benchmark(**kwargs: Any) -> None:
     """
     from yolo_fewshot.evaluate.benchmark import benchmark
 
-    paths = {"data", "model", "stock", "stage1", "out"}  # digits come as an int
-    benchmark(**{k: str(v) if k in paths and v is not None else v for k, v in kwargs.items()})
+    benchmark(**_as_text(kwargs, {"data", "model", "stock", "stage1", "out"}))
 
 
 COMMANDS = {
     "benchmark": Command(
         benchmark,
-        "measure stock fine-tuning, enrollment, adaptation and ablations on K shots, over several draws",
+        "measure stock fine-tuning, enrollment, adaptation and ablations with K shots, over several draws",
         {"data": "folder that yolo-fewshot split wrote", "model": "few-shot checkpoint after stage 2, i.e. best.pt"},
         {
-            "stock": "stock detector trained on base.yaml (model= folded)",
+            "stock": "stock detector trained on base.yaml (model=, folded)",
             "stage1": "few-shot checkpoint before stage 2, for the ablations",
             "shots": "numbers of shots (1,3,5,10)",
             "seeds": "number of draws (3)",
             "methods": "some of stock,stock_all,mean,fit,auto,adapt,replay,adapt_full,adapt_all (these), "
             "no_episodes,full,minus_supcon,minus_cpe,minus_triplet,minus_contrast,two_way; "
-            "stock-0 is stock with freeze=0 alone",
-            "out": "folder to write, or to go on with (benchmark)",
+            "stock-0 is stock with freeze=0 only",
+            "out": "folder to write or to continue (benchmark)",
             "save": "keep the training runs (False)",
             "KEY": "any other argument of yolo train, i.e. imgsz=160 fliplr=0 device=0",
         },
@@ -119,7 +123,7 @@ COMMANDS = {
     ),
     "doctor": Command(
         doctor,
-        "look at the data, the first losses, the time and the memory of a training run before it starts",
+        "check the data, the first losses, the time and the memory of a training run before it starts",
         {"data": "data.yaml", "model": "model to train, i.e. best.pt or fewshot.yaml"},
         {"cfg": "recipe (stage2.yaml)", "KEY": "any other argument of yolo train, i.e. imgsz=320 n_way=4"},
         "yolo-fewshot doctor model=best.pt cfg=stage2.yaml data=base.yaml",
@@ -129,21 +133,21 @@ COMMANDS = {
         "teach a few-shot model new classes from a few labeled examples, and save it",
         {
             "model": "few-shot checkpoint, i.e. best.pt",
-            "support": "the examples: data.yaml, .txt list of images, or folder of crops by class",
+            "support": "support set: data.yaml, .txt list of images, or folder of crops by class",
             "save": "checkpoint to write",
         },
         {
             "enroll": "auto (default), mean or fit",
-            "imgsz": "image size, that of training if not given",
+            "imgsz": "image size (that of training)",
             "batch": "images per forward pass (16)",
             "device": "device, i.e. 0 or cpu",
-            "nms": "False if the model will predict so, for the suggested thresholds of YOLO26",
+            "nms": "False if YOLO26 will predict with nms=False, for the suggested thresholds",
         },
         "yolo-fewshot enroll model=best.pt support=shots.yaml save=site-a.pt",
     ),
     "split": Command(
         split,
-        "split a data set into base classes and K shots of novel ones, linking its images",
+        "split a data set into base classes and K shots of novel ones, with links to its images",
         {
             "data": "data.yaml, or COCO json of the train images",
             "novel": "names of the novel classes, i.e. bird,bus, or a YAML with a list of them, i.e. voc-split1.yaml",
@@ -154,7 +158,7 @@ COMMANDS = {
             "seeds": "number of draws (3)",
             "val": "COCO json of the val images, if data= is one",
             "images": "folder of its train images",
-            "val_images": "folder of its val images, images= if not given",
+            "val_images": "folder of its val images (images=)",
         },
         "yolo-fewshot split data=VOC.yaml novel=voc-split1.yaml out=voc1",
     ),
@@ -165,7 +169,7 @@ def usage(name: str | None = None) -> str:
     """Return the help of a subcommand, or of the whole command.
 
     Args:
-        name (str, optional): Name of the subcommand.
+        name (str, optional): Name of the subcommand; None for the whole command.
 
     Returns:
         (str): The text.
@@ -184,10 +188,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
     Args:
-        argv (list[str], optional): Arguments, those of the process if not given.
+        argv (list[str], optional): Arguments; None for those of the process.
 
     Raises:
-        SystemExit: With a text that says what is wrong, for a command or argument that is unknown or missing.
+        SystemExit: For a command or argument that is unknown or missing, with a text that says so.
     """
     argv = sys.argv[1:] if argv is None else argv
     name, rest = (argv[0], merge_equals_args(argv[1:])) if argv else ("help", [])
@@ -195,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         LOGGER.info(usage())
         return
     if name not in COMMANDS:
-        raise SystemExit(f"'{name}' is no command of yolo-fewshot.\n\n{usage()}")
+        raise SystemExit(f"unknown command '{name}'.\n\n{usage()}")
     if {"help", "-h", "--help"} & set(rest):
         LOGGER.info(usage(name))
         return
@@ -204,12 +208,12 @@ def main(argv: list[str] | None = None) -> None:
         key, _, value = text.partition("=")
         key = key.removeprefix("--").strip()
         if not value.strip():
-            raise SystemExit(f"'{text}' is no key=value pair.\n\n{usage(name)}")
+            raise SystemExit(f"expected key=value, got '{text}'.\n\n{usage(name)}")
         valid = {**command.required, **command.optional}
         if key not in valid and "KEY" not in valid:
             similar = [f"{k}=" for k in difflib.get_close_matches(key, valid)]
             hint = f" Similar: {', '.join(similar)}." if similar else ""
-            raise SystemExit(f"'{key}=' is no argument of yolo-fewshot {name}.{hint}\n\n{usage(name)}")
+            raise SystemExit(f"'{key}=' is not an argument of yolo-fewshot {name}.{hint}\n\n{usage(name)}")
         args[key] = parse_key_value_pair(f"{key}={value}")[1]
     missing = [f"{k}=" for k in command.required if args.get(k) is None]
     if missing:

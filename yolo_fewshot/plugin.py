@@ -1,10 +1,10 @@
-"""Hooks into Ultralytics: the only file that changes its behavior, and the list of what the plugin relies on.
+"""Hooks into Ultralytics: the only file that changes its behavior, and the list of symbols that the plugin uses.
 
-A few small changes make the stock `yolo` command drive few-shot models: our configuration keys and their types are
-known (default None, so a stock run is untouched), bare names like `fewshot.yaml` resolve to the files that ship with
-the plugin, models with a `fewshot` section get our classes, other models refuse `support=`, tuning starts from our
-defaults, and few-shot checkpoints pass the restricted loader. Each is made when Ultralytics imports the module
-concerned, so registering imports nothing.
+A few small changes make the stock `yolo` command drive few-shot models: configuration keys and their types are added
+(default None, so a stock run is unchanged), bare names like `fewshot.yaml` resolve to the files of the plugin, models
+with a `fewshot` section get the classes of this package, other models refuse `support=`, tuning starts from the
+defaults of the plugin, and the restricted loader accepts few-shot checkpoints. Each change is made when Ultralytics
+imports the module concerned, so registering imports nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from yolo_fewshot.compat import TESTED
 from yolo_fewshot.errors import no_head
 from yolo_fewshot.paths import cfg_dir
 
-# What the plugin uses of each Ultralytics module. Checked when the module is imported; one missing switches us off.
+# Symbols that the plugin uses of each Ultralytics module, checked on its import; a missing one switches the plugin off.
 SYMBOLS: dict[str, tuple[str, ...]] = {
     "ultralytics.utils": ("DEFAULT_CFG_DICT", "DEFAULT_CFG", "LOGGER"),
     "ultralytics.utils.checks": ("check_file", "check_yaml"),
@@ -84,11 +84,11 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     "ultralytics.models.yolo.detect.train": ("DetectionTrainer.get_model", "DetectionTrainer.get_dataloader"),
 }
 
-_undo: list[Callable[[], None]] = []  # what unregister() calls, last change first
+_undo: list[Callable[[], None]] = []  # called by unregister(), last change first
 
 
 def register() -> None:
-    """Hook into Ultralytics; calling it again changes nothing, and `YOLO_FEWSHOT_DISABLE=1` switches it off.
+    """Hook into Ultralytics, once; `YOLO_FEWSHOT_DISABLE=1` switches it off.
 
     Modules that Ultralytics has not imported yet are changed when it imports them.
     """
@@ -101,21 +101,21 @@ def register() -> None:
         module = sys.modules.get(name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             _on_import(name, module)
-        if finder not in sys.meta_path:  # the self-check has switched us off
+        if finder not in sys.meta_path:  # the self-check has switched the plugin off
             return
 
 
 def unregister() -> None:
-    """Restore Ultralytics to what it was before `register`."""
+    """Restore Ultralytics to its state before `register`."""
     while _undo:
         _undo.pop()()
 
 
 class _PostImport(importlib.abc.MetaPathFinder):
-    """Calls `_on_import` right after one of the modules in `SYMBOLS` has been imported."""
+    """Import hook that calls `_on_import` right after one of the modules in `SYMBOLS` has been imported."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        """Return the module's ordinary spec with a loader that reports the end of its execution."""
+        """Return the module's ordinary spec, whose loader calls `_on_import` after execution."""
         if fullname not in SYMBOLS:
             return None
         for finder in sys.meta_path:
@@ -126,19 +126,20 @@ class _PostImport(importlib.abc.MetaPathFinder):
                 break
         else:
             return None
-        execute = spec.loader.exec_module
+        loader: Any = spec.loader
+        execute = loader.exec_module
 
         def exec_module(module: Any) -> None:
             execute(module)
             if self in sys.meta_path:  # not unregistered meanwhile
                 _on_import(fullname, module)
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec
 
 
 def _on_import(name: str, module: Any) -> None:
-    """Check the symbols of one module, then make the change that concerns it."""
+    """Check the symbols of one module, then make its change."""
     for symbol in SYMBOLS[name]:
         try:
             functools.reduce(getattr, symbol.split("."), module)
@@ -147,12 +148,12 @@ def _on_import(name: str, module: Any) -> None:
             return
     try:
         _CHANGES.get(name, lambda _: None)(module)
-    except Exception as e:  # raised here it would break the stock command
+    except Exception as e:  # an error raised here would break the stock command
         _switch_off(str(e) if isinstance(e, KeyTaken) else f"does not fit: {type(e).__name__}: {e}")
 
 
 def _switch_off(reason: str) -> None:
-    """Unregister, and say why."""
+    """Unregister, and log the reason."""
     import logging
 
     unregister()
@@ -163,11 +164,11 @@ def _switch_off(reason: str) -> None:
 
 
 class KeyTaken(Exception):
-    """A key of ours is one of Ultralytics' own, so that it must not get our meaning."""
+    """Raised if Ultralytics has a key of the same name as the plugin, with its own meaning."""
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
-    """Set an attribute and note how to restore it; one that a class inherits is taken away from it again."""
+    """Set an attribute, and note how to restore it: an inherited one is deleted again."""
     old = inspect.getattr_static(owner, name)
     own = name in vars(owner)
     setattr(owner, name, value)
@@ -175,7 +176,7 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 
 
 def _add_keys(utils: Any) -> None:
-    """Make our configuration keys known, with the default None, by changing the shared objects in place."""
+    """Add the plugin's keys, with the default None, to the shared configuration objects in place."""
     taken = [k for k in table.ALL_KEYS if k in utils.DEFAULT_CFG_DICT or hasattr(utils.DEFAULT_CFG, k)]
     if taken:
         raise KeyTaken(f"has {', '.join(f'{k}=' for k in taken)} of its own, which means something else here")
@@ -187,7 +188,7 @@ def _add_keys(utils: Any) -> None:
 
 
 def _add_types(cfg: Any) -> None:
-    """Let Ultralytics' own checks and tuner know the types of our keys."""
+    """Add the types of the plugin's keys for Ultralytics' checks and tuner."""
     for name, kind in (("INT", int), ("FLOAT", float), ("BOOL", bool), ("STR", str)):
         keys = getattr(cfg, f"CFG_{name}_KEYS")
         ours = {k for k, key in table.ALL_KEYS.items() if key.kind is kind}
@@ -195,7 +196,7 @@ def _add_types(cfg: Any) -> None:
 
 
 def _resolve_names(checks: Any) -> None:
-    """Resolve bare file names: the working directory first, then the files that ship with us, then stock."""
+    """Resolve bare file names: the working directory first, then the plugin's files, then Ultralytics'."""
     stock = checks.check_file
 
     @functools.wraps(stock)
@@ -211,21 +212,22 @@ def _resolve_names(checks: Any) -> None:
 
 
 def _swap(old: Any, new: Any) -> None:
-    """Replace a function of Ultralytics in every one of its modules that holds it by its name."""
+    """Replace a function of Ultralytics in all its modules that have imported it."""
+    name = old.__name__
     for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("ultralytics") and vars(module).get(old.__name__) is old:
-            setattr(module, old.__name__, new)
+        if getattr(module, "__name__", "").startswith("ultralytics") and vars(module).get(name) is old:
+            setattr(module, name, new)
 
 
 def _route_models(engine: Any) -> None:
-    """Give few-shot models our classes wherever Ultralytics asks for the class of a mode."""
+    """Give few-shot models the classes of this package wherever Ultralytics asks for the class of a mode."""
     stock = engine.Model._smart_load
 
     @functools.wraps(stock)
     def _smart_load(self: Any, key: str) -> Any:
         try:
             cls = stock(self, key)
-        except NotImplementedError as e:  # its text names the calling function, which was this one
+        except NotImplementedError as e:  # its text names the calling function, here this one
             mode = sys._getframe(1).f_code.co_name
             raise NotImplementedError(str(e).replace("'_smart_load'", f"'{mode}'")) from e
         return route(self, key, cls)
@@ -251,7 +253,7 @@ def _route_models(engine: Any) -> None:
 
 
 def _adopt_models(yolo: Any) -> None:
-    """Make `YOLO(...)` of a few-shot model a `FewShotYOLO`, as Ultralytics itself does with its YOLOE models."""
+    """Make `YOLO(...)` of a few-shot model a `FewShotYOLO`, as Ultralytics does with YOLOE models."""
     _replace(yolo.YOLO, "__init__", _adopting(yolo.YOLO.__init__))
 
 
@@ -268,7 +270,7 @@ def _adopting(stock: Callable) -> Callable:
 
 
 def _adopt(model: Any) -> bool:
-    """Make a stock `YOLO` that holds a few-shot model a `FewShotYOLO`, and return whether it was one."""
+    """Turn a stock `YOLO` that holds a few-shot model into a `FewShotYOLO`, and return whether it was one."""
     from ultralytics import YOLO
 
     adopted = type(model) is YOLO and is_fewshot(model)
@@ -280,9 +282,9 @@ def _adopt(model: Any) -> bool:
 
 
 def _refusing_support(stock: Callable) -> Callable:
-    """Wrap a mode of Ultralytics, which would ignore `support=`; `FewShotYOLO` takes it before it comes here.
+    """Wrap a mode of Ultralytics, which would ignore `support=`; `FewShotYOLO` handles it before.
 
-    A few-shot model is still a stock `YOLO` here if loading it was what imported this package.
+    A few-shot model is still a stock `YOLO` here if this package was imported by loading it.
     """
 
     @functools.wraps(stock)
@@ -297,9 +299,9 @@ def _refusing_support(stock: Callable) -> Callable:
 
 
 def _allow_loading() -> None:
-    """Let the restricted checkpoint loader (`ULTRALYTICS_SAFE_LOAD=1`) rebuild our model classes.
+    """Let the restricted checkpoint loader (`ULTRALYTICS_SAFE_LOAD=1`) rebuild the plugin's model classes.
 
-    Imports them, so it must not happen at the end of an import of theirs, such as `ultralytics.nn.tasks`.
+    It imports them, so it must not run right after a module that they import, such as `ultralytics.nn.tasks`.
     """
     import torch
 
@@ -337,12 +339,12 @@ def is_fewshot(model: Any) -> bool:
 
 
 def route(model: Any, key: str, stock: type) -> Any:
-    """Return the class for one mode of a model: ours for few-shot models, else the stock one.
+    """Return the class for one mode of a model: that of this package for few-shot models, else the stock one.
 
     Args:
-        model (ultralytics.engine.model.Model): The model that asks.
+        model (ultralytics.engine.model.Model): The model.
         key (str): 'model', 'trainer', 'validator' or 'predictor'.
-        stock (type): What Ultralytics would use.
+        stock (type): Ultralytics' class.
 
     Returns:
         (type): The class.
@@ -369,19 +371,19 @@ def route(model: Any, key: str, stock: type) -> Any:
 
 
 def trainer_for(model: Any, trainer: type | None, kwargs: dict[str, Any]) -> type | None:
-    """Return the trainer of `model.train`: ours where a stage is set, the stock one with the guard where its keys are.
+    """Return the trainer of `model.train`: few-shot if a stage is set, stock with the guard if one of its keys is.
 
     Args:
         model (ultralytics.engine.model.Model): The model to train.
-        trainer (type | None): Trainer that the user chose.
+        trainer (type | None): The user's trainer.
         kwargs (dict[str, Any]): Arguments of `train`.
 
     Returns:
-        (type | None): The trainer; what was given if none of our keys is set.
+        (type | None): The trainer; `trainer` itself if none of the plugin's keys is set.
 
     Raises:
         TypeError: If the model cannot be upgraded to a few-shot model.
-        ValueError: If a key of ours has an invalid value, or belongs to a stage that is not set.
+        ValueError: If a key of the plugin has an invalid value, or belongs to a stage that is not set.
     """
     settings = {**training_settings(model, kwargs), **kwargs}
     table.refuse_support(settings)
@@ -406,7 +408,7 @@ def trainer_for(model: Any, trainer: type | None, kwargs: dict[str, Any]) -> typ
 
 
 def training_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return what a training run starts from: the run that it resumes, its recipe, or the overrides of the model.
+    """Return the settings that a training starts from: the run it resumes, its recipe, or the model's overrides.
 
     Args:
         model (ultralytics.engine.model.Model): The model to train.
@@ -428,16 +430,16 @@ def training_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def tune_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `model.tune` with the recipe at `cfg` merged in and our keys given their defaults.
+    """Return the arguments of `model.tune`, with the recipe at `cfg` and the defaults of the plugin's keys merged in.
 
-    Ultralytics' tuner starts from the present value of every key that it tunes, so that None will not do.
+    Ultralytics' tuner starts from the current value of every key that it tunes, which must not be None.
 
     Args:
         model (ultralytics.engine.model.Model): The model to tune.
         kwargs (dict[str, Any]): Arguments of `tune`.
 
     Returns:
-        (dict[str, Any]): The arguments as they are, unless the model is a few-shot model or a key of ours is set.
+        (dict[str, Any]): The arguments, unchanged for a stock model without a key of the plugin.
     """
     recipe: dict[str, Any] = {}
     if kwargs.get("cfg"):

@@ -43,8 +43,9 @@ class FewShotYOLO(YOLO):
         >>> model.export(format="onnx")
     """
 
+    predictor: Any
     shots: enrollment.Shots | None = None
-    _last_source: tuple | None = None  # model, support set and arguments of the last enrollment by `support`
+    _last_source: tuple[Any, ...] | None = None  # model, support set and arguments of the last enrollment by `support`
     _plot_pending = False
 
     def enroll(
@@ -261,7 +262,8 @@ class FewShotYOLO(YOLO):
     def _plot(self, folder: Path) -> None:
         """Plot the shots of `support` into the first run folder after their enrollment."""
         self._plot_pending = False
-        plot_support(self.shots, self.model.names, folder / FILE)
+        if self.shots:
+            plot_support(self.shots, self.model.names, folder / FILE)
 
     def _changed(self) -> None:
         """Drop what depends on the old model: the predictor, which holds a copy, and the last enrollment."""

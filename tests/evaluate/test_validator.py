@@ -338,7 +338,10 @@ def test_lvis_categories_follow_the_order_of_the_data(matched, tmp_path):
         ({}, "has no list of novel classes"),
         ({"novel": "triangle"}, "has no list of novel classes"),
         (None, "has no list of novel classes"),
-        ({"novel": ["triangle", "trangle"]}, r"'fewshot: novel' in '.*' lists trangle, which is no class there\. Use"),
+        (
+            {"novel": ["triangle", "trangle"]},
+            r"'fewshot: novel' in '.*' lists trangle, which is not among its classes\. Use",
+        ),
         ({"novel": [4, 1, -1]}, r"lists 4, -1, .* ids from 0 to 3"),
         ({"novel": [True, 1.5, ["bar"]]}, r"lists True, 1\.5, \['bar'\], "),
     ],

@@ -8,20 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from yolo_fewshot.plots import embedding as module
-from yolo_fewshot.plots.embedding import by_similarity, flat, plot_embedding
+from yolo_fewshot.plots.embedding import by_similarity, plot_embedding, project
 
 
 def test_the_map_is_that_of_the_principal_components():
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(40, 8, generator=g) * torch.tensor([9.0, 5, 1, 1, 1, 1, 1, 1]) + 3
-    places = flat(rows)
+    places = project(rows)
     centered = (rows - rows.mean(0)).double().numpy()
     _, _, axes = np.linalg.svd(centered, full_matrices=False)
     expected = centered @ axes[:2].T
     for i in range(2):  # the sign of an axis means nothing
         assert abs(np.corrcoef(places[:, i], expected[:, i])[0, 1]) == pytest.approx(1, abs=1e-3)
     torch.manual_seed(5)
-    assert np.array_equal(flat(rows), places) and flat(torch.randn(3, 1)).shape == (3, 2)
+    assert np.array_equal(project(rows), places) and project(torch.randn(3, 1)).shape == (3, 2)
 
 
 def test_umap_takes_the_place_of_the_components_where_it_is_installed(monkeypatch):
@@ -34,7 +34,7 @@ def test_umap_takes_the_place_of_the_components_where_it_is_installed(monkeypatc
 
     monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=UMAP))
     monkeypatch.setattr(module, "find_spec", lambda name: name == "umap")
-    assert np.array_equal(flat(torch.zeros(5, 3)), np.ones((5, 2)))
+    assert np.array_equal(project(torch.zeros(5, 3)), np.ones((5, 2)))
 
 
 def test_neighbors_are_alike():

@@ -40,7 +40,7 @@ def test_the_right_axis_has_the_values_without_the_gain(tmp_path, figures):
     (parent,) = (ax for ax in figure.axes if ax.get_title() == "sup_loss")
     (raw,) = right["sup_loss"]
     assert raw.get_ylim() == pytest.approx([x / 1.2 for x in parent.get_ylim()])
-    assert raw.get_ylabel() == "without its gain, 1.2"
+    assert raw.get_ylabel() == "without gain 1.2"
 
 
 def curve(ax, label):
@@ -73,7 +73,7 @@ def test_every_column_is_drawn(tmp_path, figures, terms, epochs):
     assert [ax.get_title() for ax in each] == [f"{t}_loss" for t in terms]
     for t, ax in zip(terms, each):
         assert curve(ax, "train") == results[f"train/{t}_loss"]
-        assert curve(ax, "knows nothing") == results[f"chance/{t}"]
+        assert curve(ax, "chance") == results[f"chance/{t}"]
     assert all(list(ax.lines[0].get_xdata()) == results["epoch"] for ax in (norm, events, *each))
 
 
@@ -83,5 +83,5 @@ def test_zeros_are_drawn_and_no_chance_level_that_is_zero(tmp_path, figures):
     plot_losses(columns(STAGE2, 2, **zero), tmp_path / "losses.png")
     axes = {ax.get_title(): ax for ax in figures[0].axes}
     assert [x.get_label() for x in axes["sup_loss"].lines] == ["train"]
-    assert [x.get_label() for x in axes["cls_loss"].lines] == ["train", "knows nothing"]
+    assert [x.get_label() for x in axes["cls_loss"].lines] == ["train", "chance"]
     assert all(v > 0 for v in curve(axes["gradient norm"], "sup"))  # its axis is logarithmic

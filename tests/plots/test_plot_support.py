@@ -13,7 +13,7 @@ STRIP = 2 * LINE  # height of the texts below a shot
 
 @pytest.fixture
 def painted(tmp_path):
-    """A function that paints a image of 200 x 100 with an object in a gray of its own, and returns it as a shot."""
+    """A function that paints an image of 200 x 100 with an object in a gray of its own, and returns it as a shot."""
 
     def shot(gray, box=(80, 30, 120, 70), suspect=False, own=0.5, other=0.75, nearest="bee"):
         file = tmp_path / f"{gray}.png"
@@ -111,7 +111,7 @@ def test_figures_are_written_below_their_shots(painted, tmp_path, texts):
     draw(tmp_path, ant=list(shots))
     (y, first), (_, second), (_, third) = (corner(0, c) for c in range(3))
     found = [x[0] for c in (first, second, third) for x in texts if y + CELL <= x[2] and c <= x[1] < c + CELL]
-    assert found == ["-0.40, but 0.92 like", "bee", "0.61", "-"]
+    assert found == ["-0.40, but 0.92 to", "bee", "0.61", "-"]
     assert [x[0] for x in texts if x[1] < LEFT and x[2] >= HEAD] == ["ant", "3 shots, fit", "conf 0.25"]
 
 

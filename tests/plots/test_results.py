@@ -196,7 +196,7 @@ def test_the_legend_fits_and_can_be_read(shape, pil, texts, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 300), (300, 24)])
 @pytest.mark.parametrize("pil", [False, True])
-def test_a_image_too_small_for_a_legend_has_none(shape, pil, texts):
+def test_an_image_too_small_for_a_legend_has_none(shape, pil, texts):
     h, w = shape
     ours, _ = pair([[1, 1, w - 2, h - 2, 0.9, 3]], scene(h, w))
     assert ours.plot(pil=pil, line_width=2) is not None and not texts

@@ -26,11 +26,11 @@ KEYS = {  # columns that have a harmonic mean, and their keys in `results_dict`
 
 
 def harmonic_mean(a: float, b: float) -> float:
-    """Return the harmonic mean of two figures, 0 if either is 0.
+    """Return the harmonic mean of two values, 0 if either is 0.
 
     Args:
-        a (float): One figure, not negative.
-        b (float): The other.
+        a (float): First value, at least 0.
+        b (float): Second value, at least 0.
 
     Returns:
         (float): 2ab / (a + b).
@@ -39,12 +39,12 @@ def harmonic_mean(a: float, b: float) -> float:
 
 
 class FewShotMetrics(DetMetrics):
-    """Ultralytics' metrics, which also know those of the base classes and those of the novel classes.
+    """Ultralytics' metrics, with those of base classes and of novel classes apart.
 
     Attributes:
-        novel (set[int]): Class indices of the novel classes; while it is empty this is a stock `DetMetrics`.
-        groups (dict[str, dict[str, float]]): Figures of `base`, `novel` and `harmonic mean` by column, set by
-            `process`. Means are over the classes with labels; a group without any has no P, R and AP.
+        novel (set[int]): Class indices of the novel classes; if empty, this is a stock `DetMetrics`.
+        groups (dict[str, dict[str, float]]): Metrics of `base`, `novel` and `harmonic mean` by column, set by
+            `process`. Means are over the classes with labels; a group without labels has no P, R and AP.
 
     Examples:
         >>> metrics = FewShotYOLO("best.pt").val(data="shots.yaml")
@@ -81,7 +81,7 @@ class FewShotMetrics(DetMetrics):
         return stats
 
     def _group(self, rows: np.ndarray) -> dict[str, float]:
-        """Return the figures of some of the classes with labels, given as a mask."""
+        """Return the metrics of a group of the classes with labels, given as a mask (n,) bool."""
         classes = self.ap_class_index[rows]
         group = {
             "classes": len(classes),
@@ -92,14 +92,14 @@ class FewShotMetrics(DetMetrics):
         return {**group, **dict(zip(RESULTS, np.mean(results, axis=0).tolist() if results else ()))}
 
     def _compare(self) -> None:
-        """Set the harmonic means of what both groups have."""
+        """Set the harmonic means of the columns that both groups have."""
         base, novel = self.groups["base"], self.groups["novel"]
         means = {k: harmonic_mean(base[k], novel[k]) for k in KEYS if k in base and k in novel}
         if means:
             self.groups[HARMONIC_MEAN] = means
 
     def add_coco(self, group: str, ap50: float, ap: float) -> None:
-        """Add the COCO figures of a group.
+        """Add the COCO metrics of a group.
 
         Args:
             group (str): 'base' or 'novel'.
@@ -111,7 +111,7 @@ class FewShotMetrics(DetMetrics):
 
     @property
     def results_dict(self) -> dict[str, float]:
-        """Ultralytics' results and, where there are novel classes, the AP of both groups and the harmonic means."""
+        """Ultralytics' results and, if there are novel classes, the AP of both groups and the harmonic means."""
         results = super().results_dict
         for name, group in self.groups.items():
             prefix = "HM" if name == HARMONIC_MEAN else name
@@ -119,7 +119,7 @@ class FewShotMetrics(DetMetrics):
         return results
 
     def save_groups(self, file: str | Path) -> None:
-        """Write the groups to a CSV file; cells that do not apply are empty.
+        """Write the groups to a CSV file; missing values are empty cells.
 
         Args:
             file (str | Path): File to write.

@@ -1,4 +1,4 @@
-"""The rows of a benchmark, their tables, and the plot of AP against the number of shots."""
+"""Rows of a benchmark, their tables, and the plot of AP against the number of shots."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ultralytics.utils import LOGGER, plt_settings
 
 from yolo_fewshot.files import AtomicPath
 
-BASELINE = "best stock"  # of both and all `freeze`, by the main figure of the protocol
+BASELINE = "best stock"  # of both and all `freeze`, by the main metric of the protocol
 FIGURES = {
     "FSOD": ("FSOD_nAP50", "FSOD_nAP"),
     "G-FSOD": ("GFSOD_bAP50", "GFSOD_nAP50", "GFSOD_HM50", "GFSOD_bAP", "GFSOD_nAP", "GFSOD_HM"),
 }
-MAIN = {"FSOD": "FSOD_nAP50", "G-FSOD": "GFSOD_HM50"}  # the figure that methods are compared by
+MAIN = {"FSOD": "FSOD_nAP50", "G-FSOD": "GFSOD_HM50"}  # the metric by which methods are compared
 FILES = ("model", "stock", "stage1")
-APART = 0.01  # intervals of the methods in the plot, of its width
+OFFSET = 0.01  # distance between the methods' error bars, relative to the largest number of shots
 LEAKAGE = "LEAKAGE: the starting checkpoint was trained on"
 COLUMNS = ("method", "shots", "seed", *FIGURES["FSOD"], *FIGURES["G-FSOD"], "seconds", *FILES, "version")
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
@@ -39,19 +39,20 @@ def read_rows(file: Path) -> Rows:
     """Return the rows of a CSV file.
 
     Args:
-        file (Path): The file; it need not exist.
+        file (Path): The file, which may be missing.
 
     Returns:
         (Rows): The rows by method, number of shots and seed.
     """
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     numbers = {*FIGURES["FSOD"], *FIGURES["G-FSOD"], "seconds"}
-    rows = [{k: float(v) if k in numbers else v for k, v in x.items()} for x in csv.DictReader(io.StringIO(text))]
+    table = csv.DictReader(io.StringIO(text))
+    rows: list[Row] = [{k: float(v) if k in numbers else v for k, v in x.items()} for x in table]
     return {(x["method"], int(x["shots"]), int(x["seed"])): x for x in rows}
 
 
 def add_row(file: Path, row: Row) -> None:
-    """Add a row to a CSV file, which is replaced at once, so that it never has a part of one.
+    """Add a row to a CSV file atomically, so that it never has a part of a row.
 
     Args:
         file (Path): The file.
@@ -83,18 +84,18 @@ def interval(values: Iterable[float]) -> tuple[float, float | None]:
 
 
 def with_baseline(rows: Rows, methods: list[str], counts: list[int], seeds: int, kind: str) -> tuple[Rows, dict]:
-    """Add the rows of the best stock fine-tuning for each number of shots, and say which one it is.
+    """Add the rows of the best stock fine-tuning for each number of shots, and return which one it is.
 
     Args:
         rows (Rows): Rows by method, number of shots and seed.
-        methods (list[str]): Methods; those of stock fine-tuning have a `freeze` after a hyphen.
+        methods (list[str]): Methods; stock fine-tuning has its `freeze` after a hyphen.
         counts (list[int]): Numbers of shots.
         seeds (int): Number of draws.
-        kind (str): Protocol, whose main figure chooses.
+        kind (str): Protocol, whose main metric decides.
 
     Returns:
         rows (Rows): The rows, with those of `BASELINE`.
-        best (dict[int, str]): Method that it is, by number of shots; empty without stock fine-tuning.
+        best (dict[int, str]): The best method by number of shots; empty without stock fine-tuning.
     """
     stock, best = [m for m in methods if "-" in m], {}
     for k in counts if stock else ():
@@ -105,7 +106,7 @@ def with_baseline(rows: Rows, methods: list[str], counts: list[int], seeds: int,
 def format_table(
     kind: str, rows: Rows, methods: list[str], counts: list[int], seeds: int, best: dict[int, str]
 ) -> list[str]:
-    """Return the lines of the table of one protocol.
+    """Format the table of one protocol.
 
     Args:
         kind (str): Protocol.
@@ -113,7 +114,7 @@ def format_table(
         methods (list[str]): Methods to list.
         counts (list[int]): Numbers of shots.
         seeds (int): Number of draws.
-        best (dict[int, str]): What `with_baseline` found.
+        best (dict[int, str]): The best stock fine-tuning by number of shots, see `with_baseline`.
 
     Returns:
         (list[str]): Lines of a Markdown table.
@@ -140,17 +141,17 @@ def format_table(
 
 
 def _text(figures: tuple[float, float | None], sign: str = "") -> str:
-    """Return a mean with its interval."""
+    """Format a mean with its interval."""
     mean, half = figures
     return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def report(out: Path, record: dict[str, Any], novel: int) -> None:
-    """Write and log the tables, and draw the image.
+    """Write and log the tables, and draw the plot.
 
     Args:
         out (Path): Folder of the results.
-        record (dict[str, Any]): What was asked for and on what, as in benchmark.json.
+        record (dict[str, Any]): Arguments and environment of the run, as in benchmark.json.
         novel (int): Number of novel classes.
     """
     counts, seeds, methods = record["shots"], record["seeds"], record["methods"]
@@ -174,7 +175,7 @@ def report(out: Path, record: dict[str, Any], novel: int) -> None:
 
 @plt_settings()
 def _plot(tables: dict[str, Rows], methods: list[str], counts: list[int], seeds: int, title: str, file: Path) -> None:
-    """Draw AP50 against the number of shots."""
+    """Plot AP50 against the number of shots."""
     import matplotlib.pyplot as plt  # as Ultralytics does, where it is needed
 
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -184,7 +185,7 @@ def _plot(tables: dict[str, Rows], methods: list[str], counts: list[int], seeds:
             points = [interval(tables[kind][method, k, s][MAIN[kind]] for s in range(seeds)) for k in counts]
             style = {"color": "black", "linestyle": "--"} if method == BASELINE else {}
             ax.errorbar(
-                np.array(counts) + APART * max(counts) * (i - (len(methods) - 1) / 2),
+                np.array(counts) + OFFSET * max(counts) * (i - (len(methods) - 1) / 2),
                 [m for m, _ in points],
                 [h or 0 for _, h in points],
                 marker=".",

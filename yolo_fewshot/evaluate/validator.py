@@ -1,4 +1,4 @@
-"""Validation of few-shot models: classes matched by name, and results of base and novel classes."""
+"""Validation of few-shot models: classes are matched by name; results of base and novel classes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from yolo_fewshot.evaluate.metrics import COCO, RESULTS, FewShotMetrics
 class FewShotValidator(DetectionValidator):
     """Ultralytics' validator with the labels matched to the model's classes by name.
 
-    Enrolled classes are appended to the base classes, so that a data set of shots alone counts its classes differently.
-    A name that several classes have is matched by index, see `match_classes`.
+    Enrolled classes are appended to the base classes, so a data set of shots numbers its classes differently. A name
+    that several classes have is matched by index, see `match_classes`.
 
-    Outside of training it also reports the AP of base and novel classes and their harmonic mean, and saves them as
-    `base_novel.csv`. Novel are the classes in the data.yaml's `fewshot: {novel: [...]}`, or else those enrolled.
+    Outside of training it also reports the AP of base and novel classes and their harmonic mean, and saves them to
+    `base_novel.csv`. Novel classes are those in the data.yaml's `fewshot: {novel: [...]}`, or else the enrolled ones.
 
     Attributes:
         metrics (FewShotMetrics): Results.
@@ -33,6 +33,10 @@ class FewShotValidator(DetectionValidator):
     Examples:
         >>> FewShotYOLO("best.pt").val(data="shots.yaml")
     """
+
+    metrics: FewShotMetrics
+    names: Any
+    class_map: Any
 
     def __init__(
         self,
@@ -62,33 +66,33 @@ class FewShotValidator(DetectionValidator):
         Returns:
             (DataLoader): The loader.
         """
-        names, self.names = self.names, None  # with them Ultralytics drops labels by their id in the data
+        names, self.names = self.names, None  # with names, Ultralytics drops labels by their id in the data
         loader = super().get_dataloader(dataset_path, batch_size)
         self.names = names
         return loader
 
     def init_metrics(self, model: nn.Module) -> None:
-        """Match the classes by name and divide them into base and novel before the first batch.
+        """Match the classes by name, and divide them into base and novel, before the first batch.
 
         Args:
             model (nn.Module): Model to validate.
 
         Raises:
-            ValueError: If the images show a class that the model does not know, or whose name is ambiguous, or if
-                the data's section `fewshot` is malformed.
+            ValueError: If the images show a class that is unknown to the model or whose name is ambiguous, or if the
+                data's section `fewshot` is malformed.
         """
         super().init_metrics(model)
         names = self.data["names"]
         index = match_classes(names, self.names)
-        if self.is_coco or self.is_lvis:  # their annotations count the classes as the data does
+        if self.is_coco or self.is_lvis:  # their annotations number the classes as the data does
             ids = self.class_map if self.is_coco else range(1, len(names) + 1)
             order = {i: j for j, i in index.items()}
             self.class_map = [ids[order[i]] if i in order else 0 for i in self.names]
         if self.args.single_cls:  # every label is 0, and so is every prediction
             index = dict.fromkeys(names, 0)
-        shown = np.unique(np.concatenate([x["cls"].reshape(-1) for x in self.dataloader.dataset.labels])).astype(int)
-        check_unambiguous(names, index, shown, self.args.data)
-        unknown = [names[i] for i in shown if index[i] == UNKNOWN]
+        labeled = np.unique(np.concatenate([x["cls"].reshape(-1) for x in self.dataloader.dataset.labels])).astype(int)
+        check_unambiguous(names, index, labeled, self.args.data)
+        unknown = [names[i] for i in labeled if index[i] == UNKNOWN]
         if unknown:
             raise ValueError(
                 f"The images of '{self.args.data}' show {', '.join(unknown)}, which the model does not know. Enroll "
@@ -98,7 +102,7 @@ class FewShotValidator(DetectionValidator):
         self.class_index = torch.tensor([index[i] for i in range(len(names))], device=self.device)
 
     def _novel_classes(self, model: nn.Module, index: dict[int, int]) -> set[int]:
-        """Return the model's class indices of the novel classes, given those of all classes of the data."""
+        """Return the novel classes as class indices of the model; `index` maps those of the data to them."""
         if "fewshot" not in self.data:
             native = model.model if getattr(model, "format", None) == "pt" else model
             enrolled = getattr(native, "enrolled", None) or {}
@@ -114,8 +118,8 @@ class FewShotValidator(DetectionValidator):
         unknown = [str(x) for x in novel if type(x) not in {int, str} or x not in ids]
         if unknown:
             raise ValueError(
-                f"'fewshot: novel' in '{self.args.data}' lists {', '.join(unknown)}, which is no class there. Use "
-                f"names from 'names:' (a name that is a number in quotes) or ids from 0 to {len(names) - 1}."
+                f"'fewshot: novel' in '{self.args.data}' lists {', '.join(unknown)}, which is not among its classes. "
+                f"Use names from 'names:' (quote a name that is a number) or ids from 0 to {len(names) - 1}."
             )
         unclear = [x for x in repeated(names.values()) if x in novel]
         if unclear:
@@ -164,7 +168,7 @@ class FewShotValidator(DetectionValidator):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Evaluate with faster-coco-eval as Ultralytics does, then base and novel classes by themselves.
+        """Evaluate with faster-coco-eval as Ultralytics does, then base and novel classes separately.
 
         Args:
             stats (dict): Results so far.
@@ -182,7 +186,7 @@ class FewShotValidator(DetectionValidator):
             return stats
         try:
             figures = self._coco_evaluate_groups(truth, pred_json)
-        except Exception as e:  # as in Ultralytics: a failure here must not cost the results
+        except Exception as e:  # as in Ultralytics, a failure here must not lose the results
             LOGGER.warning(f"faster-coco-eval unable to run on base and novel classes: {e}")
             return stats
         for name, aps in figures.items():
@@ -194,7 +198,7 @@ class FewShotValidator(DetectionValidator):
         return {**self.metrics.results_dict, **stats}
 
     def _coco_evaluate_groups(self, truth: Any, pred_json: str | Path | list) -> dict[str, tuple[float, float]]:
-        """Return AP50 and AP50-95 of base and novel classes, of those that have boxes."""
+        """Return AP50 and AP50-95 of base and novel classes, if they have boxes."""
         from faster_coco_eval import COCOeval_faster
 
         predictions, figures = truth.loadRes(pred_json), {}

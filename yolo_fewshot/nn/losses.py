@@ -316,7 +316,8 @@ class CPELoss(nn.Module):
             loss, _ = _contrast(rows @ rows.T / self.temperature, labels, mask)
             foreground = labels != -1 if mask is None else mask & (labels != -1)
             ious = ious.float().clamp(0, 1)
-            weight = {"none": torch.ones_like, "linear": torch.clone, "exp": torch.expm1}[self.reweight](ious)
+            functions: dict = {"none": torch.ones_like, "linear": torch.clone, "exp": torch.expm1}
+            weight = functions[self.reweight](ious)
             weight = torch.where(foreground & (ious >= self.iou_threshold), weight, 0.0)
             return (loss * weight).sum() / foreground.sum().clamp_min(1)
 

@@ -1,1 +1,1 @@
-"""Images that a run leaves to look at, and the results of prediction."""
+"""Plots of a run, and the results of prediction."""

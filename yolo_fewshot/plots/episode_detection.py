@@ -1,4 +1,4 @@
-"""Detection by the prototypes of an episode, as stage 2 trains it."""
+"""Detection with the prototypes of an episode, as stage 2 trains it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from yolo_fewshot.nn.prototypes import class_means, object_index, pool_objects
 
 @torch.no_grad()
 def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, iou: float = 0.7) -> list[torch.Tensor]:
-    """Detect in the query images of an episode, with the prototypes of its support objects for classifiers.
+    """Detect objects in the query images of an episode, with the prototypes of its support objects as classifiers.
 
     Args:
         model (nn.Module): Few-shot model in eval mode, with the run's arguments attached as `args`.
         batch (dict): Preprocessed episode, with `support` (B,) bool.
-        conf (float): Least confidence.
-        iou (float): IoU from which NMS takes two boxes of a class for one object.
+        conf (float): Minimum confidence.
+        iou (float): IoU above which NMS removes the weaker of two boxes of a class.
 
     Returns:
         (list[torch.Tensor]): Detections of each query image, (n, 6): corners in pixels, confidence, class.
     """
-    preds, bank = branch_predictions(model, batch["img"])[0], model.model[-1].banks[0]
+    layers: Any = model.model
+    head = layers[-1]
+    preds, bank = branch_predictions(model, batch["img"])[0], head.banks[0]
     fg, gt_idx, weight, n_max, boxes = BoxAssignment.of_branches(model)[0](preds, batch)
     embeds, support = preds["embeds"].transpose(1, 2).float(), batch["support"]
     objects, valid = pool_objects(embeds, fg, gt_idx, weight, n_max)
@@ -35,10 +37,10 @@ def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, 
     y = cls.new_full((len(objects),), -1)
     y[object_index(batch["batch_idx"], n_max)] = cls
     y = torch.where(valid & support.repeat_interleave(n_max), y, -1)
-    prototypes, counts = class_means(objects, y, model.model[-1].nc)
+    prototypes, counts = class_means(objects, y, head.nc)
     ways = counts.nonzero()[:, 0]
     sizes = [x.shape[2] * x.shape[3] for x in preds["feats"]]
     scale, bias = (torch.cat([v.expand(n) for v, n in zip(x.float(), sizes)]) for x in (bank.logit_scale, bank.bias))
     scores = (embeds[~support] @ prototypes[ways].t() * scale[:, None] + bias[:, None]).sigmoid()
-    found = non_max_suppression(torch.cat([xyxy2xywh(boxes[~support]), scores], 2).transpose(1, 2), conf, iou)
-    return [torch.cat([x[:, :5], ways[x[:, 5:6].long()].float()], 1) for x in found]
+    detections = non_max_suppression(torch.cat([xyxy2xywh(boxes[~support]), scores], 2).transpose(1, 2), conf, iou)
+    return [torch.cat([x[:, :5], ways[x[:, 5:6].long()].float()], 1) for x in detections]

@@ -1,4 +1,4 @@
-"""Images of a run, beside Ultralytics' own."""
+"""Plot of the loss terms of a run, beside Ultralytics' own plots."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ultralytics.utils import plt_settings
 
 @plt_settings()
 def plot_losses(results: dict[str, list[float]], file: Path, gains: dict[str, float] | None = None) -> None:
-    """Draw the terms with their chance levels, their shares of the gradient, and what happened to the steps.
+    """Plot the loss terms with their chance levels, their shares of the gradient, and the clipped and skipped steps.
 
     Args:
         results (dict[str, list[float]]): Columns of results.csv, those of the loss doctor included.
         file (Path): Image to write.
-        gains (dict[str, float], optional): Gains of terms; the axis on the right has the values without them.
+        gains (dict[str, float], optional): Gains of the terms; the axis on the right shows the values without gain.
     """
     import matplotlib.pyplot as plt  # as Ultralytics does, where it is needed
 
     terms = [k.removeprefix("share/") for k in results if k.startswith("share/")]
     x = results["epoch"]
-    colors = dict(zip(terms, plt.cm.tab10.colors))
+    colors = {t: plt.get_cmap("tab10")(i) for i, t in enumerate(terms)}
     n = (len(terms) + 4) // 2
     fig, axes = plt.subplots(2, n, figsize=(3.2 * n, 6.4), layout="constrained")
     axes = axes.ravel()
@@ -28,7 +28,7 @@ def plot_losses(results: dict[str, list[float]], file: Path, gains: dict[str, fl
     shares = [results[f"share/{t}"] for t in terms]
     axes[0].stackplot(x, shares, labels=terms, colors=colors.values())
     axes[0].set(title="gradient shares at the neck", xlim=(x[0], x[-1] if len(x) > 1 else x[0] + 1), ylim=(0, 1))
-    if len(x) == 1:  # an area needs two ends
+    if len(x) == 1:  # an area needs two points
         axes[0].stackplot([x[0], x[0] + 1], [[s[0]] * 2 for s in shares], colors=colors.values())
     axes[0].legend(*(h[::-1] for h in axes[0].get_legend_handles_labels()), fontsize=8, loc="center left")
 
@@ -53,11 +53,11 @@ def plot_losses(results: dict[str, list[float]], file: Path, gains: dict[str, fl
     for ax, t in zip(axes[3:], terms):
         ax.plot(x, results[f"train/{t}_loss"], color=colors[t], marker=".", label="train")
         if any(results[f"chance/{t}"]):
-            ax.plot(x, results[f"chance/{t}"], "--", color="gray", label="knows nothing")
+            ax.plot(x, results[f"chance/{t}"], "--", color="gray", label="chance")
         ax.set(title=f"{t}_loss", ylim=(0, None))
         if gain := (gains or {}).get(t):
             raw = ax.secondary_yaxis("right", functions=(lambda v, g=gain: v / g, lambda v, g=gain: v * g))
-            raw.set_ylabel(f"without its gain, {gain:g}", fontsize=7)
+            raw.set_ylabel(f"without gain {gain:g}", fontsize=7)
         ax.legend(fontsize=8)
     for ax in axes:
         ax.set_xlabel("epoch", fontsize=8)

@@ -1,4 +1,4 @@
-"""Predictions in which enrolled classes are drawn with dashed boxes and listed in a legend."""
+"""Prediction results that draw enrolled classes with dashed boxes and list them in a legend."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ultralytics.models.yolo.detect import DetectionPredictor
 from ultralytics.utils.plotting import Annotator, colors
 
 DASH, GAP = 5, 3  # lengths in line widths
-ROWS = 10  # classes in the legend, at most
+ROWS = 10  # maximum number of classes in the legend
 TEXT = 0.7  # height of the legend's text, relative to labels
-SMALL = 9  # its least height, pixels
+SMALL = 9  # minimum height of the legend's text, pixels
 PLATE, INK, FRAME = (255, 255, 255), (40, 40, 40), (150, 150, 150)  # colors of the legend, BGR
 
 
 class FewShotResults(Results):
-    """Results of a few-shot model: Ultralytics' own, but for the image.
+    """Results of a few-shot model: as Ultralytics', except for the plotted image.
 
     Attributes:
         enrolled (dict[str, int]): Number of shots of every enrolled class, by name.
@@ -46,7 +46,7 @@ class FewShotResults(Results):
 
     @classmethod
     def of(cls, result: Results, enrolled: dict[str, int]) -> FewShotResults:
-        """Turn Ultralytics' results into ours.
+        """Convert Ultralytics' results to few-shot results.
 
         Args:
             result (Results): Results, changed in place.
@@ -59,7 +59,7 @@ class FewShotResults(Results):
         return result
 
     def new(self) -> FewShotResults:
-        """Return results of the same image and classes without detections, which slices and copies start from."""
+        """Return results of the same image and classes without detections; slices and copies start from it."""
         return self.of(super().new(), self.enrolled)
 
     def plot(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,15 +74,15 @@ class FewShotResults(Results):
         Returns:
             (np.ndarray | PIL.Image.Image): The image, BGR, or RGB with `pil=True`.
         """
-        given = inspect.signature(super().plot).bind(*args, **kwargs)
-        given.apply_defaults()
-        given = given.arguments
+        bound = inspect.signature(super().plot).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
         classes = [] if self.boxes is None else self.boxes.cls.tolist()
         novel = [i for i, c in enumerate(classes) if str(self.names[int(c)]) in self.enrolled]
         if not (novel and given["boxes"]):
             return super().plot(*args, **kwargs)
 
-        # Without its right and lower end a box leaves only its label, in the place that Ultralytics gives it.
+        # A box of zero size draws its label alone, in the place that Ultralytics gives it.
         labels, data = self[:], torch.as_tensor(self.boxes.data).clone()
         data[novel, 2:4] = data[novel, :2]
         labels.boxes = Boxes(data, self.orig_shape)
@@ -107,7 +107,7 @@ class FewShotResults(Results):
 
 
 class FewShotPredictor(DetectionPredictor):
-    """Ultralytics' predictor with results that know which classes were enrolled.
+    """Ultralytics' predictor, whose results know which classes were enrolled.
 
     Examples:
         >>> FewShotYOLO("best.pt").predict("street.jpg", support="shots.yaml")
@@ -122,12 +122,12 @@ class FewShotPredictor(DetectionPredictor):
         Returns:
             (FewShotResults): The results.
         """
-        enrolled = getattr(self.model.model, "enrolled", {})  # kept by the folded copy that predicts
+        enrolled = getattr(self.model.model, "enrolled", {})  # the folded copy that predicts keeps it
         return FewShotResults.of(super().construct_result(*args), {n: x["shots"] for n, x in enrolled.items()})
 
 
 def _spans(start: int, end: int, lw: float) -> list[tuple[int, int]]:
-    """Return where the dashes of a line begin and end, the first and the last at its ends, with a gap at least."""
+    """Return start and end of each dash of a line; dashes lie at both ends, with at least one gap."""
     gaps = max(round(((end - start) / lw - DASH) / (DASH + GAP)), 1)
     unit = (end - start) / (gaps * (DASH + GAP) + DASH)
     begin = [start + unit * (DASH + GAP) * i for i in range(gaps + 1)]
@@ -135,7 +135,7 @@ def _spans(start: int, end: int, lw: float) -> list[tuple[int, int]]:
 
 
 def _dashed(box: list[float], lw: float) -> list[tuple[slice, slice]]:
-    """Return the areas of a image in which the outline of a box is kept, so that it is dashed."""
+    """Return the areas of an image in which the outline of a box is kept, so that it is dashed."""
     reach = int(lw) + 1  # cv2 draws a line around the edge, and PIL inside of it
     spans, bands = [], []  # along x and y
     for low, high in ((int(box[0]), int(box[2])), (int(box[1]), int(box[3]))):
@@ -143,18 +143,19 @@ def _dashed(box: list[float], lw: float) -> list[tuple[slice, slice]]:
         spans.append([(low - reach, first), *inner[1:-1], (last, high + reach + 1)])
         bands.append([(low - reach, min(low + reach + 1, first)), (max(high - reach, last), high + reach + 1)])
     areas = [(y, x) for y in bands[1] for x in spans[0]] + [(y, x) for y in spans[1] for x in bands[0]]
-    return [tuple(slice(max(a, 0), max(b, 0)) for a, b in area) for area in areas]
+    return [(slice(max(y1, 0), max(y2, 0)), slice(max(x1, 0), max(x2, 0))) for (y1, y2), (x1, x2) in areas]
 
 
 def _text_size(annotator: Annotator, text: str) -> tuple[int, int]:
     """Return width and height of a text."""
     if annotator.pil:
         return annotator.font.getsize(text)
-    return cv2.getTextSize(text, 0, annotator.sf, annotator.tf)[0]
+    width, height = cv2.getTextSize(text, 0, annotator.sf, annotator.tf)[0]
+    return width, height
 
 
 def _row(name: str, shots: int, width: int, annotator: Annotator) -> str | None:
-    """Return the legend's text for a class, shortened where it would be too wide; None if nothing fits."""
+    """Return the legend's text for a class, shortened to fit the width; None if nothing fits."""
     count = f"{shots} shot{'s' * (shots != 1)}"
     texts = [f"{name}: enrolled, {count}", f"{name}: {count}"]
     texts += [f"{name[:i]}..: {count}" for i in range(len(name) - 1, 0, -1)]
@@ -168,14 +169,14 @@ def _add_legend(
     label: Annotator,
     annotate: Callable[..., Annotator],
 ) -> None:
-    """Draw the legend into the corner of a image where it hides least, if there is room for a readable one.
+    """Draw the legend into the corner of an image where it hides the least, if a readable one fits.
 
     Args:
         image (np.ndarray): Image (H, W, 3), BGR, changed in place.
         classes (list[tuple]): Name, number of shots and color of every class.
         boxes (np.ndarray): Corners of the boxes in the image (n, 4).
-        label (Annotator): What draws the labels there.
-        annotate (Callable): Returns an Annotator for a image, a line width and a font size.
+        label (Annotator): Annotator of the labels there.
+        annotate (Callable): Returns an Annotator for an image, a line width and a font size.
     """
     tall, margin = _text_size(label, "Ag")[1], int(label.lw) + 2
     height, width = (x - 2 * margin for x in image.shape[:2])
@@ -187,8 +188,9 @@ def _add_legend(
     plate = annotate(np.full((height, width, 3), PLATE, np.uint8), 1, label.font.size * scale if label.pil else None)
     if not plate.pil:
         plate.sf, plate.tf = label.sf * scale, max(round(label.tf * scale), 1)
-    rows = [_row(name, shots, width - 3 * pad - key, plate) for name, shots, _ in classes[:limit]]
-    if None in rows:
+    fitting = (_row(name, shots, width - 3 * pad - key, plate) for name, shots, _ in classes[:limit])
+    rows = [x for x in fitting if x is not None]
+    if len(rows) < len(classes[:limit]):
         return
     rows += [f"+ {len(classes) - limit} more"] * (len(classes) > limit)
     middle = [pad // 2 + pitch // 2 + pitch * i for i in range(len(rows))]

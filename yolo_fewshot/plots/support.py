@@ -1,4 +1,4 @@
-"""The image of an enrollment: its shots, one row a class, with their agreement; what looks mislabeled is framed."""
+"""Plot of an enrollment: shots in one row per class with their similarity; suspect ones are framed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from yolo_fewshot.errors import few
 from yolo_fewshot.files import AtomicPath
 
 FILE = "support_check.png"  # its name in a run folder
-ROWS, COLUMNS = 32, 10  # classes, and shots of a class, drawn at most
+ROWS, COLUMNS = 32, 10  # maximum number of classes, and of shots of a class, drawn
 CELL, LINE, GAP, FRAME = 120, 16, 12, 4  # side of a shot, height of a line, space between shots, and frame, pixels
-LEFT, RIGHT, HEAD, WIDTH = 160, 70, 56, 600  # columns beside the shots, title above them, and least width, pixels
+LEFT, RIGHT, HEAD, WIDTH = 160, 70, 56, 600  # columns beside the shots, title above them, and minimum width, pixels
 ROW = CELL + 2 * LINE + GAP
-CONTEXT = 1.6  # side of what is shown of a image, in longer sides of the box
+CONTEXT = 1.6  # side of the part of the image drawn, in longer sides of the box
 RED, BLACK, GRAY, PAPER = (0, 0, 255), (0, 0, 0), (110, 110, 110), (230, 230, 230)
 TITLE = (
-    "Number: similarity to the other shots of the class, 1 at most ('-': nothing to compare with).\n"
-    "Red frame: much less than usual, and more like the class named below. Check the label."
+    "Number: similarity to the other shots of the class, at most 1 ('-': no other shot).\n"
+    "Red frame: suspect, much lower than usual and higher for the class named below. Check the label."
 )
 
 
@@ -37,8 +37,8 @@ class Text(NamedTuple):
         y (int): Upper end in pixels.
         text (str): The text.
         color (tuple[int, int, int]): Color, BGR.
-        width (int): Width in pixels, beyond which it goes on in the next line.
-        lines (int): Lines at most.
+        width (int): Width in pixels at which lines are wrapped.
+        lines (int): Maximum number of lines.
     """
 
     x: int
@@ -50,12 +50,12 @@ class Text(NamedTuple):
 
 
 def plot_support(shots: Shots, names: dict[int, str], file: str | Path) -> bool:
-    """Draw the shots of enrolled classes, those to be checked first.
+    """Draw the shots of enrolled classes, suspect ones first.
 
-    An error is reported, not raised: an enrollment does not depend on its image.
+    An error is logged, not raised: an enrollment does not depend on its plot.
 
     Args:
-        shots (Shots): What was enrolled.
+        shots (Shots): Enrolled shots.
         names (dict[int, str]): Class names of the model.
         file (str | Path): Image to write.
 
@@ -84,7 +84,7 @@ def _table(shots: Shots, colors: dict[str, tuple[int, int, int]]) -> np.ndarray:
     height = HEAD + len(drawn) * ROW + (2 * LINE + GAP) * bool(rest)
     table = np.full((height, max(width, WIDTH), 3), 255, np.uint8)
     texts = [Text(GAP, GAP, TITLE, GRAY)]
-    read = functools.lru_cache(4)(_read)  # a image may show several shots
+    read = functools.lru_cache(4)(_read)  # an image may contain several shots
     for r, name in enumerate(drawn):
         y, about, more = HEAD + r * ROW, shots.classes[name], len(rows[name]) - COLUMNS
         table[y : y + CELL, GAP : GAP + FRAME] = colors[name]
@@ -102,7 +102,7 @@ def _table(shots: Shots, colors: dict[str, tuple[int, int, int]]) -> np.ndarray:
 
 
 def _read(file: str) -> np.ndarray:
-    """Return a image, (h, w, channels) uint8, BGR."""
+    """Read an image, (h, w, channels) uint8, BGR."""
     img = imread(file)
     if img is None:
         raise FileNotFoundError(f"{file} cannot be read")
@@ -110,7 +110,7 @@ def _read(file: str) -> np.ndarray:
 
 
 def _draw(table: np.ndarray, img: np.ndarray, shot: Shot, color: tuple[int, int, int], x: int, y: int) -> Text:
-    """Draw a shot with some context at a place of the table, and return the text below it."""
+    """Draw a shot with some context into the table, and return the text below it."""
     if shot.suspect:
         table[y - FRAME : y + CELL + 2 * LINE + FRAME, x - FRAME : x + CELL + FRAME] = RED
         table[y : y + CELL + 2 * LINE, x : x + CELL] = 255
@@ -119,10 +119,10 @@ def _draw(table: np.ndarray, img: np.ndarray, shot: Shot, color: tuple[int, int,
     side = np.minimum(np.ceil(CONTEXT * (high - low).max()), size).astype(int)
     start = np.clip((low + high - side) / 2, 0, size - side).astype(int)
     scale = CELL / side.max()
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     (x1, y1), (x2, y2) = start, start + side
     w, h = np.maximum(np.round(side * scale), 1).astype(int).tolist()
-    part = cv2.resize(img[y1:y2, x1:x2], (w, h), interpolation=how)
+    part = cv2.resize(img[y1:y2, x1:x2], (w, h), interpolation=interpolation)
     pen = Annotator(np.ascontiguousarray(part), line_width=2)
     corners = np.clip((np.array([low, high]) - start) * scale, 1, (w - 2, h - 2))
     pen.box_label(corners.ravel().tolist(), "", color)
@@ -131,13 +131,13 @@ def _draw(table: np.ndarray, img: np.ndarray, shot: Shot, color: tuple[int, int,
     cell[(CELL - h) // 2 : (CELL - h) // 2 + h, (CELL - w) // 2 : (CELL - w) // 2 + w] = pen.result()
     text = "-" if shot.sim_own is None else f"{shot.sim_own:.2f}"
     if shot.suspect:
-        text += f", but {shot.sim_other:.2f} like\n{shot.nearest}"
+        text += f", but {shot.sim_other:.2f} to\n{shot.nearest}"
     return Text(x + 2, y + CELL, text, RED if shot.suspect else BLACK, CELL - 2)
 
 
 def _write(table: np.ndarray, texts: list[Text]) -> np.ndarray:
-    """Return a image with texts."""
-    # This font comes with matplotlib, so nothing is downloaded; names it lacks get that of Ultralytics.
+    """Return the image with the texts written into it."""
+    # matplotlib ships this font, so nothing is downloaded; Ultralytics' font replaces it for names it cannot write.
     pen = Annotator(table, font="DejaVuSans.ttf", font_size=12, pil=True, example="".join(x.text for x in texts))
     for x in texts:
         lines = [part for line in x.text.split("\n") for part in _wrap(line, pen.font, x.width)]
@@ -149,7 +149,7 @@ def _write(table: np.ndarray, texts: list[Text]) -> np.ndarray:
 
 
 def _wrap(line: str, font: Any, width: int) -> list[str]:
-    """Break a line so that its parts are no wider than some pixels."""
+    """Wrap a line at a width in pixels."""
     parts = [""]
     for char in line:
         if font.getsize(parts[-1] + char)[0] > width:

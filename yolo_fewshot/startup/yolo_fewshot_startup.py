@@ -1,7 +1,7 @@
-"""Registers the plugin in Python processes that run the ``yolo`` command, and does nothing in all others.
+"""Register the plugin in Python processes that run the ``yolo`` command, and do nothing in all others.
 
-Lies at the root of site-packages, beside ``yolo_fewshot.pth`` (and ``yolo_fewshot.start`` for Python 3.15 and later,
-PEP 829), because every Python start pays for importing it: no import but ``sys`` happens unless ``yolo`` runs.
+This file is at the root of site-packages, beside ``yolo_fewshot.pth`` (and ``yolo_fewshot.start`` for Python 3.15 and
+later, PEP 829). Every Python process imports it at its start, so it imports only ``sys`` unless ``yolo`` runs.
 """
 
 import sys

@@ -313,8 +313,7 @@ def test_every_term_has_a_remedy_and_a_key():
 def test_steps_are_summed_over_the_epochs():
     text = told(row(steps=50, clipped=3, overflows=1, skipped=2), row(steps=50, clipped=4, overflows=1))
     assert (
-        "Of 100 steps 7 were clipped, 2 skipped for an overflow of AMP and 2 because something was not finite."
-        in text
+        "Of 100 steps 7 were clipped, 2 skipped for an overflow of AMP and 2 because something was not finite." in text
     )
     assert "The warnings in the log name the cause and what to change." in text
     assert "warnings in the log" not in told(row(clipped=3, overflows=1))

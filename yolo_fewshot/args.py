@@ -54,7 +54,7 @@ KEYS: dict[str, Key] = {
     "blend": Key(
         float,
         None,
-        "weight of the trained weights at the end of stage 3, the rest is the start; 0.75, with one shot 0.5",
+        "weight of the trained model in the interpolation that ends stage 3; 0.75, with one shot 0.5",
         high=1,
     ),
     "teacher": Key(float, 0.5, "gain of the distillation term of stage 3, for the classes without a label"),

@@ -28,7 +28,13 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     "ultralytics.utils": ("DEFAULT_CFG_DICT", "DEFAULT_CFG", "LOGGER"),
     "ultralytics.utils.checks": ("check_file", "check_yaml"),
     "ultralytics.cfg": ("get_cfg", "CFG_INT_KEYS", "CFG_FLOAT_KEYS", "CFG_BOOL_KEYS", "CFG_STR_KEYS"),
-    "ultralytics.utils.metrics": ("bbox_iou", "box_iou", "ap_per_class", "DetMetrics.process", "DetMetrics.results_dict"),
+    "ultralytics.utils.metrics": (
+        "bbox_iou",
+        "box_iou",
+        "ap_per_class",
+        "DetMetrics.process",
+        "DetMetrics.results_dict",
+    ),
     "ultralytics.utils.torch_utils": ("init_seeds", "initialize_weights", "autocast", "unwrap_model"),
     "ultralytics.utils.tal": ("TaskAlignedAssigner.forward",),
     "ultralytics.utils.loss": (

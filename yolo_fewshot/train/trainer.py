@@ -97,8 +97,8 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         table.refuse_support(merged)
         if not merged["resume"]:  # a resumed run takes everything from its checkpoint
             table.check(merged)
-            load_terms(merged["terms"])
             merged.update(self._resolve(merged, given))
+            load_terms(merged["terms"])
         self.adaptation: Adaptation | None = None
         super().__init__(merged, {k: merged[k] for k in overrides}, _callbacks)
         if self.resume:

@@ -182,8 +182,8 @@ def test_the_help_is_a_table():
 
 
 def test_an_unknown_command(nothing_loaded):
-    text = text_of("enroll", "model=best.pt")
-    assert text.startswith("unknown command 'enroll'.") and cli.usage() in text
+    text = text_of("enrol", "model=best.pt")
+    assert text.startswith("unknown command 'enrol'.") and cli.usage() in text
 
 
 def test_an_unknown_key_gets_a_suggestion(nothing_loaded):

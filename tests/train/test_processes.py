@@ -31,7 +31,7 @@ from ultralytics import YOLO
 from ultralytics.utils.torch_utils import unwrap_model
 import yolo_fewshot
 
-pytestmark = pytest.mark.oldest
+pytestmark = [pytest.mark.oldest, pytest.mark.slow]
 
 def note(trainer):
     model = unwrap_model(trainer.model)

@@ -80,6 +80,7 @@ def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
     monkeypatch.setattr(FewShotYOLO, "enroll", lambda self, support, **kwargs: seen.append((support, kwargs)))
     monkeypatch.setattr(FewShotYOLO, "save", lambda self, file: seen.append(file))
     monkeypatch.setattr(FewShotYOLO, "names", {0: "bus"})
+    monkeypatch.setattr(FewShotYOLO, "shots", "shots")
     monkeypatch.setattr("yolo_fewshot.plots.support.plot_support", lambda *args: seen.append(args))
     argv = [
         "model=a.pt",
@@ -94,7 +95,7 @@ def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
     ]
     cli.main(["enroll", *argv])
     asked = "shots.yaml", {"method": "fit", "imgsz": 96, "batch": 4, "device": "cpu"}
-    assert seen == ["a.pt", asked, "b.pt", (None, {0: "bus"}, Path("b_support_check.png").absolute())]
+    assert seen == ["a.pt", asked, "b.pt", ("shots", {0: "bus"}, Path("b_support_check.png").absolute())]
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ QUICK = {
     "nbs": 8, "verbose": False, "exist_ok": True, "amp": False, "plots": False,
 }  # fmt: skip
 
+pytestmark = [pytest.mark.oldest, pytest.mark.slow]
+
 # What a user runs. The callbacks travel to the processes by Ultralytics' own means: one notes what a process ends with,
 # the other is a crash after the first epoch.
 SCRIPT = """
@@ -30,8 +32,6 @@ import torch.distributed as dist
 from ultralytics import YOLO
 from ultralytics.utils.torch_utils import unwrap_model
 import yolo_fewshot
-
-pytestmark = [pytest.mark.oldest, pytest.mark.slow]
 
 def note(trainer):
     model = unwrap_model(trainer.model)

@@ -80,6 +80,7 @@ def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
     monkeypatch.setattr(FewShotYOLO, "enroll", lambda self, support, **kwargs: seen.append((support, kwargs)))
     monkeypatch.setattr(FewShotYOLO, "save", lambda self, file: seen.append(file))
     monkeypatch.setattr(FewShotYOLO, "names", {0: "bus"})
+    monkeypatch.setattr(FewShotYOLO, "shots", "shots")
     monkeypatch.setattr("yolo_fewshot.plots.support.plot_support", lambda *args: seen.append(args))
     argv = [
         "model=a.pt",
@@ -94,7 +95,7 @@ def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
     ]
     cli.main(["enroll", *argv])
     asked = "shots.yaml", {"method": "fit", "imgsz": 96, "batch": 4, "device": "cpu"}
-    assert seen == ["a.pt", asked, "b.pt", (None, {0: "bus"}, Path("b_support_check.png").absolute())]
+    assert seen == ["a.pt", asked, "b.pt", ("shots", {0: "bus"}, Path("b_support_check.png").absolute())]
 
 
 @pytest.fixture
@@ -182,8 +183,8 @@ def test_the_help_is_a_table():
 
 
 def test_an_unknown_command(nothing_loaded):
-    text = text_of("enroll", "model=best.pt")
-    assert text.startswith("unknown command 'enroll'.") and cli.usage() in text
+    text = text_of("enrol", "model=best.pt")
+    assert text.startswith("unknown command 'enrol'.") and cli.usage() in text
 
 
 def test_an_unknown_key_gets_a_suggestion(nothing_loaded):

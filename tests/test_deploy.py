@@ -22,6 +22,8 @@ from yolo_fewshot import FewShotYOLO
 from yolo_fewshot.data.demo import BASE, NOVEL
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
+pytestmark = pytest.mark.slow
+
 IMGSZ = 96
 
 

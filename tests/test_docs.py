@@ -1,17 +1,32 @@
+import re
 from pathlib import Path
 
+import pytest
 from ultralytics.utils import YAML
 
+import yolo_fewshot
 from yolo_fewshot.args import ADAPTING, ALL_KEYS, KEYS
 from yolo_fewshot.paths import cfg_dir
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
-def test_the_readme_lists_every_key_with_its_default():
-    for name, key in ALL_KEYS.items():
-        default = 1 if name == "stage" else key.default
-        assert f"| `{name}` | {default} | {key.help} |" in README
+def table(header):
+    """The rows of the README's tables with a header, as lists of cells."""
+    rows = []
+    for text in README.split("\n\n"):
+        if text.startswith(header):
+            rows += [[c.strip().strip("`") for c in x.strip("|").split(" | ")] for x in text.splitlines()[2:]]
+    return rows
+
+
+def test_the_readme_lists_every_key_once_with_its_default_and_a_meaning():
+    rows = table("| key | default | meaning |")
+    defaults = {name: str(1 if name == "stage" else key.default) for name, key in ALL_KEYS.items()}
+    assert sorted(name for name, _, _ in rows) == sorted(defaults)
+    assert {name: default for name, default, _ in rows} == defaults
+    assert all(meaning for _, _, meaning in rows)
 
 
 def test_the_recipe_of_stage_two_gives_the_tables_defaults():
@@ -22,12 +37,14 @@ def test_the_recipe_of_stage_two_gives_the_tables_defaults():
 
 def test_gains_in_the_readme_are_those_of_the_recipe():
     recipe = YAML.load(cfg_dir() / "stage2.yaml")
-    for column, key in (
-        ("box", "box"),
-        ("cls", "cls"),
-        ("dfl", "dfl"),
-        ("sup", "supcon"),
-        ("cpe", "cpe"),
-        ("tri", "triplet"),
-    ):
-        assert f"| `{column}_loss` | `{key}` | {recipe[key]} |" in README
+    rows = table("| column | key | gain | what it is |")
+    assert {c.removesuffix("_loss") for c, *_ in rows} == {"box", "cls", "dfl", "epi", "sup", "cpe", "tri"}
+    assert {key: float(gain) for _, key, gain, _ in rows} == {key: recipe[key] for _, key, *_ in rows}
+
+
+@pytest.mark.parametrize("file", ["pyproject.toml", "CITATION.cff"])
+def test_version_and_license_are_the_same_everywhere(file):
+    text = (ROOT / file).read_text()
+    found = {k: re.search(rf'(?m)^{k}\s*[=:]\s*"?([^"\n]+)', text)[1] for k in ("version", "license")}
+    assert found == {"version": yolo_fewshot.__version__, "license": "AGPL-3.0-only"}
+    assert yolo_fewshot.__version__ in (ROOT / "CHANGELOG.md").read_text()

@@ -10,9 +10,12 @@ import pytest
 import torch
 from ultralytics import YOLO
 from ultralytics.data.utils import check_det_dataset
+from ultralytics.engine.tuner import Tuner
 from ultralytics.utils import ROOT, YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICK = {"imgsz": 64, "epochs": 1, "episodes": 2, "n_way": 2, "workers": 0}
@@ -95,10 +98,26 @@ def test_a_loss_term_of_your_own(example, base, tmp_path, monkeypatch):
     assert model.args["terms"] == "own_loss.SpreadLoss"
 
 
-def test_tuning_the_gains(example, base, tmp_path):
-    keys = {**QUICK, "iterations": 1, "val": True}
-    best = example("tune_gains").main(str(base / "yolo11n-tiny.yaml"), str(base / "data.yaml"), **keys)
-    assert best == {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3, "lr0": 0.002}  # the tuner tries the start first
+def test_tuning_starts_from_the_defaults_and_trains_with_mutated_gains(example, base, monkeypatch):
+    runs, save, generator = [], Tuner._save_local_result, np.random.default_rng
+
+    def save_result(self, result):  # before the folder of the worse run is removed
+        (folder,) = result["save_dirs"].values()
+        runs.append((result["hyperparameters"], YAML.load(Path(folder) / "args.yaml")))
+        save(self, result)
+
+    monkeypatch.setattr(Tuner, "_save_local_result", save_result)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed=2: generator(seed))
+    tune_gains = example("tune_gains")
+    keys = {**QUICK, "iterations": 2, "val": True}
+    best = tune_gains.main(str(base / "yolo11n-tiny.yaml"), str(base / "data.yaml"), **keys)
+    (first, _), (second, _) = runs
+    assert first == {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3, "lr0": 0.002}
+    assert any(second[k] != first[k] for k in ("supcon", "cpe", "triplet"))
+    for given, used in runs:
+        assert {k: used[k] for k in given} == given and used["stage"] == 2
+        assert all(low <= given[k] <= high for k, (low, high) in tune_gains.SPACE.items())
+    assert best in (first, second)
 
 
 def test_a_long_run_goes_on_and_ends_once(example, base, tmp_path, monkeypatch, capsys):

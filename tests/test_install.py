@@ -20,6 +20,8 @@ import pytest
 import torch
 import yaml
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).resolve().parents[1]
 START_UP = {"yolo_fewshot.pth", "yolo_fewshot.start", "yolo_fewshot_startup.py"}
 

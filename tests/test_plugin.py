@@ -558,6 +558,7 @@ def checkpoint(fewshot: YOLO, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_checkpoint_registers_the_plugin_in_a_process_that_knows_only_ultralytics(checkpoint: Path):
     code = """
 import sys
@@ -584,6 +585,7 @@ print(type(YOLO("fewshot.yaml").model).__name__)
     assert done.stdout.split() == ["FewShotTrainer", "FewShotDetectionModel"]
 
 
+@pytest.mark.slow
 def test_restricted_loading_and_the_order_plugin_first(checkpoint: Path):
     code = """
 import sys
@@ -604,6 +606,7 @@ print(type(model.model).__name__, model._smart_load("trainer").__name__)
     assert done.stdout.split() == ["FewShotDetectionModel", "FewShotTrainer"]
 
 
+@pytest.mark.slow
 def test_every_public_name_can_be_the_first_import(cwd: Path):
     code = """
 import sys
@@ -624,6 +627,7 @@ for name in yolo_fewshot.__all__:
     assert done.stdout.split() == yolo_fewshot.__all__
 
 
+@pytest.mark.slow
 def test_changed_shapes_of_what_is_hooked_are_no_obstacle(cwd: Path):
     """A method that moves to a base class, and a set of keys that becomes a list."""
     code = """
@@ -647,6 +651,7 @@ assert "tune" not in vars(Model) and Model.tune is Mixin.tune and "steps" not in
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["KeyError('x')", "TypeError('x')", "RuntimeError('x')"])
 def test_whatever_fails_in_a_hook_leaves_the_stock_command_working(error: str, cwd: Path):
     code = f"""
@@ -667,6 +672,7 @@ print("stage" in DEFAULT_CFG_DICT)
     assert "yolo-fewshot is off" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_key_that_ultralytics_has_itself_switches_the_plugin_off_and_is_named(cwd: Path):
     """A stock user's `steps=` must not become few-shot training on the day when Ultralytics has such a key."""
     code = """
@@ -686,6 +692,7 @@ assert YOLO("yolo11n.yaml")._smart_load("trainer") is DetectionTrainer
     assert "has steps= of its own" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_few_shot_checkpoint_that_loads_the_plugin_takes_a_support_set(trained, demo: Path, cwd: Path):
     """`from ultralytics import YOLO` alone: this package is imported while the checkpoint is loaded."""
     code = f"""
@@ -699,6 +706,7 @@ print(type(model).__name__, len(found[0].names), sum(len(r.boxes) for r in found
     assert done.stdout.split()[-3:] == ["FewShotYOLO", "32", "True"], done.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_symbol_leaves_the_stock_command_working(cwd: Path):
     code = """
 from yolo_fewshot import plugin

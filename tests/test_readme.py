@@ -20,6 +20,7 @@ from yolo_fewshot.evaluate import benchmark
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "examples").glob("*.md"))]
+LINKING = [*PAGES, PROJECT / "CONTRIBUTING.md", PROJECT / "CHANGELOG.md"]
 QUICK = {"imgsz": 64, "epochs": 1, "workers": 0, "plots": False, "batch": 8}
 EPISODES = {"episodes": 2, "n_way": 2}
 
@@ -54,7 +55,7 @@ def write_data(folder, names, images):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, trained):
-    """A folder with the files that the README speaks of, under the names that it gives them."""
+    """A folder with the small files that the README names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(PROJECT / "examples"))
     shutil.copytree(PROJECT / "examples", "examples")
@@ -70,14 +71,19 @@ def folder(tmp_path, monkeypatch, trained):
     cli.main(["split", "data=data.yaml", "novel=scooter,bus", "shots=1", "seeds=1", "out=characters"])
     FewShotYOLO("best.pt").fold().save("stock.pt")
     YOLO("yolo11n.yaml").save("yolo11n.pt")  # stands for pretrained weights
+    return tmp_path
+
+
+@pytest.fixture
+def large_data(folder):
+    """Data sets with the classes of VOC and COCO, which only the commands for splits need, in the same folder."""
     for name in ("VOC", "coco"):
         names = list(YAML.load(ROOT / f"cfg/datasets/{name}.yaml")["names"].values())
-        data = write_data(tmp_path / f"{name}-data", names, 20 * len(names) if name == "VOC" else 17 * len(names))
+        data = write_data(folder / f"{name}-data", names, 20 * len(names) if name == "VOC" else 17 * len(names))
         YAML.save(f"{name}.yaml", data)
     for split in ("train", "val"):
         import_module("my_data").to_coco("coco.yaml", split, Path(f"instances_{split}2017.json"))
-        shutil.copytree(tmp_path / "coco-data" / "images" / split, f"{split}2017")
-    return tmp_path
+        shutil.copytree(folder / "coco-data" / "images" / split, f"{split}2017")
 
 
 def run(words, folder):
@@ -99,7 +105,7 @@ def run(words, folder):
         assert words[0] in {"pip", "python"}, f"{shlex.join(words)} is not run"
 
 
-def test_every_command_of_the_readme_runs(folder, monkeypatch):
+def test_every_command_of_the_readme_runs(folder, large_data, monkeypatch):
     monkeypatch.setattr(benchmark, "MIN_STEPS", 1)
     monkeypatch.setattr(benchmark, "MIN_EPOCHS", 1)
     monkeypatch.setattr(sys, "argv", ["yolo"])
@@ -151,9 +157,9 @@ def test_every_example_is_listed():
         assert {x for x in there if x in text} == there
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda x: x.relative_to(PROJECT).as_posix())
+@pytest.mark.parametrize("page", LINKING, ids=lambda x: x.relative_to(PROJECT).as_posix())
 def test_links_lead_somewhere(page):
-    anchors = {p: {anchor(x) for x in re.findall(r"(?m)^#+ (.*)$", p.read_text())} for p in PAGES}
+    anchors = {p: {anchor(x) for x in re.findall(r"(?m)^#+ (.*)$", p.read_text())} for p in LINKING}
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith("http"):
             file, _, place = target.partition("#")

@@ -173,6 +173,7 @@ def test_lost_race_keeps_the_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert files(tmp_path) == {"data/novel_5shot.txt": b"theirs"}
 
 
+@pytest.mark.slow
 def test_ultralytics_builds_it(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ultralytics draws the missing data from the YAML, byte for byte as before, and reads the whole 5-shot list."""
     from ultralytics.data import YOLODataset, utils

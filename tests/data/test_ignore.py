@@ -598,6 +598,7 @@ def train(root, name, cfg, **overrides):
     return trainer, inside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cfg", "overrides"),
     [
@@ -623,6 +624,7 @@ def test_a_run_with_ignore_regions(data, cfg, overrides):
     assert trainer.best.exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_nothing_to_ignore_is_not_masked(data):
     trainer, inside = train(data, "all", "stage1.yaml", data=str(data / "all/data.yaml"), epochs=1, plots=False)
     assert not inside and not any(x.masked for x in branch_losses(trainer.model))

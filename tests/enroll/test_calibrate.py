@@ -268,6 +268,7 @@ def drawn(tmp_path_factory):
     return splits
 
 
+@pytest.mark.slow
 def test_a_real_model_is_left_as_it_was_and_chooses_the_same_again(drawn, monkeypatch):
     monkeypatch.setattr(module, "TRIALS", 2)
     values, ap50 = [], module._ap50

@@ -13,6 +13,8 @@ from yolo_fewshot import FewShotYOLO
 from yolo_fewshot.data.support import SupportDataset, read_support
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
+pytestmark = pytest.mark.slow
+
 SIZE, SHOTS = 64, 16  # pixels; images with a shot, four of each class
 
 

@@ -10,6 +10,8 @@ from test_features import draw_shots, model_of
 
 from yolo_fewshot import FewShotYOLO
 
+pytestmark = pytest.mark.slow
+
 SIZE, THREADS = 64, 4
 CFGS = ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 

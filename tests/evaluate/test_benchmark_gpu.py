@@ -17,6 +17,8 @@ from ultralytics.utils import LOGGER
 
 from yolo_fewshot import FewShotTrainer
 
+pytestmark = pytest.mark.slow
+
 TINY = {"imgsz": "32", "steps": "2", "batch": "4", "classes": "4", "device": "cpu", "workers": "0"}
 
 

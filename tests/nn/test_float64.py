@@ -17,6 +17,8 @@ from yolo_fewshot.train.guard import Guard
 from yolo_fewshot.train.monitor import LossDoctor
 from yolo_fewshot.train.retention import Teacher, retain
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 DOUBLE = {torch.float64}

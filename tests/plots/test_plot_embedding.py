@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from yolo_fewshot.plots import embedding as module
-from yolo_fewshot.plots.embedding import by_similarity, plot_embedding, project
+from yolo_fewshot.plots.embedding import NAMED, by_similarity, plot_embedding, project
 
 
 def test_the_map_is_that_of_the_principal_components():
@@ -45,18 +46,32 @@ def test_neighbors_are_alike():
 
 
 @pytest.mark.parametrize(("n", "novel"), [(3, {"c2"}), (70, set())])
-def test_the_image(tmp_path, monkeypatch, n, novel):
-    from matplotlib.axes import Axes
-
-    marks, scatter = [], Axes.scatter
-    monkeypatch.setattr(Axes, "scatter", lambda self, *a, **k: marks.append(k) or scatter(self, *a, **k))
+def test_objects_lie_at_their_prototype_and_the_matrix_has_their_similarities(tmp_path, monkeypatch, n, novel):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
     g = torch.Generator().manual_seed(0)
     prototypes = torch.randn(n, 16, generator=g)
+    prototypes[:, 3:] /= 20  # so that two dimensions show nearly all
     cls = torch.arange(n).repeat(4)
-    embeds = F.normalize(prototypes[cls] + 0.1 * torch.randn(4 * n, 16, generator=g), dim=1)
+    embeds = F.normalize(prototypes[cls] + 0.001 * torch.randn(4 * n, 16, generator=g), dim=1)
     plot_embedding(embeds, cls, prototypes, {i: f"c{i}" for i in range(n)}, novel, tmp_path / "embedding.png")
-    image = cv2.imread(str(tmp_path / "embedding.png"))
-    assert image.shape[1] > image.shape[0] > 400 and image.std() > 10
-    assert [x["marker"] for x in marks] == [m for i in range(n) for m in ("^" if f"c{i}" in novel else "o", "*")]
-    assert [x["edgecolors"] for x in marks[1::2]] == ["red" if f"c{i}" in novel else "black" for i in range(n)]
     assert [x.name for x in tmp_path.iterdir()] == ["embedding.png"]
+    image = cv2.imread(str(tmp_path / "embedding.png"))
+    assert image.shape[1] > image.shape[0] > 400
+    assert (image == (0, 0, 255)).all(2).any() == bool(novel)  # the red edges of stars
+
+    left, right, *_ = figures[0].axes
+    dots, stars = ([x.get_offsets() for x in left.collections[i::2]] for i in (0, 1))
+    for c, points in enumerate(dots):
+        distances = [np.linalg.norm(points - star, axis=1) for star in stars]
+        assert len(points) == 4 and (distances[c] == np.min(distances, 0)).all()
+    cosine = F.cosine_similarity(prototypes[:, None], prototypes[None], dim=2)
+    shown = right.images[0].get_array()
+    if n <= NAMED:
+        order = [int(x.get_text()[1:]) for x in right.get_yticklabels()]
+        assert order == [int(x.get_text()[1:]) for x in right.get_xticklabels()] and sorted(order) == list(range(n))
+        np.testing.assert_allclose(shown, cosine[order][:, order], atol=1e-6)
+        assert {x.get_text() for x in right.get_yticklabels() if x.get_color() == "red"} == novel
+    else:
+        np.testing.assert_allclose(np.sort(shown, None), np.sort(cosine.numpy(), None), atol=1e-6)
+    assert {x.get_text() for x in left.texts} == ({f"c{i}" for i in range(n)} if n <= NAMED else set())

@@ -1,4 +1,5 @@
 import cv2
+import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -11,15 +12,20 @@ DUAL = ("box", "cls", "l1", "epi", "sup", "cpe", "tri")
 EVENTS = ("clipped", "skipped", "overflows", "sides_clamped", "means_clamped")
 
 
+def shares_of(terms):
+    """Gradient shares of the terms, each larger than the one before."""
+    return np.arange(1, len(terms) + 1) / sum(range(len(terms) + 1))
+
+
 def columns(terms, epochs, **values):
     """Columns of results.csv, every one with values of its own."""
     n = range(epochs)
-    share = 1 / len(terms)
+    shares = shares_of(terms)
     out = {"epoch": [i + 1 for i in n], "time": [1.5 * i for i in n], "train/grad_norm": [2.0 + i for i in n]}
     for j, t in enumerate(terms):
         out[f"train/{t}_loss"] = [j + 1 / (i + 1) for i in n]
         out[f"val/{t}_loss"] = [9.0] * epochs
-        out[f"grad/{t}"], out[f"share/{t}"] = [j + i + 0.5 for i in n], [share] * epochs
+        out[f"grad/{t}"], out[f"share/{t}"] = [j + i + 0.5 for i in n], [shares[j]] * epochs
         out[f"chance/{t}"] = [j + 0.25] * epochs
     return {**out, **{f"train/{k}": [j * i for i in n] for j, k in enumerate(EVENTS)}, **values}
 
@@ -55,7 +61,9 @@ def test_every_column_is_drawn(tmp_path, figures, terms, epochs):
     open_before = plt.get_fignums()
     plot_losses(results, file)
     image = cv2.imread(str(file))
-    assert image is not None and image.std() > 10
+    palette = [np.array(plt.get_cmap("tab10")(i)[2::-1]) * 255 for i in range(len(terms))]
+    areas = np.array([(np.abs(image - color).max(2) < 3).sum() for color in palette])
+    assert areas / areas.sum() == pytest.approx(shares_of(terms), abs=0.05)
     assert plt.get_fignums() == open_before
     (figure,) = figures
     axes = [ax for ax in figure.axes if ax.get_visible()]
@@ -63,8 +71,8 @@ def test_every_column_is_drawn(tmp_path, figures, terms, epochs):
     share, norm, events, *each = axes
     assert [t.get_text() for t in share.get_legend().get_texts()] == list(terms[::-1])  # as they lie on each other
     tops = [area.get_paths()[0].get_extents() for area in share.collections[-len(terms) :]]
-    for i, area in enumerate(tops, 1):
-        assert area.y1 == pytest.approx(i / len(terms)) and area.x1 > area.x0  # one epoch is seen, too
+    for top, area in zip(shares_of(terms).cumsum(), tops):
+        assert area.y1 == pytest.approx(top) and area.x1 > area.x0  # one epoch is seen, too
     for t in terms:
         assert curve(norm, t) == results[f"grad/{t}"]
     assert curve(norm, "all weights") == results["train/grad_norm"] and norm.get_yscale() == "log"

@@ -17,6 +17,8 @@ from yolo_fewshot.data.checks import Finding
 from yolo_fewshot.train import doctor as module
 from yolo_fewshot.train.doctor import MARKS, STEPS, Rehearsal, _duration, compare_terms, doctor, estimate
 
+pytestmark = pytest.mark.slow
+
 TERMS = ("box", "cls", "dfl", "epi", "sup", "cpe", "tri")
 
 

@@ -216,6 +216,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_answer_where_only_one_of_them_is_not_finite(tmp_path):
     command = [sys.executable, "-c", WORKER]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

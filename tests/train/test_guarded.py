@@ -17,7 +17,7 @@ from ultralytics.utils.loss import v8DetectionLoss
 
 from yolo_fewshot.train.guarded import GuardedTrainer, guarded
 
-pytestmark = pytest.mark.oldest
+pytestmark = [pytest.mark.oldest, pytest.mark.slow]
 
 TASKS = {
     "detect": "yolo11n.yaml",

@@ -23,6 +23,8 @@ QUICK = {
     "nbs": 8, "verbose": False, "exist_ok": True, "amp": False, "plots": False,
 }  # fmt: skip
 
+pytestmark = [pytest.mark.oldest, pytest.mark.slow]
+
 # What a user runs. The callbacks travel to the processes by Ultralytics' own means: one notes what a process ends with,
 # the other is a crash after the first epoch.
 SCRIPT = """

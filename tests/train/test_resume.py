@@ -21,6 +21,8 @@ from yolo_fewshot import FewShotTrainer
 from yolo_fewshot.data.episodes import EpisodeSampler
 from yolo_fewshot.train.doctor import doctor
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, EPISODES = 3, 2
 SETTINGS = {
     "imgsz": 64, "workers": 0, "plots": False, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0, "verbose": False,

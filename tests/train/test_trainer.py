@@ -22,6 +22,8 @@ from yolo_fewshot.train import trainer as module
 from yolo_fewshot.train.diagnosis import Diagnosis, diagnose
 from yolo_fewshot.train.monitor import COUNTS
 
+pytestmark = pytest.mark.slow
+
 QUICK = {
     "imgsz": 64, "workers": 0, "plots": False, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0, "verbose": False,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses
 from yolo_fewshot.nn.ignore import IGNORED
 from yolo_fewshot.paths import cfg_dir
 from yolo_fewshot.train import adaptation as module
-from yolo_fewshot.train.adaptation import ap50_on_shots, blend_for, freeze_for, steps_for
+from yolo_fewshot.train.adaptation import blend_for, freeze_for, steps_for, support_ap50
 
 ROWS = ("weight", "gain", "offset")  # what a bank holds of every class
 NEW = tuple(reversed(NOVEL))  # the order in which the shots of these tests number the novel classes
@@ -318,7 +318,7 @@ def test_the_figure_of_the_shots_is_that_of_ultralytics(enrolled, demo, tmp_path
     YAML.save(tmp_path / "shots.yaml", {k: v for k, v in data.items() if k != "download"})
     stock = model.val(data=str(tmp_path / "shots.yaml"), imgsz=96, workers=0, plots=False, project=str(tmp_path))
     support = read_support("fewshot-demo-novel.yaml", model.names)
-    ours = ap50_on_shots(model.model.float().eval(), support, 96)
+    ours = support_ap50(model.model.float().eval(), support, 96)
     assert ours == pytest.approx(stock.box.map50, abs=0.03) and 0.05 < ours < 1
 
 
@@ -329,7 +329,7 @@ def test_a_run_that_spoils_the_model_ends_with_the_enrollment_and_says_so(site, 
         trainer.train()
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
-    assert "so the result is enrolled.pt" in caplog.text
+    assert "so the run ends with the enrolled weights, enrolled.pt" in caplog.text
     expected = checkpoint(site / "spoilt/weights/enrolled.pt").float().state_dict()
     for file in (trainer.last, trainer.best):
         for k, v in checkpoint(file).float().state_dict().items():
@@ -400,7 +400,7 @@ def test_the_built_in_data_sets(site, start, seen, monkeypatch):
     said = []
     monkeypatch.setattr(LOGGER, "info", said.append)
     assert len(trainer.get_dataloader(trainer.data["train"], 5, -1)) == 150
-    assert "300 steps on 12 images of shots and 0 of base classes" in said[-1]
+    assert "300 steps on 12 support images and 0 base images" in said[-1]
     assert sorted(set(loader.sampler)) == list(range(12))
     assert {int(c) for x in loader.dataset.labels for c in x["cls"].flat} == set(range(24, 32))
 
@@ -470,7 +470,7 @@ def test_keys_of_episodes_have_no_effect_in_stage_three(site, start, caplog):
     logging.getLogger("ultralytics").addHandler(caplog.handler)
     try:
         FewShotTrainer("stage3.yaml", settings(site, start, name="idle", n_way=3, supcon=1.0, grad_clip=2.0))
-        assert "Stage 3 has no episodes, so n_way=, supcon= has no effect there." in caplog.text
+        assert "n_way=, supcon= has no effect in stage 3. Use it with cfg=stage2.yaml." in caplog.text
         caplog.clear()
         FewShotTrainer("stage3.yaml", settings(site, start, name="idle", grad_clip=2.0))
         assert "has no effect" not in caplog.text
@@ -488,7 +488,7 @@ def test_keys_of_episodes_have_no_effect_in_stage_three(site, start, caplog):
 )
 def test_a_run_ends_alike_however_its_loop_ends(site, start, early, monkeypatch):
     """Half-way between its start and its last weights, in both files; no result on the val split chooses an epoch."""
-    monkeypatch.setattr(module, "SPOILT", 1.0)
+    monkeypatch.setattr(module, "MAX_DROP", 1.0)
     overrides = {k: v for k, v in early.items() if k != "stop"}
     trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="early", blend=0.5, **overrides))
     if "stop" in early:

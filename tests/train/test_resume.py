@@ -20,6 +20,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from yolo_fewshot import FewShotTrainer
 from yolo_fewshot.data.episodes import EpisodeSampler
 from yolo_fewshot.train.doctor import doctor
+from yolo_fewshot.train.episodic import Episodes
 
 EPOCHS, EPISODES = 3, 2
 SETTINGS = {
@@ -29,14 +30,14 @@ SETTINGS = {
 
 # Each is a process of its own that ends without any clean-up: no `finally`, no `atexit`.
 KILLED = """
-import json, os, shutil, sys
+import json, os, sys
 from pathlib import Path
-import torch
 import ultralytics.engine.trainer as engine
 from yolo_fewshot import FewShotTrainer
+from yolo_fewshot.train import finish
 
 settings = json.loads(sys.argv[1])
-fsync, strip = os.fsync, engine.strip_optimizer
+fsync = os.fsync
 save_metrics, preprocess = engine.BaseTrainer.save_metrics, FewShotTrainer.preprocess_batch
 
 
@@ -80,46 +81,37 @@ def in_the_middle_of_a_row():
     engine.BaseTrainer.save_metrics = save
 
 
-def in_the_middle_of_the_copies():
-    def copy(a, b):
-        Path(os.fspath(b)).write_bytes(Path(a).read_bytes()[:1000])
-        if a.name == "best.pt":
-            os._exit(9)
-
-    shutil.copy2 = copy
-
-
-def in_the_middle_of_stripping():
-    def save(obj, f, *args, **kwargs):
-        if isinstance(f, (str, os.PathLike)):
-            Path(os.fspath(f)).write_bytes(b"half")
-            os._exit(9)
-        torch_save(obj, f, *args, **kwargs)
-
-    torch_save, torch.save = torch.save, save
-
-
-def between_the_final_best_and_last():
-    def replace(a, b):
-        original(a, b)
-        if os.fspath(a).endswith("best.pt.new"):
-            os._exit(9)
-
-    original, os.replace = os.replace, replace
+def at_the_end(do):  # when all epochs are trained
+    original = FewShotTrainer.final_eval
+    FewShotTrainer.final_eval = lambda self: (do(), original(self))
 
 
 def between_stripping_last_and_best():
-    engine.strip_optimizer = lambda f, **kwargs: strip(f, **kwargs) if f.name == "last.pt" else os._exit(9)
+    strip, finish.strip = finish.strip, lambda f: strip(f) if f.name == "last.pt" else os._exit(9)
 
 
-def between_enrollment_of_best_and_last():
-    import yolo_fewshot.train.trainer as ours
+def in_the_final_validation():
+    finish._validate = lambda *_: os._exit(9)
 
+
+def in_the_preparation_of_enrollment():
+    finish._prepare_enrollment = lambda *_: os._exit(9)
+
+
+def in_the_middle_of_writing_the_final_best():
+    at_the_end(lambda: die_in_write("best.pt.part"))
+
+
+def between_the_final_best_and_last():
     def save(ckpt, file):
         original(ckpt, file)
         os._exit(9)
 
-    original, ours.save_checkpoint = ours.save_checkpoint, save
+    original, finish.save_checkpoint = finish.save_checkpoint, save
+
+
+def in_the_middle_of_writing_the_final_last():
+    at_the_end(lambda: die_in_write("last.pt.part"))
 
 
 def log(self, batch):
@@ -140,8 +132,9 @@ for name in sys.argv[2:]:
 """
 IN_TRAINING = ("in_the_middle_of_writing_last", "in_the_middle_of_writing_best", "in_the_middle_of_a_row")
 AT_THE_END = (
-    "in_the_middle_of_the_copies", "in_the_middle_of_stripping", "between_stripping_last_and_best",
-    "between_enrollment_of_best_and_last", "between_the_final_best_and_last",
+    "between_stripping_last_and_best", "in_the_final_validation", "in_the_preparation_of_enrollment",
+    "in_the_middle_of_writing_the_final_best", "between_the_final_best_and_last",
+    "in_the_middle_of_writing_the_final_last",
 )  # fmt: skip
 KILLS = (*IN_TRAINING, *AT_THE_END)
 LENGTH = {x: EPOCHS if x in IN_TRAINING else 1 for x in KILLS}  # in epochs
@@ -254,9 +247,9 @@ def test_every_checkpoint_of_a_killed_run_can_be_loaded(killed, name):
     assert leftovers == {
         "in_the_middle_of_writing_last": {"last.pt.part"},
         "in_the_middle_of_writing_best": {"best.pt.part"},
-        "in_the_middle_of_a_row": set(),
-        "between_the_final_best_and_last": {"last.pt.new"},
-    }.get(name, {"last.pt.new", "best.pt.new"})
+        "in_the_middle_of_writing_the_final_best": {"best.pt.part"},
+        "in_the_middle_of_writing_the_final_last": {"last.pt.part"},
+    }.get(name, set())
 
 
 @pytest.mark.parametrize("name", KILLS)
@@ -280,7 +273,7 @@ def test_only_the_end_is_made_up_for(run, name, drawn, monkeypatch):
     check_finished(run, LENGTH[name])
 
 
-@pytest.mark.parametrize("name", ["in_the_middle_of_stripping"])
+@pytest.mark.parametrize("name", ["in_the_final_validation"])
 def test_loggers_find_what_they_log_when_only_the_end_is_left(run, name, no_new_run):
     """What Ultralytics' loggers read in these events."""
     model, logged = YOLO(run / "weights/last.pt"), []
@@ -313,8 +306,8 @@ def resumed(tmp_path, monkeypatch, text, start_epoch, resume=True):
     if text is not None:
         (tmp_path / "results.csv").write_text(text)
     trainer = FewShotTrainer.__new__(FewShotTrainer)
-    trainer.args, trainer.adaptation = SimpleNamespace(stage=2), None
-    trainer.resume, trainer.epochs, trainer.episodic, trainer.csv = resume, 20, True, tmp_path / "results.csv"
+    trainer.args, trainer.stage = SimpleNamespace(stage=2), Episodes(trainer, {})
+    trainer.resume, trainer.epochs, trainer.csv = resume, 20, tmp_path / "results.csv"
     started = []
     sampler = SimpleNamespace(restart=started.append)
     trainer.train_loader = SimpleNamespace(sampler=sampler, reset=lambda: None)
@@ -342,7 +335,7 @@ def test_loader_processes_that_have_begun_do_not_repeat_the_episodes_from_the_st
     if started:
         next(iter(loader))
     trainer = FewShotTrainer.__new__(FewShotTrainer)
-    trainer.args, trainer.adaptation, trainer.train_loader = SimpleNamespace(stage=2), None, loader
+    trainer.args, trainer.stage, trainer.train_loader = SimpleNamespace(stage=2), Episodes(trainer, {}), loader
     trainer.resume, trainer.epochs, trainer.csv = True, 20, tmp_path / "results.csv"
     monkeypatch.setattr(DetectionTrainer, "resume_training", lambda self, ckpt: setattr(self, "start_epoch", 7))
     trainer.resume_training({"epoch": 6, "optimizer": {"state": 1}})

@@ -18,9 +18,10 @@ from yolo_fewshot.args import ADAPTING, KEYS, resolve
 from yolo_fewshot.data.episodes import EpisodeSampler
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
-from yolo_fewshot.train import trainer as module
+from yolo_fewshot.train import run_plots
 from yolo_fewshot.train.diagnosis import Diagnosis, diagnose
 from yolo_fewshot.train.monitor import COUNTS
+from yolo_fewshot.train.stage import Stage
 
 QUICK = {
     "imgsz": 64, "workers": 0, "plots": False, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0, "verbose": False,
@@ -312,18 +313,6 @@ YOLO({str(tiny / "stock11n.yaml")!r}).train(data={str(tiny / "data.yaml")!r}, ep
     a, b = (torch.load(tiny / n / "weights/last.pt", weights_only=False)["model"] for n in ("with", "without"))
     assert type(a) is type(b) is DetectionModel
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-
-
-def test_an_interrupted_end_of_training_leaves_resumable_checkpoints(tiny, monkeypatch):
-    def interrupted(f, **_):
-        f.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("ultralytics.engine.trainer.strip_optimizer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny, "strip", **{**EPISODIC, "epochs": 1})
-    for name in ("last.pt", "best.pt"):
-        assert torch.load(tiny / f"strip/weights/{name}", weights_only=False)["optimizer"] is not None
 
 
 def test_bad_labels_are_reported_and_left_out_by_ultralytics(tiny, tmp_path, caplog):
@@ -634,7 +623,7 @@ def test_a_key_that_both_stages_use_does_not_ask_for_stage_two(tiny, log, key):
         overrides={**QUICK, key: SAFETY[key], "model": "yolo11n.yaml", "data": str(tiny / "data.yaml"),
                    "project": str(tiny), "name": "safety"}
     )  # fmt: skip
-    assert type(trainer) is FewShotTrainer and trainer.args.stage == 1 and not trainer.episodic
+    assert type(trainer) is FewShotTrainer and trainer.args.stage == 1 and type(trainer.stage) is Stage
     expected = {"nonfinite": "skip", "nonfinite_limit": 10, "doctor": 50, key: SAFETY[key]}
     assert {k: getattr(trainer.args, k) for k in SAFETY} == expected
     assert trainer.args.n_way is trainer.args.grad_clip is trainer.args.supcon is None
@@ -664,8 +653,8 @@ def test_resolving_keys():
 
 def test_episodes_are_plotted_at_the_start_and_at_the_end(tiny, stage1, caplog, monkeypatch):
     logging.getLogger("ultralytics").addHandler(caplog.handler)
-    seen, plot = [], module.plot_episode
-    monkeypatch.setattr(module, "plot_episode", lambda *a: seen.append(deepcopy(a)) or plot(*a))
+    seen, plot = [], run_plots.plot_episode
+    monkeypatch.setattr(run_plots, "plot_episode", lambda *a: seen.append(deepcopy(a)) or plot(*a))
     try:
         trainer = train(tiny, "plots", **{**EPISODIC, "plots": True}, epochs=1, model=str(stage1.best))
     finally:
@@ -701,9 +690,9 @@ def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):
     labels = [{"cls": np.array([[a], [b]], float)} for a, b in ((0, 1), (1, 2), (0, 2))]
     logging.getLogger("ultralytics").addHandler(caplog.handler)
     try:
-        trainer._plot_val_episodes()
+        run_plots.plot_val_episodes(trainer)
         trainer.args.k_shot, trainer.test_loader.dataset.labels = 1, labels
-        trainer._plot_val_episodes()
+        run_plots.plot_val_episodes(trainer)
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
     assert "the val split has too few classes with k_shot + 1 images" in caplog.text

@@ -1,4 +1,4 @@
-"""Runs that were killed: what they leave can be read, and they go on where they stopped."""
+"""Killed runs: their checkpoints can be loaded, and they resume where they stopped."""
 
 import contextlib
 import csv
@@ -28,7 +28,7 @@ SETTINGS = {
     "n_way": 3, "episodes": EPISODES, "epochs": EPOCHS, "seed": 1, "exist_ok": True,
 }  # fmt: skip
 
-# Each is a process of its own that ends without any clean-up: no `finally`, no `atexit`.
+# Each run is killed without any clean-up: no `finally`, no `atexit`.
 KILLED = """
 import json, os, sys
 from pathlib import Path
@@ -153,9 +153,9 @@ def settings(tiny, **overrides):
 
 @pytest.fixture(scope="module")
 def killed(tiny):
-    """The folder in which each killed run is a folder by its name."""
+    """The folder of the killed runs, each in a folder by its name."""
     if sys.platform != "linux":
-        pytest.skip("this is where a process can be forked and its open files be named")
+        pytest.skip("needs fork and /proc")
     runs = {name: settings(tiny, epochs=epochs) for name, epochs in LENGTH.items()}
     argv = [sys.executable, "-c", KILLED, json.dumps(runs), *runs]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -187,7 +187,7 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def whole(tiny):
-    """The trainer of a run that nobody interrupts, and its batches."""
+    """The trainer of an uninterrupted run, and its batches."""
     trainer = FewShotTrainer("stage2.yaml", settings(tiny, name="whole"))
     with batches_drawn() as seen:
         trainer.train()
@@ -196,7 +196,7 @@ def whole(tiny):
 
 @pytest.fixture
 def run(killed, request, tmp_path):
-    """The folder of the killed run that a test is for; afterwards it is again as it was."""
+    """The folder of a killed run, restored after the test."""
     folder = killed / request.getfixturevalue("name")
     shutil.copytree(folder, tmp_path / "copy")
     yield folder
@@ -206,7 +206,7 @@ def run(killed, request, tmp_path):
 
 @pytest.fixture
 def no_new_run(monkeypatch):
-    """Fail where Ultralytics takes a checkpoint for one that cannot be resumed, and starts a new run."""
+    """Fail if Ultralytics starts a new run because it cannot resume a checkpoint."""
     original = FewShotTrainer.__init__
 
     def init(self, *args, overrides=None, **kwargs):
@@ -221,7 +221,7 @@ def batches(run):
 
 
 def check_finished(run, epochs=EPOCHS):
-    """Check what a run leaves that has come to its end."""
+    """Check the files of a finished run."""
     for name in ("last.pt", "best.pt"):
         ckpt = torch.load(run / "weights" / name, weights_only=False)
         assert ckpt["epoch"] == -1 and ckpt["optimizer"] is None and ckpt["ema"] is None, name
@@ -257,13 +257,13 @@ def test_resuming_after_a_kill(run, name, drawn, whole, no_new_run):
     assert batches(run) == whole[1][: len(batches(run))]
     YOLO(run / "weights/last.pt").train(resume=True)
     check_finished(run, LENGTH[name])
-    # At most the epoch that was cut off is lost, and its episodes are drawn again with the same augmentation.
+    # At most one epoch is lost, and its episodes are drawn again with the same augmentation.
     first = {"in_the_middle_of_writing_last": 1, "in_the_middle_of_a_row": 1, "in_the_middle_of_writing_best": 2}
     assert drawn == whole[1][first.get(name, EPOCHS) * EPISODES :]
 
 
 @pytest.mark.parametrize("name", ["between_the_final_best_and_last"])
-def test_only_the_end_is_made_up_for(run, name, drawn, monkeypatch):
+def test_a_run_interrupted_at_its_end_repeats_the_end_alone(run, name, drawn, monkeypatch):
     events, original = [], FewShotTrainer.run_callbacks
     monkeypatch.setattr(FewShotTrainer, "run_callbacks", lambda self, e: events.append(e) or original(self, e))
     trainer = FewShotTrainer(overrides={"resume": str(run / "weights/last.pt")})
@@ -274,8 +274,8 @@ def test_only_the_end_is_made_up_for(run, name, drawn, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["in_the_final_validation"])
-def test_loggers_find_what_they_log_when_only_the_end_is_left(run, name, no_new_run):
-    """What Ultralytics' loggers read in these events."""
+def test_loggers_find_their_attributes_when_only_the_end_is_repeated(run, name, no_new_run):
+    """Read what Ultralytics' loggers read in these events."""
     model, logged = YOLO(run / "weights/last.pt"), []
     model.add_callback("on_fit_epoch_end", lambda t: logged.append({"time": t.epoch_time, **t.metrics}))
     model.add_callback("on_train_end", lambda t: logged.append({**t.label_loss_items(t.tloss), **t.lr}))
@@ -284,7 +284,7 @@ def test_loggers_find_what_they_log_when_only_the_end_is_left(run, name, no_new_
 
 
 @pytest.mark.parametrize("name", ["in_the_middle_of_a_row"])
-def test_a_rehearsal_leaves_the_run_alone_that_it_is_to_resume(run, name):
+def test_a_rehearsal_refuses_to_resume_and_leaves_the_run_unchanged(run, name):
     before = {x: x.read_bytes() for x in run.rglob("*") if x.is_file()}
     last = str(run / "weights/last.pt")
     with pytest.raises(ValueError, match="'resume='"):
@@ -302,7 +302,7 @@ def test_a_finished_run_is_not_resumed(whole):
 
 
 def resumed(tmp_path, monkeypatch, text, start_epoch, resume=True):
-    """What `resume_training` makes of a results.csv."""
+    """Return the files after `resume_training`, by name."""
     if text is not None:
         (tmp_path / "results.csv").write_text(text)
     trainer = FewShotTrainer.__new__(FewShotTrainer)
@@ -320,15 +320,15 @@ def resumed(tmp_path, monkeypatch, text, start_epoch, resume=True):
 
 
 class Blank(Dataset):
-    """Items of an episode, as they were asked for."""
+    """Returns the draws of an episode themselves."""
 
     def __getitem__(self, draw):
         return draw
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_loader_processes_that_have_begun_do_not_repeat_the_episodes_from_the_start(tmp_path, monkeypatch, started):
-    """Loaders of older Ultralytics begin as soon as they are made."""
+def test_loader_processes_that_have_started_do_not_repeat_the_first_episodes(tmp_path, monkeypatch, started):
+    """Loaders of older Ultralytics versions start when they are built."""
     labels = [{"cls": np.array([[i % 4]])} for i in range(20)]
     sampler = EpisodeSampler(labels, dict(enumerate("abcd")), n_way=2, k_shot=1, n_query=1, episodes=3, seed=5)
     loader = InfiniteDataLoader(Blank(), batch_size=4, sampler=sampler, num_workers=2, collate_fn=list)
@@ -353,18 +353,18 @@ HEAD = "epoch,time,train/box_loss,val/box_loss\n"
         (ROWS[:2], 2, 2),
         (ROWS[:3], 2, 2),  # killed after the row, before last.pt
         ([*ROWS[:2], "3,3.5,0.2"], 2, 2),
-        ([*ROWS[:1], ROWS[1].strip()], 2, 1),  # without its line end a row may be half a number
+        ([*ROWS[:1], ROWS[1].strip()], 2, 1),  # without a line end the last number may be cut off
         ([*ROWS[:10], "1"], 10, 10),  # of 11
         (ROWS, 9, 9),
         ([], 1, 0),
     ],
 )
-def test_rows_of_epochs_that_were_cut_off_are_removed(tmp_path, monkeypatch, rows, start, kept):
+def test_rows_of_interrupted_epochs_are_removed(tmp_path, monkeypatch, rows, start, kept):
     left = resumed(tmp_path, monkeypatch, "".join([HEAD, *rows]), start)
     assert left == {"results.csv": "".join([HEAD, *rows[:kept]])}
 
 
-def test_the_results_of_a_run_that_is_not_resumed_are_left_alone(tmp_path, monkeypatch):
+def test_the_results_of_a_run_that_is_not_resumed_stay(tmp_path, monkeypatch):
     text = "".join([HEAD, *ROWS])
     assert resumed(tmp_path, monkeypatch, text, 3, resume=False) == {"results.csv": text}
 
@@ -374,7 +374,7 @@ def test_a_run_without_results_can_be_resumed(tmp_path, monkeypatch):
 
 
 def test_a_run_whose_results_were_lost_can_be_resumed(tmp_path, monkeypatch):
-    """As a power cut leaves a file that was not written through."""
+    """A power cut may leave an empty file."""
     assert resumed(tmp_path, monkeypatch, "", 2) == {"results.csv": ""}
 
 

@@ -420,6 +420,13 @@ def test_a_name_in_another_case_costs_the_old_class_nothing(site, start, tmp_pat
     assert torch.cosine_similarity(row, before.model[-1].prototypes.weight[0, :, 0], dim=0) > 0.999
 
 
+def test_classes_go_by_name_whatever_ultralytics_remaps(site, start):
+    trainer, before = built(site, start, cls_remap=False), checkpoint(start.best).float()
+    assert trainer.model.names == EXPECTED and trainer.model.enrolled.keys() == set(NOVEL)
+    rows = trainer.model.model[-1].prototypes.weight[:24].detach()
+    torch.testing.assert_close(rows, before.model[-1].prototypes.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_automatic_batch_size_is_an_error(site, start):
     with pytest.raises(ValueError, match=r"'batch=-1' is an invalid value\. In stage 3 'batch' must be >= 1"):
         FewShotTrainer("stage3.yaml", settings(site, start, name="auto", batch=-1))

@@ -630,6 +630,20 @@ def test_a_key_of_all_stages_alone_runs_stage_one(tiny, log, key):
     assert trainer.doctor.every == expected["doctor"] and "has no effect" not in log.text
 
 
+@pytest.mark.parametrize(
+    ("cfg", "keys", "text"),
+    [
+        (1, {"n_way": 3, "grad_clip": 2.0}, "n_way= has no effect in stage 1. Use it with cfg=stage2.yaml."),
+        (1, {"n_way": 3, "steps": 4}, "n_way=, steps= has no effect in stage 1. Use it with cfg=stage2.yaml or cfg=st"),
+        (2, {"steps": 4, "supcon": 1.0}, "steps= has no effect in stage 2. Use it with cfg=stage3.yaml."),
+    ],
+)
+def test_keys_of_other_stages_are_named_with_their_recipe(tiny, log, cfg, keys, text):
+    overrides = {**QUICK, **keys, "model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml")}
+    FewShotTrainer(f"stage{cfg}.yaml", {**overrides, "project": str(tiny), "name": "unused"})
+    assert text in log.text
+
+
 def test_resolving_keys():
     defaults = {"nonfinite": "skip", "nonfinite_limit": 10, "doctor": 50}
     nothing = dict.fromkeys(KEYS)

@@ -87,7 +87,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         self.last, self.best, self.wdir = AtomicPath(self.last), AtomicPath(self.best), AtomicPath(self.wdir)
 
     def check_resume(self, overrides: dict[str, Any]) -> None:
-        """Read the arguments of a run to resume as Ultralytics does; a run whose folder was moved goes on where it is.
+        """Read the arguments of a run to resume as Ultralytics does; a moved run writes to its new folder.
 
         Args:
             overrides (dict): Arguments that were given.
@@ -204,7 +204,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             self.train_loader.sampler.restart(self.epoch)
 
     def listeners(self) -> dict[str, Callable[[FewShotTrainer], None]]:
-        """Return what is called with the trainer at an event, by the name of the event and before other callbacks."""
+        """Return our callbacks by event; they run before all others."""
         return {**super().listeners(), "on_train_batch_start": type(self).begin_batch}
 
     def begin_training(self) -> None:

@@ -1,4 +1,4 @@
-"""Shared fixtures: Ultralytics' settings, runs and data sets in a temporary folder, no network, few threads."""
+"""Shared set-up: settings, runs and data sets of Ultralytics in a temporary folder, no network, few threads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 
 # Ultralytics reads these when it is first imported, and so do the processes that the tests start.
 HOME = Path(tempfile.mkdtemp(prefix="yolo-fewshot-tests-"))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not take the cores from others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not occupy the cores
 os.environ.update(YOLO_CONFIG_DIR=str(HOME), YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false")
 for name in ("YOLO_FEWSHOT_DISABLE", "ULTRALYTICS_SAFE_LOAD"):
     os.environ.pop(name, None)
 
-# Ultralytics looks for Arial before it reads a data set, and downloads it where it finds none.
+# Ultralytics looks for Arial before it reads a data set, and downloads it if it is missing.
 (HOME / "Ultralytics").mkdir()
 FONT = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 for name in ("Arial.ttf", "Arial.Unicode.ttf"):
@@ -40,13 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def ultralytics_home() -> Iterator[Path]:
-    """Keep what Ultralytics writes in a temporary folder, for the processes that the tests start too."""
+    """Make Ultralytics write to a temporary folder, also in processes that the tests start."""
     import torch
     from ultralytics import settings
     from ultralytics.data import utils
 
-    torch.set_num_threads(1)  # of each of the two processes
-    utils.DATASETS_DIR = HOME / "datasets"  # which it has read from the settings when it was imported
+    torch.set_num_threads(1)  # in each of the two test processes
+    utils.DATASETS_DIR = HOME / "datasets"  # read from the settings at import
     settings.update({f"{k}_dir": str(HOME / k) for k in ("datasets", "weights", "runs")} | {"sync": False})
     assert json.loads((HOME / "Ultralytics" / "settings.json").read_text())["runs_dir"] == str(HOME / "runs")
     yield HOME
@@ -55,7 +55,7 @@ def ultralytics_home() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def draw_tiny() -> Callable[[Path, int], Path]:
-    """A function that draws a data set of 4 classes, images of 64 px, and tiny models into a folder."""
+    """Return a function that draws a data set of 4 classes and 64 px, and writes tiny models, into a folder."""
     import cv2
     import numpy as np
 
@@ -86,7 +86,7 @@ def draw_tiny() -> Callable[[Path, int], Path]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The trainers of a short run of both stages on the demo data; `best` of stage 2 detects objects."""
+    """The trainers of short runs of stages 1 and 2 on the demo data; the best.pt of stage 2 detects objects."""
     from yolo_fewshot import FewShotTrainer
     from yolo_fewshot.paths import cfg_dir
 
@@ -108,7 +108,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def batch() -> dict[str, Any]:
-    """An episode of 2 ways: classes 0 and 1 were drawn, 2 and 3 happen to be in the images too."""
+    """An episode of 2 ways: classes 0 and 1 are drawn, and the images also show 2 and 3."""
     import torch
 
     g = torch.Generator().manual_seed(0)
@@ -130,10 +130,10 @@ def batch() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def demo() -> Path:
-    """The folder of the demo data, drawn if it is not there yet."""
+    """The folder of the demo data, drawn on first use."""
     from ultralytics.data.utils import check_det_dataset
 
-    import yolo_fewshot  # noqa: F401  (finds the YAML by its bare name)
+    import yolo_fewshot  # noqa: F401  (resolves the bare name of the YAML)
 
     return Path(check_det_dataset("fewshot-demo-novel.yaml")["path"])
 

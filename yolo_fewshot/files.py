@@ -1,11 +1,8 @@
-"""Atomic writes: a file has its old or its new content, never a part."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -53,37 +50,3 @@ def save_checkpoint(ckpt: dict[str, Any], file: str | Path) -> None:
     buffer = BytesIO()
     torch.save(ckpt, buffer)
     AtomicPath(file).write_bytes(buffer.getvalue())
-
-
-class StagedPath(type(Path())):
-    """A path that has the name of a file, also in messages, but reads and writes a copy, `<name>.new`."""
-
-    def __fspath__(self) -> str:
-        """Return the path of the copy."""
-        return f"{self}.new"
-
-
-@contextlib.contextmanager
-def staged(*files: Path) -> Iterator[list[StagedPath]]:
-    """Write new versions of files to copies, and replace the files at the end, the last one first.
-
-    After a failure, an interruption or a kill the files are unchanged.
-
-    Args:
-        *files (Path): The files; missing files may be created.
-
-    Yields:
-        (list[StagedPath]): Paths to read and write instead, copies of the files at first.
-    """
-    new = [StagedPath(f) for f in files]
-    try:
-        for f, n in zip(files, new):
-            if f.exists():
-                shutil.copy2(f, n)
-        yield new
-        for f, n in reversed(list(zip(files, new))):
-            if n.exists():
-                os.replace(n, f)
-    finally:
-        for n in new:
-            n.unlink(missing_ok=True)

@@ -1,10 +1,9 @@
-"""How the cost of enrollment grows with the number of classes.
+"""The cost of enrollment by the number of classes.
 
     python tests/benchmarks/enrolling.py shots=10 classes=10,30,100,300,1000
 
-Images of 64 px with one drawn object each, a YOLO11n that has not been trained, on one CPU core. Prints the processor
-seconds of the forward passes (four views of each image) and of what each method adds to them, the most memory held,
-and the exponents.
+Images of 64 px with one drawn object each and an untrained YOLO11n, on one CPU core. Prints the processor seconds of
+the forward passes (four views of each image) and of each method without them, the peak memory, and the exponents.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def draw(folder: Path, classes: int, shots: int) -> Path:
 
 
 def main(classes: str = "10,30,100,300,1000", shots: str = "10") -> None:
-    """Print the figures."""
+    """Print times, memory and exponents."""
     rows, sizes = [], [int(n) for n in classes.split(",")]
     extract = module.extract
     for n in sizes:
@@ -66,7 +65,7 @@ def main(classes: str = "10,30,100,300,1000", shots: str = "10") -> None:
 
 
 def untrained() -> FewShotDetectionModel:
-    """Return a model of two classes."""
+    """Return an untrained model of two classes."""
     torch.manual_seed(0)
     model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=2, verbose=False).eval()
     model.names, model.args = {0: "a", 1: "b"}, {}

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/exports.py site-a.pt images 160
 
-Arguments: a checkpoint, a folder of images (the first 60 are used) and the image size. The exports lie beside the
+Arguments: a checkpoint, a folder of images (the first 60 are used) and the image size. Exports are written beside the
 checkpoint.
 """
 
@@ -33,7 +33,7 @@ def detect(model: YOLO, images: list[Path], imgsz: int) -> list[torch.Tensor]:
 
 
 def compare(found: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
-    """Say how many detections agree in class and box, and how far boxes and scores are apart."""
+    """Return how many detections agree in class and box, and the maximum difference of boxes and scores."""
     boxes = scores = agreed = 0
     for a, b in zip(found, expected):
         same = (box_iou(b[:, :4], a[:, :4]) > 0.8) & (b[:, 5:] == a[:, 5])

@@ -1,13 +1,12 @@
-"""What only a GPU can tell, in one command and within `minutes`: one table of training, inference and enrollment.
+"""Measure training, inference and enrollment on a GPU, in one command and within `minutes`; writes one table.
 
     python tests/benchmarks/gpu.py out=gpu.md
     python tests/benchmarks/gpu.py model=yolo11n imgsz=64 steps=2 batch=4 classes=4 device=cpu
 
-Training is that of the trainers themselves, on random images made on the spot, with their loaders, AMP, clip, optimizer
-and moving average, and stops before the end of an epoch; every batch is an optimizer step in all of them. Measurements
-are in the order of their importance, and the table is written after each. One that fails says so in its row, and what
-there was no time for says that. Neither network nor polars is needed. `model=` may also be a model YAML without its
-suffix, i.e. model=my/yolo11n-own.
+Training uses the trainers themselves with their loaders, AMP, clip, optimizer and moving average, on random images,
+and stops before the end of an epoch; every batch is an optimizer step. The most important measurements come first, and
+the table is written after each. A row of a failed measurement names the error, and the other rows say that time was
+up. Needs neither network nor polars. `model=` may also be a model YAML without its suffix, i.e. model=my/yolo11n-own.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
 
-WARM_UP = 10  # steps that are not timed, at most
-LONG = 4  # times the steps, for the counts of steps that AMP skips
-SHOTS, FEW = 5, 10  # shots of a class, and classes that stage 3 adapts to, at most
-GRACE = 45  # seconds beyond the time, after which a measurement is interrupted
+WARM_UP = 10  # maximum number of steps before the timed ones
+LONG = 4  # multiple of the steps when skipped steps of AMP are counted
+SHOTS, FEW = 5, 10  # shots per class, and maximum number of classes in stage 3
+GRACE = 45  # seconds after the end of the time until a measurement is interrupted
 STAGES = ("stock", "stage 1", "stage 2", "stage 3")
 COLUMNS = (
     "measurement", "model", "precision", "steps", "steps/s", "s a step", "x stock", "loader", "GPU", "GiB", "overflows",
@@ -67,15 +66,15 @@ EXPLAINED = """
 
 
 class Enough(Exception):
-    """Ends a training run that has been measured."""
+    """Ends a training run whose steps are measured."""
 
 
 class TimeUp(BaseException):
-    """Interrupts what would take too long; nothing that catches errors catches it."""
+    """Interrupts a measurement that takes too long; `except Exception` does not catch it."""
 
 
 class Settings(NamedTuple):
-    """What is measured.
+    """Settings of all measurements.
 
     Attributes:
         models (list[str]): Stock models, by the names of their YAMLs without the suffix.
@@ -86,7 +85,7 @@ class Settings(NamedTuple):
         device (torch.device): Device.
         workers (int): Loader processes.
         folder (Path): Folder for data and runs.
-        end (float): When the time is up, by `time.perf_counter`.
+        end (float): End of the time, by `time.perf_counter`.
     """
 
     models: list[str]
@@ -118,7 +117,7 @@ class Task(NamedTuple):
 
 
 def draw(s: Settings) -> None:
-    """Write the images and a data.yaml of base classes, of shots to enroll, and of shots to adapt to."""
+    """Write images and a data.yaml each for base classes, shots to enroll, and shots of stage 3."""
     rng = np.random.default_rng(0)
     counts = {"base": max(3 * s.classes, 2 * s.batch), "new": SHOTS * s.classes}
     lists = {}
@@ -130,7 +129,7 @@ def draw(s: Settings) -> None:
             image = rng.integers(0, 256, (-(-s.imgsz // 8),) * 2 + (3,), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
             image = np.ascontiguousarray(image[: s.imgsz, : s.imgsz])
             lines = []
-            for j in range(4 if kind == "base" else 1):  # every class has images of its own
+            for j in range(4 if kind == "base" else 1):  # each image shows one class
                 c = (4 * i + j) % s.classes if kind == "base" else i // SHOTS
                 side, (x, y) = rng.uniform(0.2, 0.4), rng.uniform(0.2, 0.8, 2)
                 corners = [(round(v * s.imgsz) for v in (x + d, y + d)) for d in (-side / 2, side / 2)]
@@ -139,7 +138,7 @@ def draw(s: Settings) -> None:
             cv2.imwrite(file, image)
             (s.folder / f"labels/{kind}/{i:05}.txt").write_text("".join(lines))
     few = min(FEW, s.classes)
-    repeats = -(-(s.steps + WARM_UP) * s.batch // counts["base"])  # so that all steps are in one epoch
+    repeats = -(-(s.steps + WARM_UP) * s.batch // counts["base"])  # all steps are in one epoch
     for name, kind, classes, files in (
         ("base", "base", s.classes, lists["base"]),
         ("long", "base", s.classes, lists["base"] * repeats),
@@ -153,7 +152,7 @@ def draw(s: Settings) -> None:
 
 
 def start(s: Settings, model: str) -> Path:
-    """Return the checkpoint of a few-shot model of the base classes that remembers base images, made if need be."""
+    """Return the checkpoint of a few-shot model of the base classes with a replay buffer, built on first use."""
     file = s.folder / f"{Path(model).name}.pt"
     if not file.exists():
         net = FewShotDetectionModel(f"{model}.yaml", nc=s.classes, verbose=False).eval()
@@ -167,7 +166,7 @@ def start(s: Settings, model: str) -> Path:
 
 
 def utilization(device: torch.device) -> float | None:
-    """Return how busy a GPU is, in percent; None where neither pynvml nor nvidia-smi tells."""
+    """Return the utilization of a GPU in percent; None without pynvml and nvidia-smi."""
     with contextlib.suppress(Exception):
         return float(torch.cuda.utilization(device))
     with contextlib.suppress(Exception):
@@ -178,14 +177,14 @@ def utilization(device: torch.device) -> float | None:
 
 
 class Monitor:
-    """Watches memory and utilization of a GPU between `start` and `figures`; of a CPU it tells nothing."""
+    """Samples memory and utilization of a GPU between `start` and `figures`; reports nothing on a CPU."""
 
     def __init__(self, device: torch.device):
         self.device, self.cuda, self.seen, self.over = device, device.type == "cuda", [], threading.Event()
         self.thread = threading.Thread(target=self._sample, daemon=True)
 
     def start(self) -> None:
-        """Start to look."""
+        """Start sampling."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.thread.start()
@@ -196,13 +195,13 @@ class Monitor:
             self.seen.append(value)
 
     def stop(self) -> None:
-        """Stop to look."""
+        """Stop sampling."""
         self.over.set()
         if self.thread.is_alive():
             self.thread.join(timeout=10)
 
     def figures(self) -> dict[str, Any]:
-        """Stop to look, and return what was seen."""
+        """Stop sampling, and return peak memory and mean utilization."""
         self.stop()
         figures = {"GPU": f"{statistics.mean(self.seen):.0f} %"} if self.seen else {}
         return figures | ({"GiB": torch.cuda.max_memory_allocated(self.device) / 2**30} if self.cuda else {})
@@ -234,13 +233,13 @@ class Watch:
         self.last = self.monitor.sync()
 
     def on_train_batch_start(self, trainer: DetectionTrainer) -> None:
-        """Note when the images were there."""
-        if trainer.batch_size != self.batch:  # which Ultralytics halves until it fits
+        """Record the time when the batch is loaded."""
+        if trainer.batch_size != self.batch:  # Ultralytics halves it until it fits
             raise MemoryError(f"batch={self.batch} does not fit into the memory")
         self.loaded = time.perf_counter()
 
     def on_train_batch_end(self, trainer: DetectionTrainer) -> None:
-        """Note when the step was done, and end the run after the last one."""
+        """Record the time when the step is done, and end the run after the last step."""
         now = self.monitor.sync()
         if self.warm_up:
             self.first = self.first or now - self.last
@@ -265,7 +264,7 @@ def train(s: Settings, model: str, stage: int, steps: int, **keys: Any) -> list[
         "device": str(s.device.index) if s.device.type == "cuda" else "cpu", "plots": False, "save": False,
         "verbose": False, "project": str(s.folder / "runs"), "name": "run", "exist_ok": True, "close_mosaic": 0,
     }  # fmt: skip
-    if stage < 2:  # of these Ultralytics' defaults accumulate batches
+    if stage < 2:  # Ultralytics' defaults accumulate batches there
         overrides |= {"data": str(s.folder / "long.yaml"), "nbs": s.batch, "optimizer": "AdamW"}
     elif stage == 2:
         overrides |= {"data": str(s.folder / "base.yaml"), "n_way": s.batch // 2, "k_shot": 1, "n_query": 1}
@@ -311,7 +310,7 @@ def train(s: Settings, model: str, stage: int, steps: int, **keys: Any) -> list[
 
 @torch.inference_mode()
 def infer(s: Settings, model: str) -> list[dict[str, Any]]:
-    """Time forward passes of a stock and of a folded few-shot model, which alternate; in half precision on a GPU."""
+    """Time alternating forward passes of a stock and a folded few-shot model; in half precision on a GPU."""
     dtype = torch.float16 if s.device.type == "cuda" else torch.float32
     nets = [c(f"{model}.yaml", nc=s.classes, verbose=False).eval() for c in (DetectionModel, FewShotDetectionModel)]
     nets = [x.fuse(verbose=False).to(s.device, dtype) for x in nets]
@@ -329,7 +328,7 @@ def infer(s: Settings, model: str) -> list[dict[str, Any]]:
 
 
 def enroll(s: Settings, model: str) -> list[dict[str, Any]]:
-    """Time the enrollment of all classes, from the reading of the images on."""
+    """Time the enrollment of all classes, including the reading of the images."""
     yolo, monitor = FewShotYOLO(start(s, model)), Monitor(s.device)
     try:
         monitor.start()
@@ -341,7 +340,7 @@ def enroll(s: Settings, model: str) -> list[dict[str, Any]]:
         monitor.stop()
 
 
-# All of them
+# All measurements
 
 
 def plan(s: Settings) -> list[Task]:
@@ -378,7 +377,7 @@ def plan(s: Settings) -> list[Task]:
 
 
 def table(s: Settings, tasks: list[Task], found: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """Return the table; rows that were not measured say why."""
+    """Return the table; rows without a measurement give the reason."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     for task in tasks:
         for row in task.rows:
@@ -402,7 +401,7 @@ def table(s: Settings, tasks: list[Task], found: dict[tuple[str, str], dict[str,
 
 @contextlib.contextmanager
 def time_limit(moment: float) -> Iterator[None]:
-    """Interrupt what goes on at some moment, where the system can."""
+    """Interrupt the block at a given time, if the system supports it."""
     if not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -420,13 +419,13 @@ def time_limit(moment: float) -> Iterator[None]:
 
 
 def on_gpu(model: torch.nn.Module) -> bool:
-    """Return whether AMP is to be used; Ultralytics' own check downloads a model."""
+    """Return whether to use AMP, without Ultralytics' check, which downloads a model."""
     return next(model.parameters()).device.type == "cuda"
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let Ultralytics neither log nor look for a model or a font in the network."""
+    """Keep Ultralytics from logging and from downloading a model or a font."""
     level = LOGGER.level
     LOGGER.setLevel("ERROR")
     try:
@@ -441,7 +440,7 @@ def quiet() -> Iterator[None]:
 
 
 def measure(task: Task, s: Settings) -> list[dict[str, Any]]:
-    """Return the figures of a measurement, or why there are none."""
+    """Return the figures of a measurement, or the reason for their absence."""
     if time.perf_counter() > s.end:
         return [{"note": "left out, no time"}] * len(task.rows)
     try:
@@ -470,7 +469,7 @@ def main(
     minutes: str = "8",
     out: str = "gpu.md",
 ) -> None:
-    """Measure all, write the table to a file, and print it."""
+    """Run all measurements, write the table to a file, and print it."""
     end = time.perf_counter() + 60 * float(minutes)
     if int(batch) < 4 or int(batch) % 2 or int(batch) // 2 > int(classes):
         raise ValueError(f"'batch={batch}' is an invalid value. It must be even, at least 4 and at most 2 x classes.")

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/inference.py
 
-Stock and few-shot forward passes alternate in one run; printed are medians and ratios of medians.
+Stock and few-shot forward passes alternate in one run. Prints medians and ratios of medians.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def inference(family: str, imgsz: int = 320, nc: int = 100) -> None:
 
 
 def enrollment(classes: int = 20, shots: int = 5, imgsz: int = 320) -> None:
-    """Time the enrollment of classes of a shot a image."""
+    """Time enrollment from images with one shot each."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -1,9 +1,9 @@
-"""What guard and loss doctor cost, in parts of a training step.
+"""The cost of guard and loss monitor, relative to a training step.
 
     python tests/benchmarks/overhead.py [yolo11n-fewshot.yaml] [imgsz] [device]
 
-One process; the parts to compare alternate, and medians of them are printed. The clip is compared with that of
-Ultralytics, `clip_grad_norm_`, on the same gradients.
+The steps to compare alternate in one process. Prints medians. The guard is compared with Ultralytics' clip,
+`clip_grad_norm_`, on the same gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OBJECTS, CLASSES = 4, 80
 
 
 def episode(imgsz: int, device: str, n_way: int = 8, k_shot: int = 1) -> dict:
-    """Return an episode with noise for images, one query image a way."""
+    """Return an episode of noise images with one query image per way."""
     g = torch.Generator().manual_seed(0)
     images, support = n_way * (k_shot + 1), n_way * k_shot
     n = images * OBJECTS
@@ -42,6 +42,7 @@ def episode(imgsz: int, device: str, n_way: int = 8, k_shot: int = 1) -> dict:
 
 
 def main() -> None:
+    """Print the times."""
     cfg, imgsz, device = (sys.argv[1:] + ["yolo11n-fewshot.yaml", "320", "cpu"][len(sys.argv) - 1 :])[:3]
     model = FewShotDetectionModel(cfg, nc=CLASSES, verbose=False).to(device).train()
     model.args = SimpleNamespace(**{**vars(get_cfg()), **table.resolve({"stage": 2})})

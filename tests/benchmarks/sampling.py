@@ -1,4 +1,4 @@
-"""What drawing episodes costs, for small and great data sets.
+"""The cost of drawing episodes from small and large data sets.
 
     python tests/benchmarks/sampling.py
 
@@ -18,12 +18,12 @@ OBJECTS, CLASSES, EPISODES = 3, 1200, 500
 
 
 def held() -> float:
-    """Return the most memory that this process has held, in MiB."""
+    """Return the peak memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print times and memory."""
     names = {i: str(i) for i in range(CLASSES)}
     for images in (10_000, 100_000, 1_000_000):
         cls = np.random.default_rng(0).integers(0, CLASSES, (images, OBJECTS, 1)).astype(np.float32)

@@ -1,12 +1,12 @@
-"""Four recipes on the same data, with and without injected faults: what stays finite, and what the gradient is made of.
+"""Compare recipes on the same data, with and without injected faults: finite steps, and shares of the gradient.
 
     python tests/benchmarks/stability.py model=best.pt data=base.yaml imgsz=160 [steps=500] [fault_steps=60]
         [precision=fp32] [faults=logits,label,...] [arms=stock,before,after,unclamped,literal] [out=stability]
 
 `model` is a few-shot checkpoint or a few-shot YAML; the stock arm trains the same network with a stock head. Every arm
 takes `steps` optimizer steps on 16 images each; `literal` is the recipe with its 2-way episodes, of 4 images.
-`precision` is fp32, bf16 or fp16: on a GPU as Ultralytics' `amp`, on a CPU by autocast there, for fp16 with a scaler.
-Rows go to <out>/rows.jsonl as they come; those there are kept.
+`precision` is fp32, bf16 or fp16: Ultralytics' `amp` on a GPU, autocast on a CPU, with a scaler for fp16.
+Each finished row is appended to <out>/rows.jsonl, and rows in this file are not measured again.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ ARMS = {
     "unclamped": UNCLAMPED,
     "literal": {},
 }
-EXPECTED = {  # of the recipe after the fix, weighted, as the document it comes from states them
+EXPECTED = {  # weighted terms after the remedies, by the document that the recipe comes from
     "box_loss": (3.0, 3.8), "cls_loss": (0.3, 0.4), "dfl_loss": (0.9, 1.1), "sup_loss": (0.4, 0.7),
     "cpe_loss": (0.0, 0.1), "tri_loss": (0.06, 0.1),
 }  # fmt: skip
 
 
 def once(layer, change):
-    """Change the output of a layer in its next forward pass."""
+    """Change the output of a layer in its next forward pass alone."""
 
     def hook(_, __, output):
         handle.remove()
@@ -93,9 +93,7 @@ class Observed:
 
     def preprocess_batch(self, batch):
         batch = super().preprocess_batch(batch)
-        if (
-            self.precision != "fp32" and self.device.type == "cpu"
-        ):  # inside of Ultralytics' autocast, which ends with it
+        if self.precision != "fp32" and self.device.type == "cpu":  # Ultralytics' autocast context ends this one
             torch.set_autocast_enabled("cpu", True)
             torch.set_autocast_dtype("cpu", {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision])
         if self.fault and self.seen in self.at:

@@ -1,8 +1,8 @@
-"""What the plugin adds to `import ultralytics`, to `yolo version`, and to a Python that runs no yolo.
+"""The time that the plugin adds to `import ultralytics`, `yolo version`, and a Python process without YOLO.
 
     python tests/benchmarks/startup.py
 
-Each is run in processes of its own, with the plugin and without it in turn: medians, and the quartiles of what it adds.
+Runs with and without the plugin alternate, each in its own process. Prints medians, and quartiles of the difference.
 The package must be installed, with its start-up files.
 """
 
@@ -26,7 +26,7 @@ HOOK = (
 
 
 def printed(code: str, *options: str) -> float:
-    """Return the number that a Python process prints."""
+    """Run code in a Python process and return the number that it prints."""
     argv = [sys.executable, *options, "-c", code]
     return float(subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -40,7 +40,7 @@ def version(**env: str) -> float:
 
 
 def compare(name: str, without: Callable[[], float], with_plugin: Callable[[], float]) -> None:
-    """Print what one way takes more than another."""
+    """Print the times without and with the plugin, and their difference."""
     pairs = [(without(), with_plugin()) for _ in range(REPEATS)]
     a, b = (statistics.median(x) for x in zip(*pairs))
     low, middle, high = statistics.quantiles([y - x for x, y in pairs], n=4)
@@ -48,7 +48,7 @@ def compare(name: str, without: Callable[[], float], with_plugin: Callable[[], f
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print the times."""
     compare(
         "import",
         lambda: printed(IMPORT.format("ultralytics")),

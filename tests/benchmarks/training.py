@@ -1,13 +1,13 @@
-"""What a training step costs against stock Ultralytics: time and memory for the same images.
+"""Time and memory of a training step, compared with stock Ultralytics on the same images.
 
     python tests/benchmarks/training.py model=yolo11n imgsz=320 device=cpu
     python tests/benchmarks/training.py grow=True
 
-One process for the times, in which the steps of stock, stage 1 and stage 2 (all terms on) alternate; medians of the
-ratios to the stock step beside them are printed, with the quartiles. On a CPU the time is that of the process, so that
-other jobs disturb it little, and the memory the most that a process of its own held; on a GPU time waits for it, and
-memory is that of the tensors. A step is forward pass, loss, backward pass, clip, optimizer and moving average.
-`grow=True` prints how the step of stage 2 grows with ways, shots, image size and scale.
+Steps of stock, stage 1 and stage 2 (all terms on) alternate in one process. Prints medians and quartiles of the ratio
+to the stock step beside. On a CPU the time is processor time, which other jobs affect little, and the memory is the
+peak of a separate process; on a GPU the time includes synchronization, and the memory is that of the tensors. A step
+is forward pass, loss, backward pass, clip, optimizer and moving average. `grow=True` prints how the step of stage 2
+grows with ways, shots, image size and scale.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def stepper(arm: str, model: str, batch: dict, device: str, amp: str) -> Callabl
 
 
 def seconds(step: Callable[[], None], device: str) -> float:
-    """Return how long a step takes."""
+    """Return the seconds of a step."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     start = clock()
     step()
@@ -80,7 +80,7 @@ def seconds(step: Callable[[], None], device: str) -> float:
 def compare(
     arms: list[str], model: str, batch: dict, device: str, amp: str, repeats: int = REPEATS
 ) -> dict[str, list[float]]:
-    """Return the seconds of the steps of some arms, which alternate."""
+    """Return the seconds of alternating steps of some arms."""
     steps, times = {a: stepper(a, model, batch, device, amp) for a in arms}, {a: [] for a in arms}
     for i in range(WARM_UP + repeats):
         for arm in arms if i % 2 else arms[::-1]:
@@ -91,7 +91,7 @@ def compare(
 
 
 def memory(arm: str, model: str, batch: dict, device: str, amp: str) -> float:
-    """Return the most memory that three steps hold, in MiB."""
+    """Return the peak memory of three steps, in MiB."""
     step = stepper(arm, model, batch, device, amp)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -103,13 +103,13 @@ def memory(arm: str, model: str, batch: dict, device: str, amp: str) -> float:
 
 
 def in_a_process(arm: str, **settings: str) -> float:
-    """Return what `memory` says in a process of its own."""
+    """Return `memory` measured in a separate process."""
     argv = [sys.executable, __file__, f"memory={arm}", *(f"{k}={v}" for k, v in settings.items())]
     return float(subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def grow(device: str) -> None:
-    """Print how the step of stage 2 grows: seconds, ratio to stock for the same images, and the exponent."""
+    """Print how the step of stage 2 grows: seconds, ratio to stock on the same images, and the exponent."""
     start = {"n_way": 8, "k_shot": 1, "imgsz": 160, "model": "yolo11n"}
     values = {"n_way": (2, 8, 20, 40, 80), "k_shot": (1, 2, 4, 8), "imgsz": (96, 160, 320, 640)}
     values["model"] = ("yolo11n", "yolo11s", "yolo11m")
@@ -140,7 +140,9 @@ def main(model: str = "yolo11n", imgsz: str = "320", device: str = "cpu", amp: s
     if "grow" in more:
         grow(device)
         return
-    held = {arm: in_a_process(arm, **settings) for arm in ARMS}  # first: a process counts what its parent held
+    held = {
+        arm: in_a_process(arm, **settings) for arm in ARMS
+    }  # first, since the peak of a process includes that of its parent
     times = compare(list(ARMS), model, batch, device, amp)
     print(f"{model}, {len(batch['img'])} images of {imgsz} px on {device}, amp={amp}, {REPEATS} repeats")
     print(f"stock: {statistics.median(times['stock']):.3g} s a step, {held['stock']:.0f} MiB")

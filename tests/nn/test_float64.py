@@ -15,7 +15,7 @@ from yolo_fewshot.enroll.features import View
 from yolo_fewshot.nn.criterion import branch_losses
 from yolo_fewshot.train.guard import Guard
 from yolo_fewshot.train.monitor import LossDoctor
-from yolo_fewshot.train.retention import Teacher, retain
+from yolo_fewshot.train.retention import Teacher, replay_targets
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_training(device, batch, cfg, stage):
     batch = to_device(batch)
     if stage == 3:
         start, silent = deepcopy(model), torch.tensor([4, 5], device=DEVICE)
-        for loss, retained in zip(branch_losses(model), retain(start, silent)):
+        for loss, retained in zip(branch_losses(model), replay_targets(start, silent)):
             loss.retention = retained
         batch["teacher"] = Teacher(start, silent)(batch["img"])
     guard = Guard(model)

@@ -15,7 +15,7 @@ from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 
 from yolo_fewshot.nn.criterion import branch_losses
 from yolo_fewshot.nn.ignore import IGNORED
-from yolo_fewshot.train.retention import Teacher, retain
+from yolo_fewshot.train.retention import Teacher, replay_targets
 
 pytestmark = [pytest.mark.oldest, pytest.mark.slow]
 
@@ -51,7 +51,7 @@ def prepare(cfg, stage, batch, masked=False, **values):
         start = deepcopy(model)
         rows = torch.randn(8, start.model[-1].embed), torch.arange(8) % 3, torch.arange(8) % 6
         start.memory = [rows for _ in start.model[-1].branches]
-        for loss, retained in zip(branch_losses(model), retain(start, SILENT)):
+        for loss, retained in zip(branch_losses(model), replay_targets(start, SILENT)):
             loss.retention = retained
         batch = {**batch, "teacher": Teacher(start, SILENT)(batch["img"])}
     for loss in branch_losses(model):

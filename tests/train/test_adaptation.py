@@ -20,9 +20,9 @@ from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses
 from yolo_fewshot.nn.ignore import IGNORED
 from yolo_fewshot.paths import cfg_dir
 from yolo_fewshot.train import adaptation as module
-from yolo_fewshot.train.adaptation import ap50_on_shots, blend_for, freeze_for, steps_for
+from yolo_fewshot.train.adaptation import blend_for, freeze_for, steps_for, support_ap50
 
-ROWS = ("weight", "gain", "offset")  # what a bank holds of every class
+ROWS = ("weight", "gain", "offset")  # tensors of a bank with a row for each class
 NEW = tuple(reversed(NOVEL))  # the order in which the shots of these tests number the novel classes
 QUICK = {
     "imgsz": 96, "workers": 0, "plots": False, "verbose": False, "batch": 4, "steps": 4, "epochs": 2, "mosaic": 0.0,
@@ -47,7 +47,7 @@ def test_stage_three_has_its_own_keys():
         check({"steps": 0})
 
 
-def test_the_recipe_of_stage_three_is_valid_and_does_not_look_at_val():
+def test_the_recipe_of_stage_three_is_valid_and_does_not_validate():
     recipe = YAML.load(cfg_dir() / "stage3.yaml")
     assert recipe["stage"] == 3 and recipe["val"] is False and recipe["data"] == "fewshot-demo-novel.yaml"
     check(recipe)
@@ -74,14 +74,14 @@ def test_steps_grow_with_the_shots(shots, batch, steps):
         (((), ()), 0.5),
     ],
 )
-def test_weights_go_further_with_more_than_one_shot(labels, part):
+def test_the_default_blend_is_larger_with_more_than_one_shot(labels, part):
     assert blend_for([{"cls": np.array(x, np.float32).reshape(-1, 1)} for x in labels]) == part
 
 
 @pytest.mark.parametrize(
     ("labels", "frozen"), [(((0,), (1, 2)), 0), (((2, 1, 0, 0),), 0), (((0,), (2, 2)), 10), (((0, 1), ()), 10)]
 )
-def test_the_backbone_is_free_where_the_shots_show_all_classes(labels, frozen):
+def test_the_backbone_is_frozen_by_default_if_a_class_has_no_shots(labels, frozen):
     labels = [{"cls": np.array(x, np.float32).reshape(-1, 1)} for x in labels]
     shots = Support({0: "new", 1: 7, 2: "old", 3: "unseen"}, labels, False, Path("shots"), 3)
     assert freeze_for({0: "old", 1: "7", 2: "new"}, shots) == frozen
@@ -91,7 +91,7 @@ def test_the_backbone_is_free_where_the_shots_show_all_classes(labels, frozen):
 
 
 def copy_part(files, root, split, number):
-    """Copy images with their labels, whose classes get other numbers; `number` drops some."""
+    """Copy images with their labels, and renumber the classes by `number`."""
     for file in files:
         label = Path(str(file).replace("/images/", "/labels/")).with_suffix(".txt")
         rows = [x.split(" ", 1) for x in label.read_text().splitlines()]
@@ -104,7 +104,7 @@ def copy_part(files, root, split, number):
 
 @pytest.fixture(scope="module")
 def site(demo, tmp_path_factory):
-    """Shots and base images that both number their classes otherwise than the model does."""
+    """Shots and base images with other class indices than the model."""
     root = tmp_path_factory.mktemp("site")
     shots = [demo / x for x in (demo / "novel_5shot.txt").read_text().split()]
     copy_part(shots, root / "shots", "train", NEW.index)
@@ -131,7 +131,7 @@ def start(trained):
 
 
 class Seen:
-    """What a run showed: its batches, the model before the first step, and the calls of enrollment."""
+    """Records the batches of a run, the model before the first step, and the calls of enrollment."""
 
     def __init__(self, patch):
         self.batches, self.enrollments, self.model = [], [], None
@@ -160,7 +160,7 @@ def seen(monkeypatch):
 
 @pytest.fixture(scope="module")
 def adapted(site, start):
-    """The trainer of a whole run, and what it showed."""
+    """The trainer of a full run, and the record of the run."""
     trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="adapted"))
     with pytest.MonkeyPatch.context() as m:
         seen = Seen(m)
@@ -224,7 +224,7 @@ def test_base_images_are_in_every_batch_and_classes_are_those_of_the_model(adapt
 
 @pytest.fixture(scope="module")
 def retained(site, start):
-    """Runs on shots alone, and their batches: without what retains old classes, with a teacher, with the memory."""
+    """Runs on shots alone and their batches: without retention, with a teacher, with the replay buffer."""
     runs, batches, forward = {}, [], FewShotLoss.loss
     for name, gains in {"none": (0.0, 0.0), "teacher": (0.5, 0.0), "memory": (0.0, 0.5)}.items():
         keys = dict(zip(("teacher", "memory"), gains), name=f"retained_{name}", lr0=0.01, steps=8, blend=1.0)
@@ -235,33 +235,33 @@ def retained(site, start):
     return runs, batches
 
 
-def test_the_start_of_a_run_teaches_the_classes_that_the_shots_do_not_show(retained):
+def test_the_initial_model_is_the_teacher_of_unlabeled_classes(retained):
     runs, batches = retained
-    begun, silent = load_checkpoint(runs["teacher"].wdir / "enrolled.pt")[0].eval(), list(range(24))
-    taught = [x for x in batches if "teacher" in x]
-    assert len(taught) == 8
-    for batch in taught:
+    initial, unlabeled = load_checkpoint(runs["teacher"].wdir / "enrolled.pt")[0].eval(), list(range(24))
+    distilled = [x for x in batches if "teacher" in x]
+    assert len(distilled) == 8
+    for batch in distilled:
         with torch.no_grad():
-            expected = begun(batch["img"])[1]["scores"][:, silent].sigmoid().transpose(1, 2)
+            expected = initial(batch["img"])[1]["scores"][:, unlabeled].sigmoid().transpose(1, 2)
         (scores,) = batch["teacher"]
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
-    assert all(x.retention.unlabeled.tolist() == silent for r in runs.values() for x in branch_losses(r.model))
+    assert all(x.retention.unlabeled.tolist() == unlabeled for r in runs.values() for x in branch_losses(r.model))
     tea = [[r["train/tea_loss"] for r in v._results()] for v in runs.values()]
     assert not any(tea[0] + tea[2]) and all(tea[1])
 
 
-def test_the_memory_keeps_the_scores_of_old_classes_at_remembered_anchors(retained):
+def test_replay_keeps_the_scores_of_old_classes_at_the_anchors_of_the_buffer(retained):
     runs = retained[0]
-    begun = load_checkpoint(runs["none"].wdir / "enrolled.pt")[0]
-    embeds, level, _ = begun.memory[0]
+    initial = load_checkpoint(runs["none"].wdir / "enrolled.pt")[0]
+    embeds, level, _ = initial.memory[0]
     score = {}
-    for k, model in {"before": begun, **{k: v.model for k, v in runs.items()}}.items():
+    for k, model in {"before": initial, **{k: v.model for k, v in runs.items()}}.items():
         rows = [model.model[-1].prototypes.rows(i) for i in range(3)]
         z = torch.stack([rows[i][0] @ e.float() + rows[i][1] for e, i in zip(embeds, level.tolist())]).detach()
         score[k] = z[:, :24].sigmoid(), z[:, 24:].sigmoid()
     moved = {k: float((v[0] - score["before"][0]).abs().sum()) for k, v in score.items()}
     assert moved["memory"] < 0.7 * moved["none"]
-    assert score["memory"][1].mean() < score["none"][1].mean()  # of new classes there is nothing at those anchors
+    assert score["memory"][1].mean() < score["none"][1].mean()  # no object of a new class at those anchors
     mem = [[r["train/mem_loss"] for r in v._results()] for v in runs.values()]
     assert not any(mem[0] + mem[1]) and all(mem[2])
 
@@ -270,10 +270,10 @@ def test_labeled_classes_need_no_teacher(site, start):
     trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="labeled"))
     trainer.train()
     shown = {int(c) for x in trainer.train_loader.dataset.labels for c in x["cls"].flat}
-    silent = [i for i in range(32) if i not in shown]
+    unlabeled = [i for i in range(32) if i not in shown]
     for loss in branch_losses(trainer.model):
-        assert (loss.retention is None) == (not silent)
-        assert not silent or loss.retention.unlabeled.tolist() == silent
+        assert (loss.retention is None) == (not unlabeled)
+        assert not unlabeled or loss.retention.unlabeled.tolist() == unlabeled
 
 
 def test_labels_of_validation_images_are_those_of_the_model(adapted, site):
@@ -284,7 +284,7 @@ def test_labels_of_validation_images_are_those_of_the_model(adapted, site):
         assert found[file.stem] == ids
 
 
-def test_what_the_model_knows_of_its_classes_survives(adapted, start):
+def test_enrolled_classes_prior_strength_and_replay_buffer_survive(adapted, start):
     before, (trainer, seen) = checkpoint(start.best), adapted
     assert before.prior_strength is not None and before.memory
     for model in (trainer.model, checkpoint(trainer.best), checkpoint(trainer.last)):
@@ -311,29 +311,29 @@ def test_a_run_trains_and_its_results_are_recorded(adapted):
     assert recorded["stage"] == 3 and recorded["nbs"] == recorded["batch"] == 4 and recorded["n_way"] is None
 
 
-def test_the_figure_of_the_shots_is_that_of_ultralytics(enrolled, demo, tmp_path):
-    """The most that can differ is what anchors beyond the kept ones find."""
+def test_ap50_on_the_support_set_is_that_of_ultralytics(enrolled, demo, tmp_path):
+    """They differ by the detections at anchors that enrollment does not extract."""
     model = YOLO(enrolled)
     data = YAML.load(cfg_dir() / "fewshot-demo-novel.yaml") | {"path": str(demo), "val": "novel_5shot.txt"}
     YAML.save(tmp_path / "shots.yaml", {k: v for k, v in data.items() if k != "download"})
     stock = model.val(data=str(tmp_path / "shots.yaml"), imgsz=96, workers=0, plots=False, project=str(tmp_path))
     support = read_support("fewshot-demo-novel.yaml", model.names)
-    ours = ap50_on_shots(model.model.float().eval(), support, 96)
+    ours = support_ap50(model.model.float().eval(), support, 96)
     assert ours == pytest.approx(stock.box.map50, abs=0.03) and 0.05 < ours < 1
 
 
-def test_a_run_that_spoils_the_model_ends_with_the_enrollment_and_says_so(site, start, caplog):
+def test_a_run_ends_with_the_enrolled_weights_if_ap50_on_the_support_set_drops(site, start, caplog):
     logging.getLogger("ultralytics").addHandler(caplog.handler)
     try:
-        trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="spoilt", lr0=1.0, blend=1.0, freeze=0))
+        trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="dropped", lr0=1.0, blend=1.0, freeze=0))
         trainer.train()
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
-    assert "so the result is enrolled.pt" in caplog.text
-    expected = checkpoint(site / "spoilt/weights/enrolled.pt").float().state_dict()
+    assert "so the run ends with the enrolled weights, enrolled.pt" in caplog.text
+    expected = checkpoint(site / "dropped/weights/enrolled.pt").float().state_dict()
     for file in (trainer.last, trainer.best):
         for k, v in checkpoint(file).float().state_dict().items():
-            torch.testing.assert_close(v, expected[k], rtol=1e-3, atol=1e-3, msg=k)  # which is saved in float16
+            torch.testing.assert_close(v, expected[k], rtol=1e-3, atol=1e-3, msg=k)  # saved in float16
 
 
 def test_the_adapted_model_validates_and_predicts_through_the_stock_class(adapted, site):
@@ -349,9 +349,7 @@ def test_the_adapted_model_validates_and_predicts_through_the_stock_class(adapte
     assert found.names == EXPECTED and len(found.boxes) and found.boxes.cls.max() < 32
 
 
-def test_an_interrupted_run_goes_on_with_the_same_batches_and_enrolls_only_once(
-    adapted, site, start, seen, monkeypatch
-):
+def test_a_resumed_run_has_the_same_batches_and_enrolls_only_once(adapted, site, start, seen, monkeypatch):
     class Stop(Exception):
         pass
 
@@ -370,7 +368,7 @@ def test_an_interrupted_run_goes_on_with_the_same_batches_and_enrolls_only_once(
     seen.batches.clear()
     YOLO(last).train(resume=True)
     assert seen.batches == adapted[1].batches[2:] and len(seen.enrollments) == 1
-    # It began from the trained weights, not from those of an enrollment.
+    # It starts from the trained weights, not from enrolled ones.
     assert seen.model.names == EXPECTED and seen.model.enrolled.keys() == set(NOVEL)
     for bank, other in zip(seen.model.model[-1].banks, saved.model[-1].banks):
         torch.testing.assert_close(bank.weight.data, other.weight.data, rtol=1e-3, atol=1e-4)
@@ -380,17 +378,17 @@ def test_an_interrupted_run_goes_on_with_the_same_batches_and_enrolls_only_once(
 
 
 def built(site, start, cfg="stage3.yaml", **overrides):
-    """A trainer that has its model, but has not trained."""
+    """A trainer with its model, before training."""
     trainer = FewShotTrainer(cfg, settings(site, start, name="built", **overrides))
     trainer.setup_model()
     return trainer
 
 
 def test_the_built_in_data_sets(site, start, seen, monkeypatch):
-    """Shots that count their classes as the model does, and that were enrolled without base images."""
+    """Shots with other class indices than the model, without base images."""
     trainer = built(site, start, data="fewshot-demo-novel.yaml", base_replay=None, batch=5, steps=5, plots=True)
     file = trainer.save_dir / "support_check.png"
-    trainer.callbacks["on_train_start"][-1](trainer)  # the folder of a run in several processes is emptied before that
+    trainer.callbacks["on_train_start"][-1](trainer)  # a multi-GPU launcher empties the folder of the run before
     assert file.stat().st_size > 20_000 and list(trainer.plots) == [file]
     assert trainer.model.names == dict(enumerate((*BASE, *NOVEL))) and len(seen.enrollments) == 1
     trainer.model.args = trainer.args
@@ -400,7 +398,7 @@ def test_the_built_in_data_sets(site, start, seen, monkeypatch):
     said = []
     monkeypatch.setattr(LOGGER, "info", said.append)
     assert len(trainer.get_dataloader(trainer.data["train"], 5, -1)) == 150
-    assert "300 steps on 12 images of shots and 0 of base classes" in said[-1]
+    assert "300 steps on 12 support images and 0 base images" in said[-1]
     assert sorted(set(loader.sampler)) == list(range(12))
     assert {int(c) for x in loader.dataset.labels for c in x["cls"].flat} == set(range(24, 32))
 
@@ -422,7 +420,14 @@ def test_a_name_in_another_case_costs_the_old_class_nothing(site, start, tmp_pat
     assert torch.cosine_similarity(row, before.model[-1].prototypes.weight[0, :, 0], dim=0) > 0.999
 
 
-def test_a_batch_size_to_be_found_is_no_nominal_batch_size(site, start):
+def test_classes_go_by_name_whatever_ultralytics_remaps(site, start):
+    trainer, before = built(site, start, cls_remap=False), checkpoint(start.best).float()
+    assert trainer.model.names == EXPECTED and trainer.model.enrolled.keys() == set(NOVEL)
+    rows = trainer.model.model[-1].prototypes.weight[:24].detach()
+    torch.testing.assert_close(rows, before.model[-1].prototypes.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_automatic_batch_size_is_an_error(site, start):
     with pytest.raises(ValueError, match=r"'batch=-1' is an invalid value\. In stage 3 'batch' must be >= 1"):
         FewShotTrainer("stage3.yaml", settings(site, start, name="auto", batch=-1))
 
@@ -447,7 +452,7 @@ def test_a_class_without_shots_that_the_model_does_not_know_is_an_error(site, st
         built(site, start, data=str(tmp_path / "shots.yaml"))
 
 
-def test_base_images_of_a_class_that_nobody_knows_are_an_error_that_names_them(site, start, tmp_path):
+def test_base_images_of_an_unknown_class_are_an_error_that_names_them(site, start, tmp_path):
     shutil.copytree(site / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.cache"))
     data = YAML.load(site / "base.yaml")
     YAML.save(tmp_path / "base.yaml", {**data, "path": str(tmp_path / "base"), "names": [*data["names"], "unicorn"]})
@@ -470,7 +475,7 @@ def test_keys_of_episodes_have_no_effect_in_stage_three(site, start, caplog):
     logging.getLogger("ultralytics").addHandler(caplog.handler)
     try:
         FewShotTrainer("stage3.yaml", settings(site, start, name="idle", n_way=3, supcon=1.0, grad_clip=2.0))
-        assert "Stage 3 has no episodes, so n_way=, supcon= has no effect there." in caplog.text
+        assert "n_way=, supcon= has no effect in stage 3. Use it with cfg=stage2.yaml." in caplog.text
         caplog.clear()
         FewShotTrainer("stage3.yaml", settings(site, start, name="idle", grad_clip=2.0))
         assert "has no effect" not in caplog.text
@@ -478,7 +483,7 @@ def test_keys_of_episodes_have_no_effect_in_stage_three(site, start, caplog):
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
 
 
-# However a run ends, and from wherever it starts
+# Ends and starts of a run
 
 
 @pytest.mark.parametrize(
@@ -486,20 +491,20 @@ def test_keys_of_episodes_have_no_effect_in_stage_three(site, start, caplog):
     [{"time": 1e-9}, {"val": True, "patience": 1, "epochs": 6}, {"stop": True, "epochs": 6}, {"val": True}],
     ids=["time", "patience", "stop", "val"],
 )
-def test_a_run_ends_alike_however_its_loop_ends(site, start, early, monkeypatch):
-    """Half-way between its start and its last weights, in both files; no result on the val split chooses an epoch."""
-    monkeypatch.setattr(module, "SPOILT", 1.0)
+def test_final_weights_are_interpolated_however_the_training_loop_ends(site, start, early, monkeypatch):
+    """Both files have the mean of the initial and the last weights; no results on the val split choose an epoch."""
+    monkeypatch.setattr(module, "MAX_DROP", 1.0)
     overrides = {k: v for k, v in early.items() if k != "stop"}
     trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="early", blend=0.5, **overrides))
     if "stop" in early:
         trainer.add_callback("on_train_batch_end", lambda t: setattr(t, "stop", True))
     trainer.train()
     assert trainer.epoch + 1 < 6
-    begun = checkpoint(trainer.wdir / "enrolled.pt").float().state_dict()
+    initial = checkpoint(trainer.wdir / "enrolled.pt").float().state_dict()
     ends = [checkpoint(f).float().state_dict() for f in (trainer.last, trainer.best)]
     for k, v in trainer.ema.ema.state_dict().items():
         if v.is_floating_point():
-            expected = (v.float() + begun[k]) / 2
+            expected = (v.float() + initial[k]) / 2
             for end in ends:
                 torch.testing.assert_close(end[k], expected, rtol=2e-3, atol=2e-3, msg=k)
     metrics = torch.load(trainer.best, weights_only=False)["train_metrics"]
@@ -507,14 +512,14 @@ def test_a_run_ends_alike_however_its_loop_ends(site, start, early, monkeypatch)
 
 
 def test_a_run_without_a_checkpoint_ends_without_one(site, start):
-    """As Ultralytics does where time is over before an epoch is saved."""
+    """As in Ultralytics, if the time is up before an epoch is saved."""
     trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="none", save=False, time=1e-9, epochs=4))
     trainer.train()
     assert [x.name for x in trainer.wdir.iterdir()] == ["enrolled.pt"]
 
 
 def crops(folder, demo, name, shot):
-    """A folder of crops that shows a part of a demo image as a class."""
+    """A folder of crops with a part of a demo image as a class."""
     (folder / name).mkdir(parents=True)
     image = cv2.imread(str(demo / "images/novel_query/0000.jpg"))
     cv2.imwrite(str(folder / name / "0.png"), image[8 : 40 + shot, 8 : 40 + shot])
@@ -522,7 +527,7 @@ def crops(folder, demo, name, shot):
 
 
 def test_training_starts_from_what_the_model_holds_in_memory(site, start, demo, tmp_path):
-    """A class enrolled and one forgotten since the file was written: names, rows and records go together."""
+    """A class was enrolled and another forgotten since the file was written; names, rows and records agree."""
     model = FewShotYOLO(start.best)
     model.enroll(crops(tmp_path / "a", demo, "gone", 0), imgsz=96)
     model.enroll(crops(tmp_path / "b", demo, "kept", 4), imgsz=96)
@@ -540,7 +545,7 @@ def test_training_starts_from_what_the_model_holds_in_memory(site, start, demo, 
     assert found.box.map50 > 0.05
 
 
-def test_a_run_whose_folder_was_moved_goes_on_where_it_lies(site, start, tmp_path, monkeypatch):
+def test_a_run_whose_folder_was_moved_resumes_in_the_new_folder(site, start, tmp_path, monkeypatch):
     trainer = FewShotTrainer("stage3.yaml", settings(site, start, name="stays", base_replay=None))
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(FewShotTrainer, "final_eval", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -558,7 +563,7 @@ def test_a_run_whose_folder_was_moved_goes_on_where_it_lies(site, start, tmp_pat
 
 
 @pytest.mark.parametrize(("key", "value"), [("single_cls", True), ("distill_model", "yolo11n.pt")])
-def test_settings_that_stage_three_cannot_have_are_an_error_before_the_work(site, start, key, value):
+def test_arguments_that_do_not_work_in_stage_three_are_an_error_before_training(site, start, key, value):
     with pytest.raises(ValueError, match=f"'{key}={value}' does not work in stage 3, which .* Leave it out"):
         FewShotTrainer("stage3.yaml", settings(site, start, name="refused", **{key: value}))
     assert not (site / "refused").exists()

@@ -39,7 +39,7 @@ def settings(tiny, **overrides):
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """What is left of a call, with callbacks and loggers that take down that they were called."""
+    """The record of a doctor's run, with callbacks and loggers that note their calls."""
     seen = SimpleNamespace(called=[], trainers=[], batches=0, cwd=tmp_path_factory.mktemp("cwd"))
     seen.temp, seen.before = tmp_path_factory.mktemp("temp"), sorted(tiny.rglob("*"))
 
@@ -85,13 +85,13 @@ def run(tiny, tmp_path_factory):
 
 
 def terms_of(found):
-    """Value, chance level and share of every term, from the texts."""
+    """Return value, chance level and share of every term, from the texts."""
     pattern = r"(\w+)_loss +(\S+), chance +(\S+), +(\d+)% of the gradient"
     matches = [m for f in found if (m := re.match(pattern, f.text))]
     return {m[1]: (float(m[2]), float(m[3]), int(m[4])) for m in matches}
 
 
-def test_what_is_looked_at(run):
+def test_all_checks_are_reported(run):
     texts = [f.text for f in run.found]
     assert texts[:7] == [
         "train: 32 boxes in 32 images, 0 of these without any.",
@@ -113,9 +113,9 @@ def test_a_rehearsal_leaves_nothing_behind(run, tiny):
     assert {x.name for x in set(tiny.rglob("*")) - set(run.before)} <= {"train.cache", "val.cache"}
 
 
-def test_a_rehearsal_calls_nobody(run):
+def test_a_rehearsal_runs_no_callbacks(run):
     assert run.rehearsed == []
-    assert set(run.called) == {"FewShotTrainer"}  # an ordinary run does call them
+    assert set(run.called) == {"FewShotTrainer"}  # an ordinary run calls them
 
 
 def test_a_rehearsal_takes_a_few_steps(run):
@@ -124,7 +124,7 @@ def test_a_rehearsal_takes_a_few_steps(run):
     assert all(s > 0 for s in trainer.seconds) and trainer.memory > 1e7
 
 
-def test_settings_are_those_of_the_run_that_is_rehearsed(run):
+def test_settings_are_those_of_the_rehearsed_run(run):
     args = run.trainers[0].args
     given = {"imgsz": 160, "n_way": 4, "n_query": 3, "episodes": 9, "epochs": 7, "supcon": 0.5, "degrees": 5.0}
     given |= {"cos_lr": True, "freeze": [0], "seed": 3, "stage": 2, "batch": 16, "cpe": 0.6, "doctor": STEPS}
@@ -207,7 +207,7 @@ def test_a_compiled_model(tiny, monkeypatch):
         ({"cfg": "none.yaml"}, FileNotFoundError, "none.yaml"),
     ],
 )
-def test_bad_settings_are_errors_before_anything_is_read(tiny, monkeypatch, overrides, error, message):
+def test_bad_settings_are_errors_before_the_data_is_read(tiny, monkeypatch, overrides, error, message):
     monkeypatch.setattr(module, "read_split", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(error, match=message):
         doctor(**settings(tiny, **overrides))
@@ -220,7 +220,7 @@ def test_a_model_that_does_not_exist(tiny, name):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), ValueError("broken")])
-def test_an_error_of_the_rehearsal_is_passed_on(tiny, tmp_path, monkeypatch, caplog, error):
+def test_an_error_of_the_rehearsal_is_raised(tiny, tmp_path, monkeypatch, caplog, error):
     seen = []
 
     def train(self):
@@ -236,7 +236,7 @@ def test_an_error_of_the_rehearsal_is_passed_on(tiny, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("error", [MemoryError("An episode needs more memory."), FloatingPointError("Non-finite.")])
-def test_a_rehearsal_that_cannot_go_on_is_an_error_that_is_logged(tiny, monkeypatch, caplog, error):
+def test_a_failed_rehearsal_is_a_finding(tiny, monkeypatch, caplog, error):
     def train(self):
         raise error
 
@@ -248,17 +248,17 @@ def test_a_rehearsal_that_cannot_go_on_is_an_error_that_is_logged(tiny, monkeypa
     assert "First steps" in caplog.text and f"{MARKS['error']} {error}" in caplog.text
 
 
-def test_errors_of_the_data_end_it(tiny, monkeypatch, caplog):
+def test_errors_of_the_data_prevent_the_rehearsal(tiny, monkeypatch, caplog):
     monkeypatch.setattr(module, "Rehearsal", lambda *_: pytest.fail("a run was rehearsed"))
     caplog.set_level(logging.INFO, logger=LOGGER.name)
     found = doctor(**settings(tiny, n_way=5))
     assert found[-1].level == "error" and found[-1].text.startswith("'n_way=5' needs 5 classes with at least 2")
-    assert "are looked at when the errors above are gone" in caplog.text
+    assert "Correct the errors above to check the losses, time and memory." in caplog.text
     assert all(f"{MARKS[f.level]} {f.text}" in caplog.text for f in found)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_names_that_several_classes_have_are_a_finding(tiny, tmp_path, monkeypatch, stage):
+def test_duplicate_class_names_are_a_finding(tiny, tmp_path, monkeypatch, stage):
     monkeypatch.setattr(module, "check_shots", lambda *_: [Finding("error", "enough")])
     text = (tiny / "data.yaml").read_text().replace("[blue, green,", "[red, green,")
     (tmp_path / "data.yaml").write_text(f"path: {tiny}\n{text}")
@@ -281,7 +281,7 @@ def test_terms_are_compared_with_their_chance_levels():
     assert found[0].text == "box_loss          4, chance         2,  10% of the gradient"
     assert found[1].text.endswith(" 50% of the gradient: far above chance. The first steps will bring it down.")
     assert all(f.text.endswith(": not finite. The warning above names the cause.") for f in found[3:6])
-    found = compare_terms(stub([1.0] * 7, [1.0] * 7, [0.0] * 7))  # as of a model that is frozen
+    found = compare_terms(stub([1.0] * 7, [1.0] * 7, [0.0] * 7))  # as in a frozen model
     assert {f.level for f in found} == {"ok"} and all("  0% of" in f.text for f in found)
 
 
@@ -326,7 +326,7 @@ def argv(tiny, **overrides):
     return ["doctor", *(f"{k}={v}" for k, v in settings(tiny, **overrides).items())]
 
 
-def test_the_command_fails_where_the_data_is_of_no_use(tiny, tmp_path, monkeypatch, caplog):
+def test_the_command_fails_without_usable_labels(tiny, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "Rehearsal", lambda *_: pytest.fail("a run was rehearsed"))
     shutil.copytree(tiny / "images", tmp_path / "images")
     shutil.copytree(tiny / "labels/val", tmp_path / "labels/val")
@@ -337,12 +337,12 @@ def test_the_command_fails_where_the_data_is_of_no_use(tiny, tmp_path, monkeypat
     caplog.set_level(logging.INFO, logger=LOGGER.name)
     with pytest.raises(SystemExit) as e:
         cli.main(argv(tiny, data=tmp_path / "data.yaml"))
-    assert e.value.code == "\n2 errors, 2 warnings"  # which the interpreter prints, with exit status 1
+    assert e.value.code == "\n2 errors, 2 warnings"  # printed by the interpreter, with exit status 1
     assert "train: no labeled object in 32 images." in caplog.text
     assert "train: 32 images are left out by training: " in caplog.text and "out of bounds" in caplog.text
 
 
-def test_the_command_succeeds_where_nothing_is_wrong(tiny, caplog):
+def test_the_command_succeeds_without_errors(tiny, caplog):
     caplog.set_level(logging.INFO, logger=LOGGER.name)
     cli.main(
         argv(tiny, episodes=8, epochs=3, lr0=0.001, box=7.0, degrees=10.0, cos_lr=True, device=("cpu", "cpu"))
@@ -352,7 +352,7 @@ def test_the_command_succeeds_where_nothing_is_wrong(tiny, caplog):
     assert all(x in caplog.text for x in titles) and " an epoch of 8 steps, " in caplog.text
 
 
-def test_shots_to_adapt_to_need_not_show_the_base_classes(trained, demo, caplog):
+def test_shots_of_stage_three_need_no_base_classes(trained, demo, caplog):
     caplog.set_level(logging.INFO, logger=LOGGER.name)
     found = doctor("fewshot-demo-novel.yaml", str(trained[1].best), "stage3.yaml", imgsz=96, workers=0)
     assert found and all(f.level == "ok" for f in found if "chance" not in f.text), found
@@ -368,13 +368,13 @@ def test_shots_to_adapt_to_need_not_show_the_base_classes(trained, demo, caplog)
         ({"data": "none.yaml"}, "FileNotFoundError: "),
     ],
 )
-def test_the_command_names_what_is_wrong_with_a_setting(tiny, overrides, message):
+def test_the_command_explains_a_bad_setting(tiny, overrides, message):
     with pytest.raises(SystemExit) as e:
         cli.main(argv(tiny, **overrides))
     assert e.value.code.startswith(message)
 
 
-def test_no_callback_is_run(monkeypatch):
+def test_a_rehearsal_runs_no_teardown_callback(monkeypatch):
     rehearsal = Rehearsal.__new__(Rehearsal)
     rehearsal.callbacks = defaultdict(list, teardown=[lambda _: pytest.fail("a callback was run")])
     rehearsal.run_callbacks("teardown")

@@ -32,12 +32,12 @@ def grads_of(model):
 
 
 def same(a, b):
-    """Bit for bit, where NaN equals NaN."""
+    """Equal bit by bit, so that NaN equals NaN."""
     return len(a) == len(b) and all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(a, b))
 
 
 def test_the_clip_is_on_the_gradient_of_the_loss_itself(model):
-    """A loss multiplied by 8 before the backward pass, as by a batch size, is clipped where the bare loss would be."""
+    """A loss times 8, as with a batch size of 8, is clipped at the same gradient of the loss itself."""
     raw, before = norm_of(model), grads_of(model)
     guard = Guard(model)
     assert guard.clip(max_norm=raw / 16, scale=8.0, loss=ONE) is True
@@ -45,13 +45,13 @@ def test_the_clip_is_on_the_gradient_of_the_loss_itself(model):
     for p, g in zip(model.parameters(), before):
         torch.testing.assert_close(p.grad, g / 2, rtol=1e-4, atol=1e-7)
     assert guard.columns() == {
-        "train/grad_norm": pytest.approx(raw / 8, rel=1e-3),  # of the bare loss, before clipping
+        "train/grad_norm": pytest.approx(raw / 8, rel=1e-3),  # of the loss itself, before clipping
         "train/steps": 1, "train/clipped": 1, "train/skipped": 0, "train/overflows": 0,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("room", [1.001, 1e6])
-def test_small_gradients_are_left_alone(model, room):
+def test_small_gradients_stay_as_they_are(model, room):
     before, raw = grads_of(model), norm_of(model)
     guard = Guard(model)
     assert guard.clip(max_norm=raw / 8 * room, scale=8.0, loss=ONE)
@@ -59,7 +59,7 @@ def test_small_gradients_are_left_alone(model, room):
     assert guard.clipped == 0 and guard.norms == [pytest.approx(raw / 8, rel=1e-5)]
 
 
-def test_parameters_without_a_gradient_are_no_obstacle(model):
+def test_parameters_without_a_gradient_are_skipped(model):
     model[0].weight.grad = None
     expected = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
     guard = Guard(model)
@@ -70,7 +70,7 @@ def test_parameters_without_a_gradient_are_no_obstacle(model):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", ["gradient", "loss", "mean", "variance"])
-def test_whatever_is_not_finite_stops_the_step_and_changes_no_gradient(model, bad, where):
+def test_a_non_finite_value_refuses_the_step_and_changes_no_gradient(model, bad, where):
     guard, loss = Guard(model), ONE
     if where == "gradient":
         model[2].weight.grad[0, 1] = bad
@@ -84,7 +84,7 @@ def test_whatever_is_not_finite_stops_the_step_and_changes_no_gradient(model, ba
     assert guard.norms == [] and guard.clipped == 0
 
 
-def test_a_norm_beyond_float32_stops_the_step_though_every_gradient_is_finite(model):
+def test_a_norm_beyond_float32_refuses_the_step_of_finite_gradients(model):
     for p in model.parameters():
         p.grad.fill_(2e38)
     before = grads_of(model)
@@ -99,7 +99,7 @@ def test_opposite_infinities_do_not_cancel_out(model):
     assert not Guard(model).clip(5.0, 1.0, ONE)
 
 
-def test_a_model_without_statistics_is_guarded_too():
+def test_a_model_without_statistics():
     model = nn.Linear(3, 1)
     model(torch.ones(2, 3)).sum().backward()
     guard, source = Guard(model), copy.deepcopy(model)
@@ -107,14 +107,14 @@ def test_a_model_without_statistics_is_guarded_too():
     assert guard.undo(source, torch.optim.SGD(model.parameters(), lr=0.1)) == []
 
 
-def test_skips_and_overflows_are_counted_apart_and_only_skips_in_a_row(model):
+def test_skips_and_overflows_are_counted_separately_and_only_skips_in_a_row(model):
     guard = Guard(model)
     for overflow in (False, True, False):
         guard.skip(overflow)
     assert (guard.skipped, guard.overflows, guard.in_a_row) == (2, 1, 2)
     columns = guard.columns()
     assert columns["train/skipped"] == 2 and columns["train/overflows"] == 1 and columns["train/grad_norm"] == 0.0
-    guard.reset()  # a new epoch: steps in a row go on
+    guard.reset()  # a new epoch continues steps in a row
     assert guard.columns() == dict.fromkeys(columns, 0) and guard.in_a_row == 2
     assert not guard.clip(5.0, 1.0, torch.tensor(NAN)) and guard.in_a_row == 2
     assert guard.clip(5.0, 1.0, ONE) and guard.in_a_row == 0
@@ -134,11 +134,11 @@ def buffers_of(model):
 
 
 @pytest.mark.parametrize("taken", [False, True])
-def test_undo_puts_the_statistics_back_as_they_were_at_the_last_step(model, taken):
-    """At the start of training, and after a step; batches of other steps that were skipped leave no trace."""
+def test_undo_restores_the_statistics_of_the_last_step(model, taken):
+    """At the start of training and after a step, also if the batches of several skipped steps came since."""
     guard = Guard(model)
     optimizer, source = torch.optim.SGD(model.parameters(), lr=0.1), copy.deepcopy(model)
-    source[1].running_mean.fill_(7)  # of the moving average only weights are of use
+    source[1].running_mean.fill_(7)  # undo takes weights alone from the moving average
     if taken:
         model(torch.randn(8, 4))
         assert guard.clip(5.0, 1.0, ONE)
@@ -149,12 +149,12 @@ def test_undo_puts_the_statistics_back_as_they_were_at_the_last_step(model, take
     assert all(b.isnan().all() for b in buffers_of(model).values())
     assert guard.undo(source, optimizer) == []
     assert same(list(buffers_of(model).values()), list(good.values()))
-    model(torch.randn(8, 4))  # once more: what is kept is no view of the buffers
+    model(torch.randn(8, 4))  # the kept statistics must not be a view of the buffers
     guard.undo(source, optimizer)
     assert same(list(buffers_of(model).values()), list(good.values()))
 
 
-def test_undo_replaces_only_weights_that_are_not_finite_and_drops_only_their_optimizer_state(model):
+def test_undo_replaces_non_finite_weights_alone_and_drops_their_optimizer_state(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     guard = Guard(model)
     optimizer.step()
@@ -173,14 +173,14 @@ def test_undo_replaces_only_weights_that_are_not_finite_and_drops_only_their_opt
             assert torch.equal(p, before[k])
             assert all(torch.equal(s, state[k][n]) for n, s in optimizer.state[p].items()) and optimizer.state[p]
     model(torch.randn(8, 4)).sum().backward()
-    optimizer.step()  # it makes the state anew
+    optimizer.step()  # initializes the state again
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_undo_gives_up_where_the_moving_average_is_not_finite_either(model):
+def test_undo_fails_if_the_moving_average_is_not_finite_either(model):
     source, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.1)
     with torch.no_grad():
-        source[0].bias[0] = NAN  # the model's own is finite: no matter
+        source[0].bias[0] = NAN  # the model's weight is finite and needs no source
         model[2].weight[0, 0] = NAN
     guard = Guard(model)
     assert guard.undo(source, optimizer) == ["2.weight"]
@@ -191,7 +191,7 @@ def test_undo_gives_up_where_the_moving_average_is_not_finite_either(model):
         guard.undo(source, optimizer)
 
 
-def test_nonfinite_names_in_order():
+def test_nonfinite_returns_names_in_order():
     tensors = {"a": torch.tensor([1.0, NAN]), "b": torch.zeros(0), "c": torch.ones(2, 2), "d": torch.tensor(-INF)}
     assert nonfinite(tensors) == ["a", "d"] and nonfinite({}) == []
 
@@ -209,7 +209,7 @@ model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
 model(torch.randn(4, 2)).square().sum().backward()
 guard, answers = Guard(model), []
 for loss, statistic in ((1.0, 0.0), (float("nan"), 0.0), (float("inf"), 0.0), (1.0, float("nan")), (1.0, 0.0)):
-    model[1].running_mean.fill_(statistic if rank else 0.0)  # only the second process has something to hide
+    model[1].running_mean.fill_(statistic if rank else 0.0)  # only the second process is not finite
     answers.append(guard.clip(5.0, 1.0, torch.tensor(loss if rank else 1.0)))
 print("ANSWERS", answers, len(guard.norms))
 dist.destroy_process_group()
@@ -217,7 +217,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_answer_where_only_one_of_them_is_not_finite(tmp_path):
+def test_two_processes_refuse_a_step_that_is_not_finite_in_one_of_them(tmp_path):
     command = [sys.executable, "-c", WORKER]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     runs = [subprocess.Popen([*command, str(rank), str(tmp_path / "init")], **pipes) for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""The guard in the trainers of all tasks: a run is the same as without it, but for steps that are not finite."""
+"""The guard in the trainers of all tasks: runs equal stock runs, except for non-finite steps."""
 
 import csv
 import logging
@@ -82,8 +82,8 @@ def files(folder: Path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_guarded_run_is_the_stock_run_step_by_step(data, task):
-    """Also with Ultralytics' own clip as `grad_clip`, which does bite: 10 on the loss as it is multiplied."""
-    scale = 2.0 * (1 if task == "classify" else 4)  # accumulated batches, and images where the loss is not a mean
+    """So are runs with `grad_clip` at Ultralytics' limit, 10 for the scaled loss, which clips some steps."""
+    scale = 2.0 * (1 if task == "classify" else 4)  # accumulated batches, times images if the loss is not a mean
     plain, losses, state = train(data, task, f"{task}-plain")
     assert len(losses) == 4 and not isinstance(plain, GuardedTrainer)
     weights = torch.load(plain.last, weights_only=False)["model"].state_dict()
@@ -99,7 +99,7 @@ def test_a_guarded_run_is_the_stock_run_step_by_step(data, task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_that_is_not_finite_is_skipped_and_explained(data, task, caplog, monkeypatch):
-    """The third of four batches, the first of the second step, has an image of NaN."""
+    """The third of four batches, the first of the second step, has an image with NaN."""
     seen, model_train = [], BaseTrainer._model_train
 
     def poison(trainer):
@@ -137,7 +137,7 @@ def test_raise_stops_a_stock_training_at_once_and_names_the_images(data, monkeyp
 
 @pytest.mark.parametrize("task", ["detect", "classify"])
 def test_the_clip_is_on_the_loss_itself(data, task):
-    """A step sees gradients of at most `grad_clip` times what the loss was multiplied by: SGD moves no further."""
+    """An SGD step moves by at most lr0 times `grad_clip` times the scale of the loss."""
     root, sources = data
     steps, limit, lr = [], 0.01, 0.01
 
@@ -159,6 +159,6 @@ def test_the_clip_is_on_the_loss_itself(data, task):
     assert len(steps) == 2 and steps == pytest.approx([expected] * 2, rel=1e-3)
 
 
-def test_a_trainer_that_has_the_guard_gets_it_once():
+def test_a_trainer_gets_the_guard_once():
     once = guarded(PoseTrainer)
     assert guarded(once) is once and once.__name__ == "GuardedPoseTrainer" and issubclass(once, PoseTrainer)

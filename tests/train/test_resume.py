@@ -1,4 +1,4 @@
-"""Runs that were killed: what they leave can be read, and they go on where they stopped."""
+"""Killed runs: their checkpoints can be loaded, and they resume where they stopped."""
 
 import contextlib
 import csv
@@ -20,6 +20,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from yolo_fewshot import FewShotTrainer
 from yolo_fewshot.data.episodes import EpisodeSampler
 from yolo_fewshot.train.doctor import doctor
+from yolo_fewshot.train.episodic import Episodes
 
 pytestmark = pytest.mark.slow
 
@@ -29,16 +30,16 @@ SETTINGS = {
     "n_way": 3, "episodes": EPISODES, "epochs": EPOCHS, "seed": 1, "exist_ok": True,
 }  # fmt: skip
 
-# Each is a process of its own that ends without any clean-up: no `finally`, no `atexit`.
+# Each run is killed without any clean-up: no `finally`, no `atexit`.
 KILLED = """
-import json, os, shutil, sys
+import json, os, sys
 from pathlib import Path
-import torch
 import ultralytics.engine.trainer as engine
 from yolo_fewshot import FewShotTrainer
+from yolo_fewshot.train import finish
 
 settings = json.loads(sys.argv[1])
-fsync, strip = os.fsync, engine.strip_optimizer
+fsync = os.fsync
 save_metrics, preprocess = engine.BaseTrainer.save_metrics, FewShotTrainer.preprocess_batch
 
 
@@ -82,46 +83,37 @@ def in_the_middle_of_a_row():
     engine.BaseTrainer.save_metrics = save
 
 
-def in_the_middle_of_the_copies():
-    def copy(a, b):
-        Path(os.fspath(b)).write_bytes(Path(a).read_bytes()[:1000])
-        if a.name == "best.pt":
-            os._exit(9)
-
-    shutil.copy2 = copy
-
-
-def in_the_middle_of_stripping():
-    def save(obj, f, *args, **kwargs):
-        if isinstance(f, (str, os.PathLike)):
-            Path(os.fspath(f)).write_bytes(b"half")
-            os._exit(9)
-        torch_save(obj, f, *args, **kwargs)
-
-    torch_save, torch.save = torch.save, save
-
-
-def between_the_final_best_and_last():
-    def replace(a, b):
-        original(a, b)
-        if os.fspath(a).endswith("best.pt.new"):
-            os._exit(9)
-
-    original, os.replace = os.replace, replace
+def at_the_end(do):  # when all epochs are trained
+    original = FewShotTrainer.final_eval
+    FewShotTrainer.final_eval = lambda self: (do(), original(self))
 
 
 def between_stripping_last_and_best():
-    engine.strip_optimizer = lambda f, **kwargs: strip(f, **kwargs) if f.name == "last.pt" else os._exit(9)
+    strip, finish.strip = finish.strip, lambda f: strip(f) if f.name == "last.pt" else os._exit(9)
 
 
-def between_enrollment_of_best_and_last():
-    import yolo_fewshot.train.trainer as ours
+def in_the_final_validation():
+    finish._validate = lambda *_: os._exit(9)
 
+
+def in_the_preparation_of_enrollment():
+    finish._prepare_enrollment = lambda *_: os._exit(9)
+
+
+def in_the_middle_of_writing_the_final_best():
+    at_the_end(lambda: die_in_write("best.pt.part"))
+
+
+def between_the_final_best_and_last():
     def save(ckpt, file):
         original(ckpt, file)
         os._exit(9)
 
-    original, ours.save_checkpoint = ours.save_checkpoint, save
+    original, finish.save_checkpoint = finish.save_checkpoint, save
+
+
+def in_the_middle_of_writing_the_final_last():
+    at_the_end(lambda: die_in_write("last.pt.part"))
 
 
 def log(self, batch):
@@ -142,8 +134,9 @@ for name in sys.argv[2:]:
 """
 IN_TRAINING = ("in_the_middle_of_writing_last", "in_the_middle_of_writing_best", "in_the_middle_of_a_row")
 AT_THE_END = (
-    "in_the_middle_of_the_copies", "in_the_middle_of_stripping", "between_stripping_last_and_best",
-    "between_enrollment_of_best_and_last", "between_the_final_best_and_last",
+    "between_stripping_last_and_best", "in_the_final_validation", "in_the_preparation_of_enrollment",
+    "in_the_middle_of_writing_the_final_best", "between_the_final_best_and_last",
+    "in_the_middle_of_writing_the_final_last",
 )  # fmt: skip
 KILLS = (*IN_TRAINING, *AT_THE_END)
 LENGTH = {x: EPOCHS if x in IN_TRAINING else 1 for x in KILLS}  # in epochs
@@ -162,9 +155,9 @@ def settings(tiny, **overrides):
 
 @pytest.fixture(scope="module")
 def killed(tiny):
-    """The folder in which each killed run is a folder by its name."""
+    """The folder of the killed runs, each in a folder by its name."""
     if sys.platform != "linux":
-        pytest.skip("this is where a process can be forked and its open files be named")
+        pytest.skip("needs fork and /proc")
     runs = {name: settings(tiny, epochs=epochs) for name, epochs in LENGTH.items()}
     argv = [sys.executable, "-c", KILLED, json.dumps(runs), *runs]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -196,7 +189,7 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def whole(tiny):
-    """The trainer of a run that nobody interrupts, and its batches."""
+    """The trainer of an uninterrupted run, and its batches."""
     trainer = FewShotTrainer("stage2.yaml", settings(tiny, name="whole"))
     with batches_drawn() as seen:
         trainer.train()
@@ -205,7 +198,7 @@ def whole(tiny):
 
 @pytest.fixture
 def run(killed, request, tmp_path):
-    """The folder of the killed run that a test is for; afterwards it is again as it was."""
+    """The folder of a killed run, restored after the test."""
     folder = killed / request.getfixturevalue("name")
     shutil.copytree(folder, tmp_path / "copy")
     yield folder
@@ -215,7 +208,7 @@ def run(killed, request, tmp_path):
 
 @pytest.fixture
 def no_new_run(monkeypatch):
-    """Fail where Ultralytics takes a checkpoint for one that cannot be resumed, and starts a new run."""
+    """Fail if Ultralytics starts a new run because it cannot resume a checkpoint."""
     original = FewShotTrainer.__init__
 
     def init(self, *args, overrides=None, **kwargs):
@@ -230,7 +223,7 @@ def batches(run):
 
 
 def check_finished(run, epochs=EPOCHS):
-    """Check what a run leaves that has come to its end."""
+    """Check the files of a finished run."""
     for name in ("last.pt", "best.pt"):
         ckpt = torch.load(run / "weights" / name, weights_only=False)
         assert ckpt["epoch"] == -1 and ckpt["optimizer"] is None and ckpt["ema"] is None, name
@@ -256,9 +249,9 @@ def test_every_checkpoint_of_a_killed_run_can_be_loaded(killed, name):
     assert leftovers == {
         "in_the_middle_of_writing_last": {"last.pt.part"},
         "in_the_middle_of_writing_best": {"best.pt.part"},
-        "in_the_middle_of_a_row": set(),
-        "between_the_final_best_and_last": {"last.pt.new"},
-    }.get(name, {"last.pt.new", "best.pt.new"})
+        "in_the_middle_of_writing_the_final_best": {"best.pt.part"},
+        "in_the_middle_of_writing_the_final_last": {"last.pt.part"},
+    }.get(name, set())
 
 
 @pytest.mark.parametrize("name", KILLS)
@@ -266,13 +259,13 @@ def test_resuming_after_a_kill(run, name, drawn, whole, no_new_run):
     assert batches(run) == whole[1][: len(batches(run))]
     YOLO(run / "weights/last.pt").train(resume=True)
     check_finished(run, LENGTH[name])
-    # At most the epoch that was cut off is lost, and its episodes are drawn again with the same augmentation.
+    # At most one epoch is lost, and its episodes are drawn again with the same augmentation.
     first = {"in_the_middle_of_writing_last": 1, "in_the_middle_of_a_row": 1, "in_the_middle_of_writing_best": 2}
     assert drawn == whole[1][first.get(name, EPOCHS) * EPISODES :]
 
 
 @pytest.mark.parametrize("name", ["between_the_final_best_and_last"])
-def test_only_the_end_is_made_up_for(run, name, drawn, monkeypatch):
+def test_a_run_interrupted_at_its_end_repeats_the_end_alone(run, name, drawn, monkeypatch):
     events, original = [], FewShotTrainer.run_callbacks
     monkeypatch.setattr(FewShotTrainer, "run_callbacks", lambda self, e: events.append(e) or original(self, e))
     trainer = FewShotTrainer(overrides={"resume": str(run / "weights/last.pt")})
@@ -282,9 +275,9 @@ def test_only_the_end_is_made_up_for(run, name, drawn, monkeypatch):
     check_finished(run, LENGTH[name])
 
 
-@pytest.mark.parametrize("name", ["in_the_middle_of_stripping"])
-def test_loggers_find_what_they_log_when_only_the_end_is_left(run, name, no_new_run):
-    """What Ultralytics' loggers read in these events."""
+@pytest.mark.parametrize("name", ["in_the_final_validation"])
+def test_loggers_find_their_attributes_when_only_the_end_is_repeated(run, name, no_new_run):
+    """Read what Ultralytics' loggers read in these events."""
     model, logged = YOLO(run / "weights/last.pt"), []
     model.add_callback("on_fit_epoch_end", lambda t: logged.append({"time": t.epoch_time, **t.metrics}))
     model.add_callback("on_train_end", lambda t: logged.append({**t.label_loss_items(t.tloss), **t.lr}))
@@ -293,7 +286,7 @@ def test_loggers_find_what_they_log_when_only_the_end_is_left(run, name, no_new_
 
 
 @pytest.mark.parametrize("name", ["in_the_middle_of_a_row"])
-def test_a_rehearsal_leaves_the_run_alone_that_it_is_to_resume(run, name):
+def test_a_rehearsal_refuses_to_resume_and_leaves_the_run_unchanged(run, name):
     before = {x: x.read_bytes() for x in run.rglob("*") if x.is_file()}
     last = str(run / "weights/last.pt")
     with pytest.raises(ValueError, match="'resume='"):
@@ -311,12 +304,12 @@ def test_a_finished_run_is_not_resumed(whole):
 
 
 def resumed(tmp_path, monkeypatch, text, start_epoch, resume=True):
-    """What `resume_training` makes of a results.csv."""
+    """Return the files after `resume_training`, by name."""
     if text is not None:
         (tmp_path / "results.csv").write_text(text)
     trainer = FewShotTrainer.__new__(FewShotTrainer)
-    trainer.args, trainer.adaptation = SimpleNamespace(stage=2), None
-    trainer.resume, trainer.epochs, trainer.episodic, trainer.csv = resume, 20, True, tmp_path / "results.csv"
+    trainer.args, trainer.stage = SimpleNamespace(stage=2), Episodes(trainer, {})
+    trainer.resume, trainer.epochs, trainer.csv = resume, 20, tmp_path / "results.csv"
     started = []
     sampler = SimpleNamespace(restart=started.append)
     trainer.train_loader = SimpleNamespace(sampler=sampler, reset=lambda: None)
@@ -329,22 +322,22 @@ def resumed(tmp_path, monkeypatch, text, start_epoch, resume=True):
 
 
 class Blank(Dataset):
-    """Items of an episode, as they were asked for."""
+    """Returns the draws of an episode themselves."""
 
     def __getitem__(self, draw):
         return draw
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_loader_processes_that_have_begun_do_not_repeat_the_episodes_from_the_start(tmp_path, monkeypatch, started):
-    """Loaders of older Ultralytics begin as soon as they are made."""
+def test_loader_processes_that_have_started_do_not_repeat_the_first_episodes(tmp_path, monkeypatch, started):
+    """Loaders of older Ultralytics versions start when they are built."""
     labels = [{"cls": np.array([[i % 4]])} for i in range(20)]
     sampler = EpisodeSampler(labels, dict(enumerate("abcd")), n_way=2, k_shot=1, n_query=1, episodes=3, seed=5)
     loader = InfiniteDataLoader(Blank(), batch_size=4, sampler=sampler, num_workers=2, collate_fn=list)
     if started:
         next(iter(loader))
     trainer = FewShotTrainer.__new__(FewShotTrainer)
-    trainer.args, trainer.adaptation, trainer.train_loader = SimpleNamespace(stage=2), None, loader
+    trainer.args, trainer.stage, trainer.train_loader = SimpleNamespace(stage=2), Episodes(trainer, {}), loader
     trainer.resume, trainer.epochs, trainer.csv = True, 20, tmp_path / "results.csv"
     monkeypatch.setattr(DetectionTrainer, "resume_training", lambda self, ckpt: setattr(self, "start_epoch", 7))
     trainer.resume_training({"epoch": 6, "optimizer": {"state": 1}})
@@ -362,18 +355,18 @@ HEAD = "epoch,time,train/box_loss,val/box_loss\n"
         (ROWS[:2], 2, 2),
         (ROWS[:3], 2, 2),  # killed after the row, before last.pt
         ([*ROWS[:2], "3,3.5,0.2"], 2, 2),
-        ([*ROWS[:1], ROWS[1].strip()], 2, 1),  # without its line end a row may be half a number
+        ([*ROWS[:1], ROWS[1].strip()], 2, 1),  # without a line end the last number may be cut off
         ([*ROWS[:10], "1"], 10, 10),  # of 11
         (ROWS, 9, 9),
         ([], 1, 0),
     ],
 )
-def test_rows_of_epochs_that_were_cut_off_are_removed(tmp_path, monkeypatch, rows, start, kept):
+def test_rows_of_interrupted_epochs_are_removed(tmp_path, monkeypatch, rows, start, kept):
     left = resumed(tmp_path, monkeypatch, "".join([HEAD, *rows]), start)
     assert left == {"results.csv": "".join([HEAD, *rows[:kept]])}
 
 
-def test_the_results_of_a_run_that_is_not_resumed_are_left_alone(tmp_path, monkeypatch):
+def test_the_results_of_a_run_that_is_not_resumed_stay(tmp_path, monkeypatch):
     text = "".join([HEAD, *ROWS])
     assert resumed(tmp_path, monkeypatch, text, 3, resume=False) == {"results.csv": text}
 
@@ -383,7 +376,7 @@ def test_a_run_without_results_can_be_resumed(tmp_path, monkeypatch):
 
 
 def test_a_run_whose_results_were_lost_can_be_resumed(tmp_path, monkeypatch):
-    """As a power cut leaves a file that was not written through."""
+    """A power cut may leave an empty file."""
     assert resumed(tmp_path, monkeypatch, "", 2) == {"results.csv": ""}
 
 

@@ -6,7 +6,7 @@ import torch
 from test_features import model_of
 
 from yolo_fewshot.nn.model import FewShotDetectionModel
-from yolo_fewshot.train.retention import Teacher, retain, silent_classes
+from yolo_fewshot.train.retention import Teacher, replay_targets, unlabeled_classes
 
 
 def labels_of(*classes):
@@ -33,18 +33,18 @@ def memory_of(model, rows=12):
     return [(torch.randn(rows, size, generator=g).half(), level.short(), cls.short()) for _ in model.model[-1].branches]
 
 
-def test_classes_without_a_label_are_silent():
-    assert silent_classes(5, labels_of([3, 1], [], [1])).tolist() == [0, 2, 4]
-    assert silent_classes(2, labels_of([0], [1])).tolist() == []
-    assert silent_classes(3, []).tolist() == [0, 1, 2]
-    assert silent_classes(2, labels_of([0], [1])).dtype == torch.int64
+def test_unlabeled_classes():
+    assert unlabeled_classes(5, labels_of([3, 1], [], [1])).tolist() == [0, 2, 4]
+    assert unlabeled_classes(2, labels_of([0], [1])).tolist() == []
+    assert unlabeled_classes(3, []).tolist() == [0, 1, 2]
+    assert unlabeled_classes(2, labels_of([0], [1])).dtype == torch.int64
 
 
-def test_a_model_is_retained_as_its_scores_at_remembered_anchors(model):
+def test_replay_targets_are_the_scores_at_the_anchors_of_the_buffer(model):
     model.memory = memory_of(model)
-    silent = torch.tensor([0, 2])
-    for i, (bank, found) in enumerate(zip(model.model[-1].banks, retain(model, silent), strict=True)):
-        assert found.branch == i and found.unlabeled is silent
+    unlabeled = torch.tensor([0, 2])
+    for i, (bank, found) in enumerate(zip(model.model[-1].banks, replay_targets(model, unlabeled), strict=True)):
+        assert found.branch == i and found.unlabeled is unlabeled
         rows = []
         for e, lev, c in zip(*model.memory[i]):
             if int(c) in {1, 3}:  # labeled now
@@ -61,18 +61,18 @@ def test_a_model_is_retained_as_its_scores_at_remembered_anchors(model):
         torch.testing.assert_close(found.targets, torch.stack(targets).detach())
 
 
-def test_a_model_without_a_memory_has_nothing_to_rehearse(model):
-    for found in retain(model, torch.tensor([1])):
+def test_a_model_without_a_replay_buffer_has_no_targets(model):
+    for found in replay_targets(model, torch.tensor([1])):
         assert found.embeds.shape == (0, model.model[-1].embed)
         assert found.level.shape == (0,) and found.targets.shape == (0, 4)
 
 
-def test_a_teacher_tells_the_scores_of_the_silent_classes(model):
-    img, silent = torch.rand(2, 3, 96, 96), torch.tensor([3, 1])
+def test_a_teacher_returns_the_scores_of_the_unlabeled_classes(model):
+    img, unlabeled = torch.rand(2, 3, 96, 96), torch.tensor([3, 1])
     with torch.no_grad():
         preds = model(img)[1]
     expected = [preds[k]["scores"] for k in ("one2many", "one2one")] if "one2many" in preds else [preds["scores"]]
-    teacher = Teacher(deepcopy(model).train(), silent)
+    teacher = Teacher(deepcopy(model).train(), unlabeled)
     for scores, logits in zip(teacher(img), expected, strict=True):
         assert scores.shape == (2, logits.shape[2], 2) and scores.dtype == torch.float32
         torch.testing.assert_close(scores[..., 0], torch.sigmoid(logits[:, 3]))

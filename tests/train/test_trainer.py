@@ -18,9 +18,10 @@ from yolo_fewshot.args import ADAPTING, KEYS, resolve
 from yolo_fewshot.data.episodes import EpisodeSampler
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
-from yolo_fewshot.train import trainer as module
+from yolo_fewshot.train import run_plots
 from yolo_fewshot.train.diagnosis import Diagnosis, diagnose
 from yolo_fewshot.train.monitor import COUNTS
+from yolo_fewshot.train.stage import Stage
 
 pytestmark = pytest.mark.slow
 
@@ -130,7 +131,7 @@ def test_an_interrupted_run_draws_the_same_episodes_as_an_uninterrupted_one(tiny
     assert seen == [s for s in whole if s[0] >= 1]
 
 
-def test_ctrl_c_or_a_full_disk_while_saving_leaves_the_last_checkpoint_readable(tiny, monkeypatch):
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint_readable(tiny, monkeypatch):
     import os
 
     fsync, calls = os.fsync, []
@@ -149,7 +150,7 @@ def test_ctrl_c_or_a_full_disk_while_saving_leaves_the_last_checkpoint_readable(
     assert sorted(f.name for f in (tiny / "full/weights").iterdir()) == ["best.pt", "last.pt"]
 
 
-def test_a_non_finite_loss_skips_its_step_and_the_run_goes_on(tiny, monkeypatch):
+def test_a_step_with_a_non_finite_loss_is_skipped_and_training_continues(tiny, monkeypatch):
     original = FewShotTrainer.preprocess_batch
     count = []
     handles = []
@@ -275,7 +276,7 @@ def run_python(code, **env):
 
 
 def test_the_trainer_works_in_other_processes_and_each_rank_draws_its_own_episodes(tiny, stage2):
-    """What Ultralytics' multi-GPU launcher does: pickle class and arguments, rebuild the trainer in a new process."""
+    """As Ultralytics' multi-GPU launcher, pickle class and arguments, and rebuild the trainer in a new process."""
     cloudpickle = pytest.importorskip("cloudpickle")
     state = {"trainer": FewShotTrainer, "args": {**vars(stage2.args), "name": "ddp", "save_dir": str(tiny / "ddp")}}
     (tiny / "state.pkl").write_bytes(cloudpickle.dumps(state))
@@ -316,18 +317,6 @@ YOLO({str(tiny / "stock11n.yaml")!r}).train(data={str(tiny / "data.yaml")!r}, ep
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
-def test_an_interrupted_end_of_training_leaves_resumable_checkpoints(tiny, monkeypatch):
-    def interrupted(f, **_):
-        f.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("ultralytics.engine.trainer.strip_optimizer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny, "strip", **{**EPISODIC, "epochs": 1})
-    for name in ("last.pt", "best.pt"):
-        assert torch.load(tiny / f"strip/weights/{name}", weights_only=False)["optimizer"] is not None
-
-
 def test_bad_labels_are_reported_and_left_out_by_ultralytics(tiny, tmp_path, caplog):
     shutil.copytree(tiny / "images", tmp_path / "images")
     shutil.copytree(tiny / "labels", tmp_path / "labels", ignore=shutil.ignore_patterns("*.cache"))
@@ -356,7 +345,7 @@ def test_gains_can_be_tuned(tiny, stage1):
 
 
 class Log(logging.Handler):
-    """Keeps what Ultralytics logs while it is open."""
+    """Collects the log messages of Ultralytics while it is open."""
 
     def __init__(self):
         super().__init__()
@@ -384,7 +373,7 @@ def log():
 
 
 def spoil(monkeypatch, batches, bad):
-    """Call `bad` with the trainer and some batches of its run, the first being number 1; return the numbers seen."""
+    """Call `bad` with the trainer and those batches, counted from 1; return the numbers of all batches so far."""
     original, seen = FewShotTrainer.preprocess_batch, []
 
     def preprocess_batch(self, batch):
@@ -406,7 +395,7 @@ def finite(model):
     return all(torch.isfinite(v).all() for v in model.state_dict().values() if v.is_floating_point())
 
 
-def test_raise_stops_at_once_and_names_the_images_but_lets_amp_find_its_scale(tiny, monkeypatch, log):
+def test_raise_stops_at_once_and_names_the_images_but_not_for_an_overflow_of_amp(tiny, monkeypatch, log):
     files, trainers = [], []
 
     def bad(trainer, batch):
@@ -428,7 +417,7 @@ def test_raise_stops_at_once_and_names_the_images_but_lets_amp_find_its_scale(ti
 
 
 def test_only_a_finite_loss_can_be_an_overflow_of_amp(tiny, monkeypatch):
-    """With a scaler, a gradient that overflows is one thing, and a batch whose loss was NaN another."""
+    """With a scaler, an overflow of the gradient differs from a NaN loss."""
 
     class Scaler(torch.amp.GradScaler):
         def __init__(self):
@@ -439,7 +428,7 @@ def test_only_a_finite_loss_can_be_an_overflow_of_amp(tiny, monkeypatch):
     def bad_gradient(trainer, batch):
         trainers.append(trainer)
         trainer.scaler = Scaler()
-        trainer.scaler.scale(torch.zeros(()))  # which makes its scale
+        trainer.scaler.scale(torch.zeros(()))  # initializes its scale
         head = trainer.model.model[-1]
         hook = head.prototypes.bias.register_hook(lambda g: hook.remove() or g * float("inf"))
 
@@ -459,7 +448,7 @@ def test_only_a_finite_loss_can_be_an_overflow_of_amp(tiny, monkeypatch):
     assert asked == [False] and trainers[1].guard.overflows == 0 and trainers[1].guard.skipped == 1
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run_with_their_cause(tiny, monkeypatch, log):
+def test_too_many_bad_steps_in_a_row_stop_training_with_their_cause(tiny, monkeypatch, log):
     seen = spoil(monkeypatch, {2, 4, 5}, spoil_image)
     settings = {**EPISODIC, "episodes": 8, "epochs": 1, "nonfinite_limit": 2}
     with pytest.raises(FloatingPointError, match=r"pixels of .*2 such steps in a row.*nonfinite_limit=2"):
@@ -496,7 +485,7 @@ def test_a_bad_image_leaves_no_trace_in_statistics_and_means(tiny, monkeypatch, 
     assert "Loss doctor:" not in log.text and not (trainer.save_dir / "losses.png").exists()
 
 
-def test_a_weight_that_is_not_finite_is_taken_from_the_moving_average(tiny, log):
+def test_a_non_finite_weight_is_restored_from_the_moving_average(tiny, log):
     overrides = {**EPISODIC, "epochs": 1, "model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml")}
     trainer = FewShotTrainer("stage2.yaml", {**overrides, "project": str(tiny), "name": "weight", "exist_ok": True})
     batches, averages = [], []
@@ -541,7 +530,7 @@ def test_a_bad_batch_without_a_step_does_not_undo_its_epoch(accumulated):
     assert steps == 4 and trainer.accumulate == 3
     assert "recovering" not in text and "Loss NaN/Inf" not in text
     assert [r["epoch"] for r in rows(trainer)] == [1, 2, 3]
-    assert [r["train/skipped"] for r in rows(trainer)] == [0, 1, 0]  # the step that was left over
+    assert [r["train/skipped"] for r in rows(trainer)] == [0, 1, 0]  # the batches after the last step
     assert all(np.isfinite(v) for r in rows(trainer) for v in r.values())
     assert all(r["train/box_loss"] > 0 and r["share/box"] > 0 for r in rows(trainer))
     assert finite(trainer.model) and finite(trainer.ema.ema)
@@ -552,7 +541,7 @@ def paragraph(text):
     return line
 
 
-def test_a_run_ends_with_a_paragraph_on_its_losses(accumulated):
+def test_a_run_ends_with_a_summary_of_its_losses(accumulated):
     trainer, text, _ = accumulated
     last = rows(trainer)[-1]
     line = paragraph(text)
@@ -561,9 +550,9 @@ def test_a_run_ends_with_a_paragraph_on_its_losses(accumulated):
     assert "1 because something was not finite" in line
 
 
-def test_the_paragraph_counts_optimizer_steps(accumulated):
+def test_the_summary_counts_optimizer_steps(accumulated):
     _, text, steps = accumulated
-    assert f"Of {steps + 1} steps" in paragraph(text)  # and the one left over, which was skipped
+    assert f"Of {steps + 1} steps" in paragraph(text)  # and the skipped one at the end of the epoch
 
 
 def test_the_columns_of_guard_and_doctor(stage2):
@@ -571,7 +560,7 @@ def test_the_columns_of_guard_and_doctor(stage2):
     for row in rows(stage2):
         assert sum(row[f"share/{t}"] for t in terms) == pytest.approx(1, abs=1e-3)
         assert all(row[f"{k}/{t}"] >= 0 for t in terms for k in ("share", "grad", "chance"))
-        assert 0 < row["chance/dfl"] <= 0.15 * 4 * np.log(16) + 1e-3  # less where the targets sum to less than 1
+        assert 0 < row["chance/dfl"] <= 0.15 * 4 * np.log(16) + 1e-3  # less if the targets sum to less than 1
         assert row["chance/tri"] == pytest.approx(0.3 * 0.3, rel=1e-3)
         assert 0 <= row["train/clipped"] <= 4 and row["train/grad_norm"] > 0
         assert row["train/skipped"] == row["train/overflows"] == 0
@@ -586,7 +575,7 @@ def test_clamps_are_counted_for_every_epoch(tiny, stage1):
         assert row["train/dfl_loss"] == pytest.approx(0.15 * 0.01, abs=1e-5)
 
 
-def test_losses_are_plotted_beside_ultralytics_own_image(stage2, monkeypatch):
+def test_losses_are_plotted_beside_results_png(stage2, monkeypatch):
     results, losses = stage2.save_dir / "results.png", stage2.save_dir / "losses.png"
     with monkeypatch.context() as m:
         m.setattr(stage2.doctor, "every", 0)
@@ -630,17 +619,31 @@ SAFETY = {"nonfinite": "raise", "nonfinite_limit": 3, "doctor": 10}
 
 
 @pytest.mark.parametrize("key", SAFETY)
-def test_a_key_that_both_stages_use_does_not_ask_for_stage_two(tiny, log, key):
-    """With a few-shot model and no stage it is a run of stage 1."""
+def test_a_key_of_all_stages_alone_runs_stage_one(tiny, log, key):
+    """A few-shot model without `stage` trains in stage 1."""
     trainer = FewShotTrainer(
         overrides={**QUICK, key: SAFETY[key], "model": "yolo11n.yaml", "data": str(tiny / "data.yaml"),
                    "project": str(tiny), "name": "safety"}
     )  # fmt: skip
-    assert type(trainer) is FewShotTrainer and trainer.args.stage == 1 and not trainer.episodic
+    assert type(trainer) is FewShotTrainer and trainer.args.stage == 1 and type(trainer.stage) is Stage
     expected = {"nonfinite": "skip", "nonfinite_limit": 10, "doctor": 50, key: SAFETY[key]}
     assert {k: getattr(trainer.args, k) for k in SAFETY} == expected
     assert trainer.args.n_way is trainer.args.grad_clip is trainer.args.supcon is None
     assert trainer.doctor.every == expected["doctor"] and "has no effect" not in log.text
+
+
+@pytest.mark.parametrize(
+    ("cfg", "keys", "text"),
+    [
+        (1, {"n_way": 3, "grad_clip": 2.0}, "n_way= has no effect in stage 1. Use it with cfg=stage2.yaml."),
+        (1, {"n_way": 3, "steps": 4}, "n_way=, steps= has no effect in stage 1. Use it with cfg=stage2.yaml or cfg=st"),
+        (2, {"steps": 4, "supcon": 1.0}, "steps= has no effect in stage 2. Use it with cfg=stage3.yaml."),
+    ],
+)
+def test_keys_of_other_stages_are_named_with_their_recipe(tiny, log, cfg, keys, text):
+    overrides = {**QUICK, **keys, "model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml")}
+    FewShotTrainer(f"stage{cfg}.yaml", {**overrides, "project": str(tiny), "name": "unused"})
+    assert text in log.text
 
 
 def test_resolving_keys():
@@ -666,8 +669,8 @@ def test_resolving_keys():
 
 def test_episodes_are_plotted_at_the_start_and_at_the_end(tiny, stage1, caplog, monkeypatch):
     logging.getLogger("ultralytics").addHandler(caplog.handler)
-    seen, plot = [], module.plot_episode
-    monkeypatch.setattr(module, "plot_episode", lambda *a: seen.append(deepcopy(a)) or plot(*a))
+    seen, plot = [], run_plots.plot_episode
+    monkeypatch.setattr(run_plots, "plot_episode", lambda *a: seen.append(deepcopy(a)) or plot(*a))
     try:
         trainer = train(tiny, "plots", **{**EPISODIC, "plots": True}, epochs=1, model=str(stage1.best))
     finally:
@@ -699,13 +702,13 @@ def test_loggers_get_every_column(tiny, stage1):
 def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):
     trainer = train(tiny, "few", **{**EPISODIC, "k_shot": 2}, epochs=1, model=str(stage1.best))
     trainer.args.k_shot = 99
-    # Three images, each of two of three classes: whatever is support, not every class is left for a query.
+    # Three images with two of three classes each: no choice of support images leaves a query image of every class.
     labels = [{"cls": np.array([[a], [b]], float)} for a, b in ((0, 1), (1, 2), (0, 2))]
     logging.getLogger("ultralytics").addHandler(caplog.handler)
     try:
-        trainer._plot_val_episodes()
+        run_plots.plot_val_episodes(trainer)
         trainer.args.k_shot, trainer.test_loader.dataset.labels = 1, labels
-        trainer._plot_val_episodes()
+        run_plots.plot_val_episodes(trainer)
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
     assert "the val split has too few classes with k_shot + 1 images" in caplog.text
@@ -729,8 +732,8 @@ def test_a_compiled_model_is_not_measured(tiny):
         assert trainer.doctor.every == (0 if compiled else 5)
 
 
-def test_a_compiled_model_trains_as_another_one(tiny, stage1, monkeypatch):
-    """With the graphs that torch.compile captures, but without generating code for them, which takes minutes."""
+def test_a_compiled_model_trains_like_an_eager_one(tiny, stage1, monkeypatch):
+    """Capture the graphs of torch.compile, but generate no code for them, which takes minutes."""
     calls, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda m, **kwargs: calls.append(m) or compile(m, backend="eager"))
     run = {**EPISODIC, "epochs": 1, "episodes": 2, "model": str(stage1.best), "val": False, "doctor": 0}

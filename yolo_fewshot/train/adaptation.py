@@ -1,178 +1,259 @@
-"""Stage 3: a fine-tuning that starts from enrolled prototypes and is taught what it must not forget."""
+"""Stage 3: fine-tuning from enrolled prototypes, with losses that keep the old classes."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
+from ultralytics.data.build import InfiniteDataLoader
+from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import check_det_dataset
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK, colorstr
 
+from yolo_fewshot import args as table
 from yolo_fewshot.class_names import match_classes
-from yolo_fewshot.data.shots_and_base import AdaptSampler, ShotsAndBase, merged_names
+from yolo_fewshot.data.ignore import fully_labeled, masked
+from yolo_fewshot.data.shots_and_base import AdaptSampler, ShotsAndBase, merged_names, relabel
 from yolo_fewshot.data.support import Support, read_support
 from yolo_fewshot.enroll.detection import ap50, detect
-from yolo_fewshot.enroll.enroll import Shots, enroll, log_shots
+from yolo_fewshot.enroll.enroll import enroll, log_shots
 from yolo_fewshot.enroll.features import View, extract, support_views
+from yolo_fewshot.enroll.replay import fill_replay_buffer
 from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.nn.criterion import branch_losses
 from yolo_fewshot.nn.model import FewShotDetectionModel
-from yolo_fewshot.train.retention import Teacher, retain, silent_classes
+from yolo_fewshot.train.retention import Teacher, replay_targets, unlabeled_classes
+from yolo_fewshot.train.run_plots import plot_enrolled_shots
+from yolo_fewshot.train.stage import Stage
 
-STEPS, PASSES = 300, 60  # optimizer steps, and passes over the images of the shots, at least
-FROZEN = 10  # layers, which are the backbone
-ENROLLED = "enrolled.pt"  # what training starts from, beside its checkpoints
-SPOILT = 0.05  # AP50 on the shots that training may lose against the enrollment
+MIN_STEPS, MIN_PASSES = 300, 60  # optimizer steps, and passes over the support images
+BACKBONE = 10  # layers
+ENROLLED = "enrolled.pt"  # initial weights, saved beside last.pt
+MAX_DROP = 0.05  # of AP50 on the support set; beyond it the run ends with the enrolled weights
+CONFLICTS = {"single_cls": "keeps all classes of its model", "distill_model": "has a teacher of its own"}
 
 
-def steps_for(shots: int, batch: int) -> int:
-    """Return the number of optimizer steps.
+def steps_for(images: int, batch: int) -> int:
+    """Return the default number of optimizer steps.
 
     Args:
-        shots (int): Images of the shots.
+        images (int): Support images.
         batch (int): Images in a batch.
 
     Returns:
-        (int): The steps, at least `STEPS`.
+        (int): At least `MIN_STEPS`, and at least `MIN_PASSES` over the images.
     """
-    return max(STEPS, -(-PASSES * shots // batch))
+    return max(MIN_STEPS, -(-MIN_PASSES * images // batch))
 
 
 def blend_for(labels: list[dict[str, Any]]) -> float:
-    """Return the part of the trained weights to end with.
+    """Return the default interpolation weight of the fine-tuned weights.
 
     Args:
-        labels (list[dict]): Labels of the shots.
+        labels (list[dict]): Labels of the support images.
 
     Returns:
-        (float): 0.5 if the classes have one object each (their median), 0.75 if they have more.
+        (float): 0.5 if the median class has one object, 0.75 if it has more.
     """
     counts = np.unique(np.concatenate([np.zeros(0), *(x["cls"].flat for x in labels)]), return_counts=True)[1]
     return 0.75 if len(counts) and np.median(counts) > 1 else 0.5
 
 
 def freeze_for(names: dict[int, str], support: Support) -> int:
-    """Return the number of layers that stay as they are.
+    """Return the default number of frozen layers.
 
     Args:
-        names (dict[int, str]): Classes of the model and of the shots.
-        support (Support): The shots.
+        names (dict[int, str]): Classes of the model and of the support set.
+        support (Support): Support set.
 
     Returns:
-        (int): The backbone if there is a class to be kept without shots, else 0.
+        (int): The backbone if a class has no shots and must be kept, else 0.
     """
-    return FROZEN if set(names.values()) - support.class_names else 0
+    return BACKBONE if set(names.values()) - support.class_names else 0
 
 
 @torch.no_grad()
-def blend(model: nn.Module, start: dict[str, torch.Tensor], part: float) -> None:
-    """Move the weights and statistics of a model towards those that its training started from.
+def blend(model: nn.Module, initial: dict[str, torch.Tensor], weight: float) -> None:
+    """Interpolate between the initial and the fine-tuned weights (WiSE-FT).
 
-    Between the two lies a model that has learned from a few images and forgotten less: Wortsman et al. 2022, "Robust
-    fine-tuning of zero-shot models", arXiv:2109.01903.
+    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv:2109.01903. BatchNorm statistics and
+    prototypes are interpolated like weights.
 
     Args:
-        model (nn.Module): Trained model, changed in place.
-        start (dict[str, torch.Tensor]): State of the model before training.
-        part (float): Part of the trained weights, 0 to 1.
+        model (nn.Module): Fine-tuned model, changed in place.
+        initial (dict[str, torch.Tensor]): State of the model before training.
+        weight (float): Interpolation weight of the fine-tuned weights, 0 to 1.
     """
     for name, value in model.state_dict().items():
         if value.is_floating_point():
-            value.lerp_(start[name].to(value), 1 - part)
+            value.lerp_(initial[name].to(value), 1 - weight)
 
 
-def ap50_on_shots(model: nn.Module, support: Support, imgsz: int) -> float:
-    """Return how well a model finds the shots, from the anchors that enrollment looks at.
+def support_ap50(model: nn.Module, support: Support, imgsz: int) -> float:
+    """Return the AP50 of a model on the support set, at the anchors that enrollment extracts.
 
     Args:
-        model (nn.Module): Few-shot model in eval mode that knows the classes of the shots.
-        support (Support): The shots.
+        model (nn.Module): Few-shot model in eval mode that has the classes of the support set.
+        support (Support): Support set.
         imgsz (int): Image size in pixels.
 
     Returns:
-        (float): Mean AP50 of the classes of the shots, 0 to 1.
+        (float): Mean AP50 of the classes of the support set, 0 to 1.
     """
     head, index = model.model[-1], match_classes(support.names, model.names)
     features = extract(model, support, imgsz, views=[View()], desc="Checking shots")
     labels = torch.tensor([index[c] for c in features.cls.tolist()])
     vectors, offsets = zip(*(head.get_class(i)[0] for i in range(head.nc)))
-    rows, every = (torch.stack(vectors).cpu(), torch.stack(offsets).cpu()), torch.ones(len(features.files), dtype=bool)
-    return ap50(detect(features, labels, every, rows, head.banks[0]))
+    rows, images = (torch.stack(vectors).cpu(), torch.stack(offsets).cpu()), torch.ones(len(features.files), dtype=bool)
+    return ap50(detect(features, labels, images, rows, head.banks[0]))
 
 
-class Adaptation:
-    """Stage 3 of a run, in the order of its methods.
+class Adaptation(Stage):
+    """Stage 3: fine-tuning on shots, and on base images if there are any, from enrolled prototypes.
 
     Attributes:
-        names (dict[int, str]): Classes of the model that it starts from, then those of the shots that are new; known
-            after `take_classes`.
-        labeled (list[dict]): What Ultralytics knows of the data of the shots and, if there are any, of base images.
+        names (dict[int, str]): Classes of the initial model, then the new ones of the support set; known after `adopt`.
+        support (Support): Support set; known after `adopt`.
+        datasets (list[dict]): Checked data.yaml of the shots and, with `base_replay`, of the base images.
     """
 
-    def __init__(self, args: SimpleNamespace, data: dict[str, Any]):
-        """Initialize the adaptation.
+    keys = frozenset((*Stage.keys, *table.ADAPTING))
+    seeded_epochs = True
+    blends = True
+
+    @classmethod
+    def settings(cls, merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments for one optimizer step per batch.
+
+        Raises:
+            ValueError: If an argument does not work in stage 3.
+        """
+        for k, why in CONFLICTS.items():
+            if merged[k]:
+                raise ValueError(f"'{k}={merged[k]}' does not work in stage 3, which {why}. Leave it out.")
+        if merged["batch"] < 1:
+            raise ValueError(f"'batch={merged['batch']}' is an invalid value. In stage 3 'batch' must be >= 1.")
+        return {"rect": False, "nbs": merged["batch"], "cls_remap": True}  # the classes of the shots go by name
+
+    def __init__(self, trainer: DetectionTrainer, data: dict[str, Any]):
+        """Initialize the stage.
 
         Args:
-            args (SimpleNamespace): Arguments of the run.
-            data (dict): What Ultralytics knows of the data of the shots.
+            trainer (DetectionTrainer): Trainer of the run, which has its arguments and no model yet.
+            data (dict): Checked data.yaml of the shots.
+
+        Raises:
+            FileNotFoundError: If the base images do not exist.
         """
-        self.args = args
-        self.labeled = [data, *([check_det_dataset(args.base_replay)] if args.base_replay else [])]
+        super().__init__(trainer, data)
+        self.args = trainer.args
+        self.datasets = [data, *([check_det_dataset(self.args.base_replay)] if self.args.base_replay else [])]
         self.names: dict[int, str] = {}
-        self._start: dict[str, torch.Tensor] = {}
-        self._blend = args.blend
+        self._initial: dict[str, torch.Tensor] = {}
+        self._blend = self.args.blend
         self._teacher: Teacher | None = None
 
-    def take_classes(self, model: FewShotDetectionModel) -> None:
-        """Read the shots, and append their new classes to those of the model that training starts from.
+    def adopt(self, model: FewShotDetectionModel) -> None:
+        """Read the support set, and append its new classes to those of the model.
 
         Args:
-            model (FewShotDetectionModel): The model; `freeze` follows from its classes if it is None.
+            model (FewShotDetectionModel): Initial model; without a given `freeze`, its classes decide.
         """
         self.support = read_support(self.args.data, model.names, model.yaml.get("channels") or 3)
         self.names = merged_names(model.names, self.support.names, self.support.labels)
         if self.args.freeze is None:
             self.args.freeze = freeze_for(self.names, self.support)
+        self.trainer.data = {**self.trainer.data, "names": self.names, "nc": len(self.names)}
 
-    def enrolled(
-        self, weights: FewShotDetectionModel, device: torch.device
-    ) -> tuple[FewShotDetectionModel, Shots | None]:
-        """Return a copy of a model in which the new classes of the shots are enrolled.
+    def initial_weights(self, weights: nn.Module | None) -> FewShotDetectionModel:
+        """Return a copy of the given model with the new classes enrolled; a resumed run has them already.
 
-        Args:
-            weights (FewShotDetectionModel): The model.
-            device (torch.device): Where to compute.
-
-        Returns:
-            (tuple[FewShotDetectionModel, Shots | None]): The copy, and what was enrolled; the model itself and None if
-                no class is new.
+        Raises:
+            ValueError: If the run has no few-shot checkpoint to start from.
         """
-        if self.names == {int(i): str(n) for i, n in weights.names.items()}:
-            return weights, None
-        known, views = {str(n) for n in weights.names.values()}, support_views(vars(self.args), self.support.crops)
-        weights = deepcopy(weights).float().eval().to(device)
-        shots = enroll(weights, self.support, self.args.imgsz, views=views, keep=known, nms=self.args.nms)
+        if self.args.pretrained is False:
+            raise ValueError("'pretrained=False' leaves stage 3 nothing to adapt. Leave it out.")
+        if not isinstance(weights, FewShotDetectionModel):
+            raise ValueError(
+                f"'model={self.args.model}' cannot be adapted. Stage 3 starts from a few-shot checkpoint, i.e. the "
+                "best.pt of stage 2."
+            )
+        self.adopt(weights)
+        known = {int(i): str(n) for i, n in weights.names.items()}
+        if self.trainer.resume or self.names == known:
+            return weights
+        model, views = deepcopy(weights).float().eval(), support_views(vars(self.args), self.support.crops)
+        model = model.to(self.trainer.device)
+        shots = enroll(model, self.support, self.args.imgsz, views=views, keep=set(known.values()), nms=self.args.nms)
         log_shots(shots)
-        return weights.cpu(), shots
+        if self.args.plots:  # not before training starts: a launcher of several processes empties the run's folder
+            plot = functools.partial(plot_enrolled_shots, shots=shots, names=dict(model.names))
+            self.trainer.add_callback("on_train_start", plot)
+        return model.cpu()
 
-    def begin(self, model: FewShotDetectionModel, folder: Path) -> None:
-        """Keep the state that training starts from, in a file so that a resumed run knows it, too.
+    def on_loaded(self, model: FewShotDetectionModel, weights: FewShotDetectionModel) -> None:
+        """Copy what the initial model stores beside its weights."""
+        names = set(model.names.values())
+        model.enrolled = {n: x for n, x in weights.enrolled.items() if n in names}
+        model.prior_strength, model.memory = weights.prior_strength, weights.memory
 
-        Args:
-            model (FewShotDetectionModel): Model with the new classes enrolled, unless the run is resumed.
-            folder (Path): Folder of the checkpoints, where `enrolled.pt` is written; a resumed run reads the one beside
-                its checkpoint.
+    def build_dataset(self, build: Callable[..., YOLODataset], img_path: str, mode: str, batch: int | None) -> Dataset:
+        """Return a data set with the class indices of the model, in training the shots and the base images.
+
+        Raises:
+            ValueError: If an image shows a class that neither the model nor the support set has.
+        """
+        shots, *base = self.datasets
+        own = self._build_part(build, shots, img_path, mode, batch)
+        if mode != "train":
+            return own
+        return ShotsAndBase([own, *(self._build_part(build, x, x["train"], mode, batch) for x in base)])
+
+    def _build_part(
+        self, build: Callable[..., YOLODataset], data: dict[str, Any], img_path: str, mode: str, batch: int | None
+    ) -> YOLODataset:
+        """Return a data set that is labeled by `data`, with the class indices of the model."""
+        trainer, merged = self.trainer, self.trainer.data
+        trainer.data = data  # which Ultralytics' `build_dataset` reads
+        try:
+            dataset = masked(build(img_path, mode, batch), data, mode)
+        finally:
+            trainer.data = merged
+        relabel(dataset, data["names"], merged["names"])
+        dataset.data = merged
+        return dataset
+
+    def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
+        """Return the loader of shots and base images, whose length is `steps` / `epochs`, and log both."""
+        a, dataset, processes = self.args, loader.dataset, max(self.trainer.world_size, 1)
+        shots, base = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
+        steps = a.steps or steps_for(shots, batch_size * processes)
+        if a.blend is None:
+            self._blend = blend_for(dataset.parts[0].labels)
+        LOGGER.info(
+            f"{colorstr('adapt:')} {steps} steps on {shots} support images and {base} base images, freeze={a.freeze}, "
+            f"blend={self._blend:g}"
+        )
+        batches, rank = -(-steps // a.epochs), max(RANK, 0)
+        sampler = AdaptSampler(shots, base, batch_size, batches, a.seed, rank, processes)
+        return self._resampled(loader, dataset, sampler, batch_size)
+
+    def begin_run(self) -> None:
+        """Save the initial weights to enrolled.pt; a resumed run reads the file beside its checkpoint.
 
         Raises:
             FileNotFoundError: If a resumed run has no such file.
         """
-        file = folder / ENROLLED
+        model, file = self.trainer.ema.ema, self.trainer.wdir / ENROLLED
         if self.args.resume:
             file = Path(self.args.resume).parent / ENROLLED
             if not file.exists():
@@ -182,80 +263,55 @@ class Adaptation:
                 )
             model = load_checkpoint(file)[0]
         elif RANK in {-1, 0}:
-            start = deepcopy(model, {id(getattr(model, "criterion", None)): None}).cpu()
-            save_checkpoint({"model": start, "train_args": vars(self.args)}, file)
-        self._start = {k: v.clone() for k, v in model.state_dict().items()}
+            initial = deepcopy(model, {id(getattr(model, "criterion", None)): None}).cpu()
+            save_checkpoint({"model": initial, "train_args": vars(self.args)}, file)
+        self._initial = {k: v.clone() for k, v in model.state_dict().items()}
 
-    def sampler(self, dataset: ShotsAndBase, batch: int, processes: int = 1) -> AdaptSampler:
-        """Return what draws the batches, and say how many and how far the weights will go.
-
-        Args:
-            dataset (ShotsAndBase): Images to train on.
-            batch (int): Images in a batch of this process.
-            processes (int): Processes that train together; a step sees a batch of each.
-
-        Returns:
-            (AdaptSampler): The sampler.
-        """
-        a, shots, base = self.args, len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
-        steps = a.steps or steps_for(shots, batch * processes)
-        if a.blend is None:
-            self._blend = blend_for(dataset.parts[0].labels)
-        images, where = f"{shots} images of shots and {base} of base classes", f"blend={self._blend:g}"
-        what = f"{steps} steps on {images}, freeze={a.freeze}, {where}"
-        LOGGER.info(f"{colorstr('adapt:')} {what}")
-        return AdaptSampler(shots, base, batch, -(-steps // a.epochs), a.seed, max(RANK, 0), processes)
-
-    def retain(self, model: FewShotDetectionModel, labels: list[dict[str, Any]]) -> None:
-        """Let the model that training starts from teach the classes that no image labels.
-
-        Args:
-            model (FewShotDetectionModel): Model in training.
-            labels (list[dict]): Labels of the images to train on, as in `YOLODataset.labels`.
-        """
-        start = deepcopy(model, {id(model.criterion): None})
-        start.load_state_dict(self._start)
-        silent = silent_classes(start.model[-1].nc, labels).to(next(model.parameters()).device)
-        if not len(silent):
+    def begin_training(self, model: FewShotDetectionModel) -> None:
+        """Set up distillation and replay for the classes without a label in the training images."""
+        initial = deepcopy(model, {id(model.criterion): None})
+        initial.load_state_dict(self._initial)
+        labels = self.trainer.train_loader.dataset.labels
+        unlabeled = unlabeled_classes(initial.model[-1].nc, labels).to(next(model.parameters()).device)
+        if not len(unlabeled):
             return
-        for loss, retained in zip(branch_losses(model), retain(start, silent)):
-            loss.retention = retained
+        for loss, targets in zip(branch_losses(model), replay_targets(initial, unlabeled)):
+            loss.retention = targets
         if self.args.teacher:
-            self._teacher = Teacher(start, silent)
+            self._teacher = Teacher(initial, unlabeled)
 
-    def taught(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch with what the teacher sees in it, if there is one.
-
-        Args:
-            batch (dict): Preprocessed batch.
-
-        Returns:
-            (dict): The same, with `teacher`.
-        """
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch with the scores of the teacher as `teacher`, if there is a teacher."""
         return {**batch, "teacher": self._teacher(batch["img"])} if self._teacher else batch
 
-    def end(self, last: str, best: str, device: torch.device) -> None:
-        """End between start and end of the training, or at its start if that finds the shots much better.
+    def final_checkpoints(
+        self, last: dict[str, Any] | None, best: dict[str, Any] | None
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Interpolate the weights of the last epoch, or fall back to the initial ones if AP50 on the shots dropped.
 
-        Args:
-            last (str): Checkpoint of the last epoch; replaced by the end.
-            best (str): Checkpoint that becomes the same, since no result on other images chooses an epoch.
-            device (torch.device): Where to compute.
+        Both files get the same weights: no results on other images choose an epoch.
         """
-        ckpt = torch.load(last, map_location="cpu", weights_only=False)
-        model = ckpt["ema"].float().eval().to(device)
-        start = deepcopy(model)
-        start.load_state_dict(self._start)
-        blend(model, self._start, self._blend)
-        before, after = (ap50_on_shots(m, self.support, self.args.imgsz) for m in (start, model))
-        text = f"{self._blend:.0%} of the trained weights, the rest of {ENROLLED}. AP50 on the shots"
-        LOGGER.info(f"{colorstr('adapt:')} {text} {before:.3f} before, {after:.3f} after")
-        if after < before - SPOILT:
-            model = start
+        if last is None:
+            return last, best
+        model = last["model"].float().to(self.trainer.device)
+        initial = deepcopy(model)
+        initial.load_state_dict(self._initial)
+        blend(model, self._initial, self._blend)
+        before, after = (support_ap50(m, self.support, self.args.imgsz) for m in (initial, model))
+        LOGGER.info(
+            f"{colorstr('adapt:')} Final weights: {self._blend:.0%} fine-tuned, {1 - self._blend:.0%} {ENROLLED}. "
+            f"AP50 on the support set {before:.3f} before, {after:.3f} after"
+        )
+        if after < before - MAX_DROP:
+            model = initial
             LOGGER.warning(
-                f"Training finds the shots much less well than enrollment, so the result is {ENROLLED}. Look at the "
-                "labels of the shots, or set a smaller lr0 or blend."
+                f"AP50 on the support set dropped from {before:.3f} to {after:.3f}, so the run ends with the enrolled "
+                f"weights, {ENROLLED}. Check the labels of the shots, or set a smaller lr0 or blend."
             )
-        ckpt["ema"] = model.cpu().half()
-        for file in (last, best):
-            save_checkpoint(ckpt, file)
+        last["model"] = model.cpu().half()
+        return last, last
+
+    def prepare_enrollment(self, model: FewShotDetectionModel) -> None:
+        """Refill the replay buffer from the base images, if there are any, since the embeddings have moved."""
+        for base in self.trainer.train_loader.dataset.parts[1:]:
+            model.memory = fill_replay_buffer(model, fully_labeled(base), self.args.imgsz, self.args.seed)

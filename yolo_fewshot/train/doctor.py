@@ -1,4 +1,4 @@
-"""What to know before a long run: the data, the losses of the first batch, and what the recipe will cost."""
+"""`yolo-fewshot doctor`: check the data and rehearse a run before it starts; `monitor.py` measures a run itself."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from yolo_fewshot.data.checks import (
 )
 from yolo_fewshot.train.trainer import FewShotTrainer
 
-STEPS = 8  # of the rehearsal; the time of the first two is not counted
+STEPS = 8  # of the rehearsal; the first two do not count for the time
 MARKS = {"ok": "✅", "warning": "⚠️", "error": "❌"}
-FAR = 2.0  # times its chance level, above which a term is worth a warning
+FAR = 2.0  # multiple of its chance level above which a term gets a warning
 
 
 class RehearsalOver(Exception):
-    """Ends a rehearsal."""
+    """Ends the training loop of a rehearsal."""
 
 
 class Rehearsal(FewShotTrainer):
-    """A training run of a few steps that calls no logger and is thrown away.
+    """A training run of a few steps in a temporary folder, without the callbacks of loggers and users.
 
     Attributes:
         first (dict[str, float]): Weighted terms of the first batch.
-        seconds (list[float]): Duration of each step, the loading of its images included.
-        memory (int): Most memory in use, in bytes: of the GPU, or else of this process.
+        seconds (list[float]): Duration of each step, including the loading of its images.
+        memory (int): Peak memory in bytes, of the GPU or else of this process.
     """
 
     def run_callbacks(self, event: str) -> None:
-        """Do what the trainer does at an event, and take the measurements, but run nobody's callbacks.
+        """Run the trainer's own callback of an event, and measure time and memory.
 
         Args:
             event (str): Name of the event.
@@ -62,7 +62,7 @@ class Rehearsal(FewShotTrainer):
         if event == "on_train_start":
             self.seconds, self.memory = [], 0
         elif event == "on_train_epoch_start":
-            self._start = now  # validation is not counted
+            self._start = now  # without validation
         elif event == "on_train_batch_end":
             if not self.seconds:
                 self.first = {k: float(v) for k, v in self.loss_items.items()}
@@ -73,7 +73,7 @@ class Rehearsal(FewShotTrainer):
                 raise RehearsalOver
 
     def final_eval(self) -> None:
-        """End a rehearsal that has fewer steps than it could have.
+        """End the rehearsal of a run that has fewer than `STEPS` steps.
 
         Raises:
             RehearsalOver: Always.
@@ -88,7 +88,7 @@ class Rehearsal(FewShotTrainer):
 
 
 def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) -> list[Finding]:
-    """Look at the data and rehearse a training run, and log what was found.
+    """Check the data, rehearse a training run, and log the findings.
 
     Args:
         data (str): data.yaml.
@@ -97,7 +97,7 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
         **overrides (Any): Any other argument of `yolo train`.
 
     Returns:
-        (list[Finding]): What was found.
+        (list[Finding]): The findings.
 
     Raises:
         SyntaxError: If an argument is misspelt.
@@ -106,7 +106,9 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
         FileNotFoundError: If the data or the model does not exist.
     """
     if overrides.get("resume"):
-        raise ValueError("'resume=' is no setting of the doctor, which looks at a run before it starts.")
+        raise ValueError(
+            "'resume=' is not an argument of the doctor, which checks a run before it starts. Leave it out."
+        )
     settings = {**overrides, "data": str(data), "model": str(model)}
     given = vars(get_cfg({**DEFAULT_CFG_DICT, "save_dir": ""}, {**YAML.load(check_yaml(cfg)), **settings}))
     table.refuse_support(given)
@@ -114,7 +116,8 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
     args = get_cfg(given, table.resolve(given))
     found: list[Finding] = []
 
-    def say(title: str, findings: list[Finding]) -> None:
+    def add(title: str, findings: list[Finding]) -> None:
+        """Log findings and keep them."""
         LOGGER.info(f"\n{colorstr('bold', title)}")
         for level, text in findings:
             LOGGER.info(f"{MARKS[level]} {text}")
@@ -122,20 +125,20 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
 
     described = check_det_dataset(args.data)
     splits = [read_split(described, name) for name in ("train", "val")]
-    say("Boxes", [f for s in splits for f in check_boxes(s)])
+    add("Boxes", [f for s in splits for f in check_boxes(s)])
     classes = check_names(described["names"])
-    if args.stage != 3:  # which keeps what it has no shots of
+    if args.stage != 3:  # stage 3 keeps classes without shots
         classes += [check_classes(s, described["names"]) for s in splits]
     if classes:
-        say("Classes", classes)
-    say("Train and val", [check_duplicates(*splits)])
-    say("Shots", check_shots(splits[0], described["names"], args))
+        add("Classes", classes)
+    add("Train and val", [check_duplicates(*splits)])
+    add("Shots", check_shots(splits[0], described["names"], args))
     if any(f.level == "error" for f in found):
-        LOGGER.info("\nThe losses, the time and the memory are looked at when the errors above are gone.")
+        LOGGER.info("\nCorrect the errors above to check the losses, time and memory.")
         return found
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"project": folder, "name": "rehearsal", "save_dir": None, "plots": False, "val": False}
-        one = parse_device(args.device).split(",")[0]  # one process, whatever the run has
+        one = parse_device(args.device).split(",")[0]  # one process, also for a run on several GPUs
         quiet |= {"doctor": STEPS, "device": one}
         level = LOGGER.level
         LOGGER.setLevel(logging.WARNING)
@@ -146,23 +149,23 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
             pass
         except (MemoryError, FloatingPointError) as e:
             LOGGER.setLevel(level)
-            say("First steps", [Finding("error", str(e))])
+            add("First steps", [Finding("error", str(e))])
             return found
         finally:
             LOGGER.setLevel(level)
-    say("Loss terms of the first batch", compare_terms(trainer))
-    say("Time and memory", [estimate(trainer)])
+    add("Loss terms of the first batch", compare_terms(trainer))
+    add("Time and memory", [estimate(trainer)])
     return found
 
 
 def compare_terms(trainer: Rehearsal) -> list[Finding]:
-    """Compare the terms of the first batch with their chance levels, see `FewShotLoss.chance`.
+    """Compare the terms of the first batch with their chance levels, which `FewShotLoss.chance` defines.
 
     Args:
-        trainer (Rehearsal): A rehearsal that is over.
+        trainer (Rehearsal): A finished rehearsal.
 
     Returns:
-        (list[Finding]): One line for each term.
+        (list[Finding]): One finding for each term.
     """
     if not trainer.doctor.chance:
         return [Finding("ok", f"{k:<10}{v:9.4g}") for k, v in trainer.first.items()]
@@ -181,10 +184,10 @@ def compare_terms(trainer: Rehearsal) -> list[Finding]:
 
 
 def estimate(trainer: Rehearsal) -> Finding:
-    """Estimate what the recipe will take.
+    """Estimate the time and memory of the whole run.
 
     Args:
-        trainer (Rehearsal): A rehearsal that is over.
+        trainer (Rehearsal): A finished rehearsal.
 
     Returns:
         (Finding): Time and memory.
@@ -201,7 +204,7 @@ def estimate(trainer: Rehearsal) -> Finding:
 
 
 def _duration(seconds: float) -> str:
-    """Return a duration in words."""
+    """Format a duration."""
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:.2g} {name}" if seconds < 10 * unit else f"{seconds / unit:.0f} {name}"

@@ -1,4 +1,4 @@
-"""Keeps a non-finite loss, gradient or statistic out of the weights."""
+"""The guard: keep a non-finite loss, gradient or statistic out of the weights; `guarded.py` puts it into a trainer."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-STOCK_CLIP = 10.0  # Ultralytics' own, on the loss as it multiplies it
+STOCK_CLIP = 10.0  # Ultralytics' maximum gradient norm, of the loss times batch size
 
 
 class Guard:
-    """Clips gradients, tells when a step has to be skipped, and undoes what the batches of such a step did.
+    """Clips gradients, detects steps to skip, and undoes what the batches of a skipped step did.
 
     Attributes:
-        norms (list[float]): Gradient norms before clipping, of the steps taken since `reset`.
-        clipped (int): Those above the limit.
-        skipped (int): Steps skipped since `reset` because something was not finite.
-        overflows (int): Steps skipped since `reset` because a gradient multiplied by the AMP scale overflowed.
+        norms (list[float]): Gradient norms before clipping of the steps taken since `reset`.
+        clipped (int): Number of these norms above the limit.
+        skipped (int): Steps skipped since `reset` because a value was not finite.
+        overflows (int): Steps skipped since `reset` because a gradient times the AMP scale overflowed.
         in_a_row (int): Steps counted in `skipped` since the last step that was taken.
-        total (dict[str, int]): Steps, and those clipped, skipped and skipped for an overflow, before the last `reset`.
+        total (dict[str, int]): Counts of steps, clipped, skipped and overflows before the last `reset`.
     """
 
     def __init__(self, model: nn.Module):
-        """Initialize the counters and keep the statistics of the model.
+        """Initialize the counters and copy the statistics of the model.
 
         Args:
             model (nn.Module): Model in training, not wrapped for several GPUs.
@@ -46,41 +46,41 @@ class Guard:
     def clip(self, max_norm: float | None, scale: float, loss: torch.Tensor) -> bool:
         """Clip the gradients in place, and return whether the step may be taken.
 
-        One number for each of gradient, loss and statistics is read from the device. Processes that train together
-        give the same answer.
+        One number each for gradient, loss and statistics is read from the device. All processes of multi-GPU training
+        return the same.
 
         Args:
-            max_norm (float | None): Maximum norm of the gradient divided by `scale`; None for Ultralytics' own clip,
-                which is on the gradient itself.
+            max_norm (float | None): Maximum norm of the gradient divided by `scale`; None for Ultralytics' limit, which
+                is on the gradient itself.
             scale (float): Factor by which the loss was multiplied before the backward pass.
             loss (torch.Tensor): That loss.
 
         Returns:
-            (bool): False if anything is not finite; the gradients are left as they are then.
+            (bool): False if any value is not finite; the gradients then stay as they are.
         """
-        graded = [p for p in self.parameters.values() if p.grad is not None]
+        with_grad = [p for p in self.parameters.values() if p.grad is not None]
         foreach = False if loss.device.type == "npu" else None  # as Ultralytics does there
-        total = torch.nn.utils.get_total_norm([p.grad for p in graded], foreach=foreach)
+        total = torch.nn.utils.get_total_norm([p.grad for p in with_grad], foreach=foreach)
         statistics = self._flat_buffers()
         largest = torch.linalg.vector_norm(statistics, math.inf) if len(statistics) else total.new_zeros(())
-        seen = torch.stack([total.float(), loss.detach().float(), largest.to(total.device)])
+        values = torch.stack([total.float(), loss.detach().float(), largest.to(total.device)])
         if dist.is_available() and dist.is_initialized():  # NaN and Inf of one process reach all
-            dist.all_reduce(seen[1:], dist.ReduceOp.SUM)
-        norm, *others = seen.tolist()  # the only wait for the device
+            dist.all_reduce(values[1:], dist.ReduceOp.SUM)
+        norm, *others = values.tolist()  # the only wait for the device
         if not all(map(math.isfinite, (norm, *others))):
             return False
         limit = STOCK_CLIP if max_norm is None else max_norm * scale
-        torch.nn.utils.clip_grads_with_norm_(graded, limit, total, foreach=foreach)
+        torch.nn.utils.clip_grads_with_norm_(with_grad, limit, total, foreach=foreach)
         self.norms.append(norm / scale)
         self.clipped += norm > limit
         self.statistics, self.in_a_row = statistics, 0
         return True
 
     def skip(self, overflow: bool) -> None:
-        """Count a step that is skipped.
+        """Count a skipped step.
 
         Args:
-            overflow (bool): Whether it is one that AMP is expected to have.
+            overflow (bool): Whether it is an overflow of AMP, which is expected now and then.
         """
         if overflow:
             self.overflows += 1
@@ -90,31 +90,30 @@ class Guard:
 
     @torch.no_grad()
     def undo(self, source: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-        """Put the statistics back as they were after the last step, and replace weights that are not finite.
+        """Restore the statistics of the last step that was taken, and replace non-finite weights.
 
         Args:
-            source (nn.Module): Model to take such weights from, the moving average.
+            source (nn.Module): Moving average, which such weights are taken from.
             optimizer (torch.optim.Optimizer): Optimizer, whose state of such weights is dropped.
 
         Returns:
-            (list[str]): Names of the weights that were replaced.
+            (list[str]): Names of the replaced weights.
 
         Raises:
             FloatingPointError: If they are not finite in `source` either.
         """
         parts = self.statistics.split([b.numel() for b in self.buffers])
-        for b, kept in zip(self.buffers, parts):
-            b.copy_(kept.view_as(b))
+        for b, value in zip(self.buffers, parts):
+            b.copy_(value.view_as(b))
         bad = nonfinite(self.parameters)
-        spare = dict(source.named_parameters())
+        averages = dict(source.named_parameters())
         for name in bad:
-            good = spare[name]
-            if not torch.isfinite(good).all():
+            if not torch.isfinite(averages[name]).all():
                 raise FloatingPointError(
-                    f"The weights of {name} are not finite, nor is their moving average. Go on from the last "
+                    f"The weights of {name} are not finite, nor is their moving average. Resume from the last "
                     "checkpoint with a smaller lr0."
                 )
-            self.parameters[name].copy_(good)
+            self.parameters[name].copy_(averages[name])
             optimizer.state.pop(self.parameters[name], None)
         return bad
 
@@ -122,14 +121,14 @@ class Guard:
         """Return the columns for results.csv.
 
         Returns:
-            (dict[str, float]): Mean gradient norm before clipping, and the number of all steps, of those clipped, of
-                those skipped, and of those skipped for an overflow of AMP.
+            (dict[str, float]): Mean gradient norm before clipping, and the counts of steps, clipped steps, skipped
+                steps, and steps skipped for an overflow of AMP.
         """
         mean = sum(self.norms) / len(self.norms) if self.norms else 0.0
         return {"train/grad_norm": round(mean, 5), **{f"train/{k}": v for k, v in self._counts().items()}}
 
     def summary(self) -> str:
-        """Return what the guard did since it was made, in a sentence."""
+        """Return the counts of the whole run as a sentence."""
         n = {k: v + self.total[k] for k, v in self._counts().items()}
         return (
             f"Of {n['steps']} steps {n['clipped']} were clipped, {n['overflows']} skipped for an overflow of AMP and "

@@ -1,4 +1,4 @@
-"""The guard in any Ultralytics trainer: gradients are clipped, and a step that is not finite is skipped."""
+"""The trainer mixin with the guard of `guard.py`: it clips gradients and skips non-finite steps in any task."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from yolo_fewshot import args as table
 from yolo_fewshot.train.diagnosis import Diagnosis, diagnose
 from yolo_fewshot.train.guard import Guard
 
-MEAN_LOSSES = ("ClassificationTrainer", "RTDETRTrainer")  # their loss is not multiplied by the images of the batch
+MEAN_LOSSES = ("ClassificationTrainer", "RTDETRTrainer")  # trainers whose loss is not multiplied by batch size
 
 
 class GuardedTrainer(BaseTrainer):
-    """Mixin that puts the guard into the optimizer step of an Ultralytics trainer, and leaves all else as it is.
+    """Mixin that puts the guard into the optimizer step of an Ultralytics trainer and changes nothing else.
 
-    Losses, files, and random state are those of the trainer beside it. `grad_clip`, `nonfinite`, and `nonfinite_limit`
-    are read from its arguments; without `grad_clip` Ultralytics' own clip is in force.
+    Losses, files and random state stay those of the other base class. The arguments are `grad_clip`, `nonfinite` and
+    `nonfinite_limit`; without `grad_clip`, Ultralytics' limit of the gradient norm applies.
 
     Attributes:
         guard (Guard | None): Gradient clip and skipped steps; None before training starts.
@@ -44,14 +44,14 @@ class GuardedTrainer(BaseTrainer):
         super().__init__(cfg, overrides, _callbacks)
         self.guard: Guard | None = None
         self._batch: dict[str, Any] | None = None
-        self._loaded: list[dict[str, Any]] = []  # batches of a step of several
+        self._loaded: list[dict[str, Any]] = []  # batches since the last step, if it accumulates several
         self._finite_tloss: dict[str, torch.Tensor] | None = None
-        if not self.ddp:  # a launcher hands its callbacks to its processes, which listen for themselves
+        if not self.ddp:  # a multi-GPU launcher pickles its callbacks, and its processes add their own listeners
             for event, listener in self.listeners().items():
                 self.callbacks.setdefault(event, []).insert(0, listener)
 
     def listeners(self) -> dict[str, Callable[[GuardedTrainer], None]]:
-        """Return what is called with the trainer at an event, by the name of the event and before other callbacks."""
+        """Return our callbacks by event; they run before all others."""
         cls = type(self)
         return {
             "on_train_start": cls.begin_training,
@@ -69,7 +69,7 @@ class GuardedTrainer(BaseTrainer):
         self.guard.reset()
 
     def end_epoch(self) -> None:
-        """Check the batches that the last step left over, which are part of the next epoch's first step."""
+        """Check the batches that no step has used yet; they belong to the first step of the next epoch."""
         if self._batch is None:
             return
         bad = (~torch.isfinite(torch.stack([self.loss.detach(), *self.tloss.values()]))).any().int()
@@ -81,12 +81,12 @@ class GuardedTrainer(BaseTrainer):
             self._batch, self._loaded = None, []
 
     def end_training(self) -> None:
-        """Say what the guard did, unless the run was only finished here."""
+        """Log what the guard did; a run that was only finished here has none."""
         if self.guard:
             LOGGER.info(f"{colorstr('Guard:')} {self.guard.summary()}")
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Preprocess a batch as Ultralytics does, and keep the batches of a step for its diagnosis.
+        """Preprocess a batch as Ultralytics does, and keep the batches of a step for a diagnosis.
 
         Args:
             batch (dict): Collated batch.
@@ -95,30 +95,29 @@ class GuardedTrainer(BaseTrainer):
             (dict): Preprocessed batch.
         """
         if self.accumulate > 1:
-            self._loaded.append(dict(batch))  # as loaded, for they stay on the CPU
+            self._loaded.append(dict(batch))  # before preprocessing, on the CPU
         self._batch = super().preprocess_batch(batch)
         return self._batch
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Return the context in which this run computes a batch."""
+        """Return the autocast context of this run."""
         return autocast(torch.bfloat16 if self.args.amp == "bf16" else self.amp, device=self.device.type)
 
     @property
     def loss_scale(self) -> int:
-        """Factor of the loss itself in the sum that a step is taken on.
+        """Factor by which Ultralytics multiplies the loss in an optimizer step.
 
-        Ultralytics multiplies the loss by the images of all processes, or where it is a mean, as in classification, by
-        the number of processes alone, and adds up `accumulate` batches.
+        It is the number of images in all processes, or the number of processes where the loss is a mean, as in
+        classification; times the accumulated batches.
         """
         mean = any(cls.__name__ in MEAN_LOSSES for cls in type(self).__mro__)
         return (max(self.world_size, 1) if mean else self.batch_size) * self.accumulate
 
     def optimizer_step(self) -> None:
-        """Clip the gradient, then take a step, or skip it if the loss or the gradient is not finite.
+        """Clip the gradient and take a step, or skip the step if loss, gradient or statistics are not finite.
 
         Raises:
-            FloatingPointError: If it is not finite and `nonfinite=raise`, or so many times in a row that training
-                cannot go on.
+            FloatingPointError: If they are not finite and `nonfinite=raise`, or in `nonfinite_limit` steps in a row.
         """
         self.scaler.unscale_(self.optimizer)
         if self.guard.clip(self.args.grad_clip, self.loss_scale, self.loss):
@@ -133,19 +132,18 @@ class GuardedTrainer(BaseTrainer):
         self._batch, self._loaded = None, []
 
     def _skip_step(self) -> None:
-        """Say why a step is skipped, and undo what its batches did to the model and to the log."""
-        found = self._diagnose()
+        """Log why a step is skipped, and undo what its batches did to the model and the running means."""
+        diagnosis = self._diagnose()
         restored = self.guard.undo(self.ema.ema, self.optimizer)
-        self.guard.skip(found.overflow)
-        # Neither the running means nor, after its last batch, the whole epoch may suffer.
+        self.guard.skip(diagnosis.overflow)
+        # A NaN here would spoil the logged means and, in the last batch, make Ultralytics undo the epoch.
         self.tloss = self._finite_tloss or {k: torch.zeros_like(v) for k, v in self.tloss.items()}
         self.loss = torch.zeros_like(self.loss)
-        if found.overflow:
-            LOGGER.info(
-                f"AMP: {found.cause} ({self.scaler.get_scale():g}). Skipping this optimizer step. {found.advice}"
-            )
+        if diagnosis.overflow:
+            scale, advice = self.scaler.get_scale(), diagnosis.advice
+            LOGGER.info(f"AMP: {diagnosis.cause} ({scale:g}). Skipping this optimizer step. {advice}")
             return
-        text = f"Non-finite {found}"
+        text = f"Non-finite {diagnosis}"
         if restored:
             text += f" Weights of {', '.join(restored)} were taken from the moving average."
         if self.args.nonfinite == "raise":
@@ -153,26 +151,26 @@ class GuardedTrainer(BaseTrainer):
         limit, row = self.args.nonfinite_limit or table.KEYS["nonfinite_limit"].default, self.guard.in_a_row
         if row >= limit:
             raise FloatingPointError(
-                f"{text} Training stops after {row} such steps in a row (nonfinite_limit={limit}); last.pt is that "
-                "of the last epoch."
+                f"{text} Training stops after {row} such steps in a row (nonfinite_limit={limit}); last.pt has the "
+                "last full epoch."
             )
         counts = f"{self.guard.skipped} in this epoch, {row} in a row"
         LOGGER.warning(f"{text} Skipping this optimizer step ({counts}).")
 
     def _diagnose(self) -> Diagnosis:
-        """Find out which batch of the step is not finite, and why; processes that train together agree on it."""
+        """Return which batch of the step is not finite, and why, the same in all processes of multi-GPU training."""
         float16 = self.amp and self.args.amp != "bf16"
-        scaled = self.scaler.is_enabled() and bool(torch.isfinite(self.loss))  # which an overflow of the scale leaves
-        about = self.data["names"], self.autocast, float16, scaled
-        found = diagnose(unwrap_model(self.model), self._batch, *about)
-        for batch in self._loaded[:-1]:  # it may be another batch of the step
-            if not found.certain:
-                found = diagnose(unwrap_model(self.model), super().preprocess_batch(batch), *about)
-        if dist.is_available() and dist.is_initialized():  # the batch at fault may be that of another process
-            of_all: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(of_all, found)
-            found = max(of_all, key=lambda x: (x.certain, not x.overflow))
-        return found
+        scaled = self.scaler.is_enabled() and bool(torch.isfinite(self.loss))  # an overflow of AMP leaves it finite
+        context = self.data["names"], self.autocast, float16, scaled
+        diagnosis = diagnose(unwrap_model(self.model), self._batch, *context)
+        for batch in self._loaded[:-1]:  # earlier batches of the step
+            if not diagnosis.certain:
+                diagnosis = diagnose(unwrap_model(self.model), super().preprocess_batch(batch), *context)
+        if dist.is_available() and dist.is_initialized():  # the cause may be a batch of another process
+            diagnoses: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(diagnoses, diagnosis)
+            diagnosis = max(diagnoses, key=lambda x: (x.certain, not x.overflow))
+        return diagnosis
 
 
 def guarded(trainer: type[BaseTrainer]) -> type[BaseTrainer]:
@@ -182,7 +180,7 @@ def guarded(trainer: type[BaseTrainer]) -> type[BaseTrainer]:
         trainer (type[BaseTrainer]): Trainer of any task, or a user's own.
 
     Returns:
-        (type[BaseTrainer]): A subclass of it, or the trainer itself if it has the guard already.
+        (type[BaseTrainer]): A subclass with the guard, or the trainer itself if it has one.
     """
     if issubclass(trainer, GuardedTrainer):
         return trainer

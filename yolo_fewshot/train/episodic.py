@@ -1,0 +1,87 @@
+"""Stage 2: episodic training on the base classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from ultralytics.data.build import InfiniteDataLoader
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK
+
+from yolo_fewshot import args as table
+from yolo_fewshot.data.episodes import EpisodeSampler, EpisodicDataset
+from yolo_fewshot.train.run_plots import plot_training_episode, plot_val_episodes
+from yolo_fewshot.train.stage import Stage
+
+MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put parts of other images into an image
+
+
+class Episodes(Stage):
+    """Stage 2: every batch is an episode of support and query images, and one optimizer step."""
+
+    keys = frozenset(set(table.KEYS) - set(table.ADAPTING))
+    seeded_epochs = True
+
+    @classmethod
+    def settings(cls, merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch size of an episode, and no augmentation that mixes support and query images."""
+        size = table.episode_size(merged)
+        if given.get("batch") not in {None, DEFAULT_CFG_DICT["batch"], size}:
+            LOGGER.warning(
+                f"'batch={given['batch']}' is ignored in stage 2: a batch is an episode, n_way x (k_shot + n_query) = "
+                f"{size} images."
+            )
+        mixing = [k for k in MIXING if merged[k]]
+        if any(given.get(k) for k in mixing):
+            LOGGER.warning(f"Stage 2 sets {', '.join(f'{k}=0' for k in mixing)}: support and query must not mix.")
+        # With nbs = batch there is one optimizer step per episode, with Ultralytics' weight decay.
+        return {**dict.fromkeys(MIXING, 0.0), "close_mosaic": 0, "rect": False, "batch": size, "nbs": size}
+
+    def on_loaded(self, model: nn.Module, weights: nn.Module) -> None:
+        """Keep the loaded prototypes as anchors of the triplet term, unless the run is resumed."""
+        if not self.trainer.resume:
+            model.model[-1].freeze_prototypes(model.transferred)
+
+    def check_batch(self) -> None:
+        """Refuse the smaller batch that Ultralytics asks for when memory runs out.
+
+        Raises:
+            MemoryError: If the batch size is smaller than an episode.
+        """
+        a, device = self.trainer.args, self.trainer.device
+        size = table.episode_size(vars(a))
+        if self.trainer.batch_size < size:
+            raise MemoryError(
+                f"An episode of n_way={a.n_way} x (k_shot={a.k_shot} + n_query={a.n_query}) = {size} images of "
+                f"imgsz={a.imgsz} needs more memory than {device} has. Set a smaller n_way, k_shot, n_query or imgsz."
+            )
+
+    def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
+        """Return the loader of episodes, whose length is `episodes`.
+
+        Raises:
+            ValueError: If the training images do not make such episodes.
+        """
+        a, dataset = self.trainer.args, EpisodicDataset(loader.dataset)
+        names, rank = self.trainer.data["names"], max(RANK, 0)
+        sampler = EpisodeSampler(dataset.labels, names, a.n_way, a.k_shot, a.n_query, a.episodes, a.seed, rank)
+        return self._resampled(loader, dataset, sampler, sampler.episode_size)
+
+    def loss_scale(self, scale: int) -> int:
+        """Return the factor of the loss in a step: each process has an episode, that is a batch, of its own."""
+        return scale * max(self.trainer.world_size, 1)
+
+    def plot_batch(self, batch: dict[str, Any], ni: int) -> None:
+        """Plot a training batch as an episode."""
+        plot_training_episode(self.trainer, batch, ni)
+
+    @property
+    def base_dataset(self) -> YOLODataset:
+        """Data set of the base images."""
+        return self.trainer.train_loader.dataset.dataset
+
+    def plot_end(self) -> None:
+        """Plot episodes of the val split with the detections of best.pt."""
+        if self.trainer.best.exists():
+            plot_val_episodes(self.trainer)

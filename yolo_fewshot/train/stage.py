@@ -1,0 +1,214 @@
+"""The interface between the trainer and the stages; the base class itself is stage 1, ordinary training."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from ultralytics.data.build import InfiniteDataLoader, seed_worker
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import LOGGER, RANK
+
+from yolo_fewshot import args as table
+from yolo_fewshot.data.ignore import fully_labeled, masked
+from yolo_fewshot.data.sampling import EpochSampler
+from yolo_fewshot.enroll.calibrate import choose_prior_strength
+from yolo_fewshot.enroll.replay import fill_replay_buffer
+
+
+class Stage:
+    """Stage 1. A subclass overrides the steps in which its stage differs; the trainer calls them in this order.
+
+    Attributes:
+        keys (frozenset[str]): Our configuration keys that have an effect.
+        seeded_epochs (bool): Whether each epoch starts from a random state of its own, so that a resumed run repeats
+            the epochs of an uninterrupted one.
+        blends (bool): Whether the final weights are those of no epoch, so that the checkpoints record the metrics of
+            the final validation.
+        trainer (DetectionTrainer): Trainer of the run.
+    """
+
+    keys: frozenset[str] = frozenset(("stage", "grad_clip", *table.EVERY_STAGE))
+    seeded_epochs = False
+    blends = False
+
+    @classmethod
+    def settings(cls, merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments that follow from the stage.
+
+        Args:
+            merged (dict[str, Any]): Arguments of the run, with a value for each of our keys.
+            given (dict[str, Any]): Those of the recipe and the user.
+
+        Returns:
+            (dict[str, Any]): Values that replace those in `merged`.
+        """
+        return {}
+
+    def __init__(self, trainer: DetectionTrainer, data: dict[str, Any]):
+        """Initialize the stage.
+
+        Args:
+            trainer (DetectionTrainer): Trainer of the run, which has its arguments and no model yet.
+            data (dict): Checked data.yaml of the run.
+        """
+        self.trainer = trainer
+
+    def adopt(self, model: nn.Module) -> None:
+        """Accept a model that was built before, as in the processes of multi-GPU training.
+
+        Args:
+            model (nn.Module): Few-shot model.
+        """
+
+    def initial_weights(self, weights: nn.Module | None) -> nn.Module | None:
+        """Return the model whose weights training starts from, before the model of the run is built.
+
+        Args:
+            weights (nn.Module, optional): Model given to the run.
+
+        Returns:
+            (nn.Module | None): Model to load from.
+        """
+        return weights
+
+    def on_loaded(self, model: nn.Module, weights: nn.Module) -> None:
+        """Complete the model of the run after its weights were loaded.
+
+        Args:
+            model (nn.Module): Few-shot model of the run.
+            weights (nn.Module): Model that it was loaded from.
+        """
+
+    def check_batch(self) -> None:
+        """Check the batch size before a training loader is built."""
+
+    def build_dataset(self, build: Callable[..., YOLODataset], img_path: str, mode: str, batch: int | None) -> Dataset:
+        """Return a data set, with its ignore regions in training.
+
+        Args:
+            build (Callable): Ultralytics' `build_dataset` of this trainer.
+            img_path (str): Path to the images.
+            mode (str): 'train' or 'val'.
+            batch (int, optional): Images per batch.
+
+        Returns:
+            (Dataset): The data set.
+        """
+        return masked(build(img_path, mode, batch), self.trainer.data, mode)
+
+    def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
+        """Return the training loader.
+
+        Args:
+            loader (InfiniteDataLoader): Ultralytics' loader of the training images.
+            batch_size (int): Images per batch of this process.
+
+        Returns:
+            (InfiniteDataLoader): The same loader, or one that draws otherwise.
+        """
+        return loader
+
+    def begin_run(self) -> None:
+        """Record the initial state, when the model is on its device and nothing is trained or resumed yet."""
+
+    def begin_training(self, model: nn.Module) -> None:
+        """Hand the loss what the stage adds to it.
+
+        Args:
+            model (nn.Module): Few-shot model in training, not wrapped for several GPUs.
+        """
+
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch with what the stage adds to it.
+
+        Args:
+            batch (dict): Preprocessed batch.
+
+        Returns:
+            (dict): Batch for the loss.
+        """
+        return batch
+
+    def loss_scale(self, scale: int) -> int:
+        """Return the factor by which Ultralytics multiplies the loss in a step.
+
+        Args:
+            scale (int): Images of all processes times accumulated batches.
+
+        Returns:
+            (int): The factor.
+        """
+        return scale
+
+    def plot_batch(self, batch: dict[str, Any], ni: int) -> None:
+        """Plot a training batch beside Ultralytics' own plot.
+
+        Args:
+            batch (dict): Preprocessed batch.
+            ni (int): Number of the batch.
+        """
+
+    def final_checkpoints(
+        self, last: dict[str, Any] | None, best: dict[str, Any] | None
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Return the checkpoints that the run ends with; called in the main process alone.
+
+        Args:
+            last (dict | None): Stripped checkpoint of the last epoch, None if there is none.
+            best (dict | None): Stripped checkpoint of the best epoch, None if there is none.
+
+        Returns:
+            last (dict | None): Content of last.pt.
+            best (dict | None): Content of best.pt.
+        """
+        return last, best
+
+    @property
+    def base_dataset(self) -> YOLODataset:
+        """Data set of the base images."""
+        return self.trainer.train_loader.dataset
+
+    def prepare_enrollment(self, model: nn.Module) -> None:
+        """Store what enrollment needs of the base data: the replay buffer and the prior strength of one shot.
+
+        Args:
+            model (nn.Module): Few-shot model with the final weights, changed in place.
+        """
+        trainer, labels = self.trainer, fully_labeled(self.base_dataset)
+        imgsz, seed = trainer.args.imgsz, trainer.args.seed
+        model.memory = fill_replay_buffer(model, labels, imgsz, seed)
+        model.prior_strength = choose_prior_strength(model, labels, trainer.test_loader.dataset.labels, imgsz, seed)
+        better = "mean" if model.prior_strength == math.inf else "fit"
+        LOGGER.info(f"Enrollment from one shot, on base classes: '{better}' is better")
+
+    def plot_end(self) -> None:
+        """Plot what the finished best.pt does; called in the main process alone, and only with `plots=True`."""
+
+    def _resampled(
+        self, loader: InfiniteDataLoader, dataset: Dataset, sampler: EpochSampler, batch_size: int
+    ) -> InfiniteDataLoader:
+        """Return a loader like Ultralytics' own that draws its batches by a sampler of ours."""
+        trainer = self.trainer
+        processes, batches = max(trainer.world_size, 1), len(sampler) // batch_size
+        workers = min(os.cpu_count() // processes, trainer.args.workers, batches)
+        pinned = getattr(loader, "pin_memory_device", "")  # of an NPU or XPU
+        return InfiniteDataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=loader.pin_memory,
+            collate_fn=dataset.collate_fn,
+            worker_init_fn=seed_worker,
+            # Starting it must not disturb the run's random state, and each process augments in its own way.
+            generator=torch.Generator().manual_seed(trainer.args.seed + 1 + RANK),
+            **({"pin_memory_device": pinned} if pinned else {}),
+        )

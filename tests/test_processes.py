@@ -15,6 +15,7 @@ from ultralytics.utils import YAML
 
 from yolo_fewshot.adapt import steps_for
 
+pytestmark = pytest.mark.oldest
 HERE = Path(__file__).parent
 QUICK = {
     "imgsz": 64, "workers": 0, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0, "epochs": 2, "batch": 8,
@@ -30,8 +31,6 @@ import torch.distributed as dist
 from ultralytics import YOLO
 from ultralytics.utils.torch_utils import unwrap_model
 import yolo_fewshot
-
-pytestmark = pytest.mark.oldest
 
 def note(trainer):
     model = unwrap_model(trainer.model)

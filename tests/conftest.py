@@ -100,7 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     first = {"model": str(root / "small.yaml"), "name": "stage1", "batch": 16, "nbs": 16, "mosaic": 0.0}
     stage1 = FewShotTrainer("stage1.yaml", {**common, **first})
     stage1.train()
-    second = {"model": str(stage1.best), "name": "stage2", "episodes": 40, "n_way": 8, "lrf": 0.05}
+    second = {"model": str(stage1.best), "name": "stage2", "episodes": 40, "n_way": 8, "lrf": 0.3}
     stage2 = FewShotTrainer("stage2.yaml", {**common, **second})
     stage2.train()
     return stage1, stage2

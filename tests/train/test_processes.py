@@ -17,6 +17,7 @@ from yolo_fewshot.train.adaptation import steps_for
 
 pytestmark = pytest.mark.oldest
 
+pytestmark = pytest.mark.oldest
 HERE = Path(__file__).parent
 QUICK = {
     "imgsz": 64, "workers": 0, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0, "epochs": 2, "batch": 8,

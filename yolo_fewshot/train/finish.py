@@ -68,7 +68,8 @@ def strip(file: Path) -> dict[str, Any]:
     model.half().requires_grad_(False)
     args = {**DEFAULT_CFG_DICT, **ckpt.get("train_args", {})}
     train_args = {k: v for k, v in args.items() if k in DEFAULT_CFG_KEYS}
-    return {**ckpt, **dict.fromkeys(TRAINING_STATE), "epoch": -1, "model": model, "train_args": train_args}
+    cleared = {k: None for k in TRAINING_STATE if k in ckpt}
+    return {**ckpt, **cleared, "epoch": -1, "model": model, "train_args": train_args}
 
 
 def _validate(trainer: DetectionTrainer, model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -185,7 +186,7 @@ def test_every_key_has_a_type():
 
 @pytest.mark.parametrize(("typo", "key"), [("n_wya", "n_way"), ("episode", "episodes"), ("tripet", "triplet")])
 def test_misspelt_keys_get_a_suggestion(typo: str, key: str):
-    with pytest.raises(SyntaxError, match=rf"'{typo}' is not a valid YOLO argument.*Similar arguments.*'{key}'"):
+    with pytest.raises(SyntaxError, match=rf"'\S*{typo}\S*' is not a valid YOLO argument.*Similar arguments.*'{key}'"):
         cfg.get_cfg(overrides={typo: 5})
 
 
@@ -475,7 +476,7 @@ def test_unregister_restores_ultralytics(cwd: Path, unregistered: None, monkeypa
     assert all(f.__module__ == "ultralytics.utils.checks" for f in before["check_file"].values())
     assert not any(hasattr(f, "__wrapped__") for f in (checks.check_file, Model._smart_load))
     assert not any(getattr(cfg, k) & set(args.ALL_KEYS) for k in TYPED)
-    with pytest.raises(SyntaxError, match="'n_way' is not a valid YOLO argument"):
+    with pytest.raises(SyntaxError, match=r"'\S*n_way\S*' is not a valid YOLO argument"):
         cfg.get_cfg(overrides={"n_way": 5})
     assert checks.check_file("stage1.yaml", hard=False) == []
 
@@ -727,5 +728,5 @@ entrypoint(debug="yolo train model=yolo11n.yaml stage=1")
     assert "has no 'ultralytics.engine.model.Model.gone'" in text
     assert ultralytics.__version__ in done.stdout.split()
     assert "type False" in done.stdout
-    assert "'stage' is not a valid YOLO argument" in done.stderr
+    assert re.search(r"'\S*stage\S*' is not a valid YOLO argument", done.stderr)  # older Ultralytics colors the name
     assert done.returncode != 0

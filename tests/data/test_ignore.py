@@ -26,8 +26,6 @@ from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
 from yolo_fewshot.train.diagnosis import describe_batch
 
-pytestmark = pytest.mark.oldest
-
 STILL = dict.fromkeys(("mosaic", "mixup", "fliplr", "flipud", "scale", "translate", "hsv_h", "hsv_s", "hsv_v"), 0.0)
 FAMILIES = ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 NC, B, HEIGHT, WIDTH = 4, 4, 64, 96

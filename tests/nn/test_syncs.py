@@ -17,7 +17,7 @@ from yolo_fewshot.nn.criterion import branch_losses
 from yolo_fewshot.nn.ignore import IGNORED
 from yolo_fewshot.train.retention import Teacher, replay_targets
 
-pytestmark = [pytest.mark.oldest, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 FAMILIES = ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 SILENT = torch.tensor([4, 5])  # classes that no image of the batch shows

@@ -460,7 +460,9 @@ def test_base_images_of_an_unknown_class_are_an_error_that_names_them(site, star
     label.write_text(f"{label.read_text()}24 0.5 0.5 0.2 0.2\n")
     trainer = built(site, start, base_replay=str(tmp_path / "base.yaml"))
     data = trainer.data
-    with pytest.raises(ValueError, match=r"base.images.train.0003\.jpg shows unicorn, of which the model knows"):
+    with pytest.raises(
+        ValueError, match=r"base.images.train.0003\.jpg has labels of unicorn, which the model does not know"
+    ):
         trainer.get_dataloader(data["train"], 4, -1)
     assert trainer.data is data
 

@@ -196,12 +196,12 @@ def test_a_compiled_model(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        ({"n_wya": 3}, SyntaxError, r"'n_wya' is not a valid YOLO argument. Similar arguments are i.e. \['n_way"),
-        ({"imgzs": 64}, SyntaxError, "'imgzs' is not a valid YOLO argument."),
+        ({"n_wya": 3}, SyntaxError, r"'\S*n_wya\S*' is not a valid YOLO argument. Similar arguments are i.e. \['n_way"),
+        ({"imgzs": 64}, SyntaxError, r"'\S*imgzs\S*' is not a valid YOLO argument."),
         ({"n_way": "two"}, TypeError, "'n_way=two' is of invalid type str. 'n_way' must be an int"),
         ({"epochs": "ten"}, TypeError, "'epochs=ten' is of invalid type str."),
         ({"supcon": -1.0}, ValueError, "'supcon' must be finite and >= 0"),
-        ({"momentum": 1.5}, ValueError, "'momentum=1.5' is an invalid value"),
+        ({"momentum": 1.5}, ValueError, "'momentum=1.5' (is an )?invalid"),
         ({"nonfinite": "stop"}, ValueError, "Valid 'nonfinite' values are skip, raise"),
         ({"data": "none.yaml"}, FileNotFoundError, "none.yaml"),
         ({"cfg": "none.yaml"}, FileNotFoundError, "none.yaml"),
@@ -362,7 +362,7 @@ def test_shots_of_stage_three_need_no_base_classes(trained, demo, caplog):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"n_wya": 3}, "SyntaxError: 'n_wya' is not a valid YOLO argument. Similar arguments are i.e. ['n_way"),
+        ({"n_wya": 3}, r"SyntaxError: '\S*n_wya\S*' is not a valid YOLO argument. Similar arguments are i.e. \['n_way"),
         ({"n_way": "two"}, "TypeError: 'n_way=two' is of invalid type str. 'n_way' must be an int"),
         ({"k_shot": 0}, "ValueError: 'k_shot=0' is an invalid value. 'k_shot' must be finite and >= 1."),
         ({"data": "none.yaml"}, "FileNotFoundError: "),
@@ -371,7 +371,7 @@ def test_shots_of_stage_three_need_no_base_classes(trained, demo, caplog):
 def test_the_command_explains_a_bad_setting(tiny, overrides, message):
     with pytest.raises(SystemExit) as e:
         cli.main(argv(tiny, **overrides))
-    assert e.value.code.startswith(message)
+    assert re.match(message, e.value.code)
 
 
 def test_a_rehearsal_runs_no_teardown_callback(monkeypatch):

@@ -15,16 +15,13 @@ from ultralytics.utils import YAML
 
 from yolo_fewshot.train.adaptation import steps_for
 
-pytestmark = pytest.mark.oldest
-
-pytestmark = pytest.mark.oldest
 HERE = Path(__file__).parent
 QUICK = {
     "imgsz": 64, "workers": 0, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0, "epochs": 2, "batch": 8,
     "nbs": 8, "verbose": False, "exist_ok": True, "amp": False, "plots": False,
 }  # fmt: skip
 
-pytestmark = [pytest.mark.oldest, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 # What a user runs. The callbacks travel to the processes by Ultralytics' own means: one notes what a process ends with,
 # the other is a crash after the first epoch.

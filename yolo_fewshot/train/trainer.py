@@ -200,7 +200,9 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     def _close_dataloader_mosaic(self) -> None:
         """Stop mosaic as Ultralytics does, which then asks the loader for this epoch again."""
         super()._close_dataloader_mosaic()
-        if self.stage.seeded_epochs:
+        if self.stage.seeded_epochs and hasattr(
+            self, "epoch"
+        ):  # older Ultralytics calls it before the first epoch, too
             self.train_loader.sampler.restart(self.epoch)
 
     def listeners(self) -> dict[str, Callable[[FewShotTrainer], None]]:

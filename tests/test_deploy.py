@@ -255,7 +255,7 @@ def site(trained, images, demo, tmp_path_factory):
     (root / "frames").mkdir()
     for i in range(3):  # nothing moves
         shutil.copy(images[0], root / f"frames/{i}.jpg")
-    thresholds = {"track_high_thresh": 0.05, "track_low_thresh": 0.01, "new_track_thresh": 0.05, "fuse_score": False}
+    thresholds = {"track_high_thresh": 0.02, "track_low_thresh": 0.01, "new_track_thresh": 0.02, "fuse_score": False}
     YAML.save(root / "tracker.yaml", {**YAML.load(ROOT / "cfg/trackers/bytetrack.yaml"), **thresholds})
     YOLO("yolo11n.yaml").save(root / "stock.pt")
     return root
@@ -285,10 +285,10 @@ def test_yolo_predicts_with_a_support_set(site, enrolled, conf):
     assert len(list((site / "runs/p").glob("*.jpg"))) == 3
 
 
-def test_yolo_tracks_with_a_support_set(site, conf):
+def test_yolo_tracks_with_a_support_set(site):
     args = ("model=best.pt", "source=frames", "support=shots.yaml", "enroll=mean", "save_txt=True", "name=t")
     args = (*args, "tracker=tracker.yaml")
-    code, text = yolo(site, "track", *args, f"conf={conf}")
+    code, text = yolo(site, "track", *args, "conf=0.01")  # means alone score low with this weak model
     assert code == 0, text
     assert f"{NOVEL[0]:>22}{5:>11}{'mean':>11}" in text
     lines = [x.split() for f in sorted((site / "runs/t/labels").glob("*.txt")) for x in f.read_text().splitlines()]

@@ -476,7 +476,7 @@ def trained(**values):
 
 
 def priors(level):
-    """Logit of every anchor for about 5 objects of NC classes in a image of 640 x 640."""
+    """Logit of every anchor for about 5 objects of NC classes in an image of 640 x 640."""
     return torch.tensor([math.log(5 / NC / (640 / (8 * 2**i)) ** 2) for i in level.tolist()])
 
 

@@ -157,7 +157,7 @@ def test_serving_with_onnxruntime_alone(example, enrolled, demo):
         assert [x.name for x in found] == [yolo.names[int(c)] for c in want.cls]
         np.testing.assert_allclose([x.score for x in found], want.conf, atol=1e-4)
         np.testing.assert_allclose(
-            [x.box for x in found], want.xyxy, atol=0.3
+            [x.box for x in found], want.xyxy, atol=0.5
         )  # older Ultralytics rounds margins otherwise
 
 

@@ -289,12 +289,12 @@ cfg.update(save_dir="")
 trainer = state["trainer"](cfg=cfg, overrides=state["args"])
 trainer.setup_model()
 loader = trainer.get_dataloader(trainer.data["train"], 6, rank=-1)
-print("DRAWN", trainer.args.stage, trainer.args.batch, [d.index for d in loader.sampler])
+print("DRAWN", trainer.args.stage, trainer.args.batch, [d.image for d in loader.sampler])
 """
     drawn = [run_python(code, RANK=r, WORLD_SIZE="2").partition("DRAWN")[2].strip() for r in ("0", "1")]
     labels, names = stage2.train_loader.dataset.labels, stage2.data["names"]
     for rank in (0, 1):
-        expected = [d.index for d in EpisodeSampler(labels, names, 3, 1, 1, 4, seed=0, rank=rank)]
+        expected = [d.image for d in EpisodeSampler(labels, names, 3, 1, 1, 4, seed=0, rank=rank)]
         assert drawn[rank] == f"2 6 {expected}"
     assert drawn[0] != drawn[1]
 

@@ -146,7 +146,7 @@ def _colors(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[np.ndarr
     dark = rng.random() < 0.5
     tint = rng.uniform(15, 85, 3) if dark else rng.uniform(170, 240, 3)
     ends = (tint + rng.uniform(-15, 15, (2, 3))).astype(np.float32)
-    inks = []
+    inks: list[np.ndarray] = []
     while len(inks) < n:
         ink = rng.uniform(0, 255, 3)
         if abs(ink.mean() - tint.mean()) > 80:

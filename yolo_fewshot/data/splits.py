@@ -199,7 +199,8 @@ def _read_coco(data: Any, val: Any, images: Any, val_images: Any) -> tuple[list[
             "val= and images= must be given with a COCO json, i.e. data=instances_train.json images=train2017 "
             "val=instances_val.json val_images=val2017."
         )
-    names, tasks = [], {}
+    names: list[str] = []
+    tasks = {}
     for key, file, folder in (("train", data, images), ("val", val, val_images)):
         try:
             categories, tasks[key] = _load_coco(Path(file), str(folder), names)
@@ -265,7 +266,9 @@ def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Ima
     with ThreadPool(NUM_THREADS) as pool:
         for key, items in tasks.items():
             looks = TQDM(pool.imap(_read_image, items), desc=f"{key}: Reading images...", total=len(items))
-            images, taken, copies = [], set(), Counter()
+            images: list[Image] = []
+            taken: set[str] = set()
+            copies: Counter[str] = Counter()
             for (rows, shape, digest, reason), (file, *_) in zip(looks, items):
                 if reason:
                     left_out.append(f"{file}: {reason}")
@@ -298,7 +301,7 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _unique_name(file: str, taken: set[str], copies: Counter) -> str:
+def _unique_name(file: str, taken: set[str], copies: Counter[str]) -> str:
     """Return the name of an image, with a number if its stem, which names the label file, is taken."""
     stem, suffix = os.path.splitext(os.path.basename(file).lstrip("."))  # hidden files are not listed
     name = stem
@@ -379,7 +382,8 @@ def _shot_views(
     for k in counts:
         drawn[k] = {"novel": {}, "all": {}}
         for files, suffix, first in zip(drawn[k].values(), ("", "_all"), (n_base, 0)):
-            folder, labeled = f"shots/seed{seed}_{k}shot{suffix}", {}
+            folder = f"shots/seed{seed}_{k}shot{suffix}"
+            labeled: dict[int, np.ndarray] = {}
             for c in range(first, len(names)):
                 files[names[c]] = [f"images/{folder}/{train[i].name}" for i, _ in draws[c][:k]]
                 for i, j in draws[c][:k]:
@@ -426,7 +430,7 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
     """Write all files into a temporary folder beside the target, and rename it when it is complete."""
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     files: dict[str, str] = {}
-    placed: Counter = Counter()
+    placed: Counter[str] = Counter()
     try:
         for folder in views:
             for kind in ("images", "labels", "ignore"):

@@ -152,7 +152,7 @@ def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
     """
     source = _find(support)
     if source.is_dir():
-        files = [f for x in _crop_files(source).values() for f in x]
+        files: list[str | Path] = [f for x in _crop_files(source).values() for f in x]
     else:
         data, images = _listed(source)
         ignore, is_list = ignore_folder(data), source.suffix.lower() == ".txt"
@@ -181,7 +181,8 @@ def incidental_classes(support: Support, names: Collection[str]) -> list[str]:
     Returns:
         (list[str]): Names, in the order of `names`.
     """
-    incidental, alone = set(), set()
+    incidental: set[str] = set()
+    alone: set[str] = set()
     for x in support.labels:
         classes = {str(support.names[int(c)]) for c in x["cls"].flat}
         (alone if classes <= set(names) else incidental).update(classes)

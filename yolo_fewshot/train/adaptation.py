@@ -16,7 +16,7 @@ from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_fewshot import args as table
@@ -98,11 +98,11 @@ def blend(model: nn.Module, initial: dict[str, torch.Tensor], weight: float) -> 
             value.lerp_(initial[name].to(value), 1 - weight)
 
 
-def support_ap50(model: nn.Module, support: Support, imgsz: int) -> float:
+def support_ap50(model: FewShotDetectionModel, support: Support, imgsz: int) -> float:
     """Return the AP50 of a model on the support set, at the anchors that enrollment extracts.
 
     Args:
-        model (nn.Module): Few-shot model in eval mode that has the classes of the support set.
+        model (FewShotDetectionModel): Model in eval mode that has the classes of the support set.
         support (Support): Support set.
         imgsz (int): Image size in pixels.
 
@@ -113,7 +113,10 @@ def support_ap50(model: nn.Module, support: Support, imgsz: int) -> float:
     features = extract(model, support, imgsz, views=[View()], desc="Checking shots")
     labels = torch.tensor([index[c] for c in features.cls.tolist()])
     vectors, offsets = zip(*(head.get_class(i)[0] for i in range(head.nc)))
-    rows, images = (torch.stack(vectors).cpu(), torch.stack(offsets).cpu()), torch.ones(len(features.files), dtype=bool)
+    rows, images = (
+        (torch.stack(vectors).cpu(), torch.stack(offsets).cpu()),
+        torch.ones(len(features.files), dtype=torch.bool),
+    )
     return ap50(detect(features, labels, images, rows, head.banks[0]))
 
 
@@ -174,7 +177,7 @@ class Adaptation(Stage):
             self.args.freeze = freeze_for(self.names, self.support)
         self.trainer.data = {**self.trainer.data, "names": self.names, "nc": len(self.names)}
 
-    def initial_weights(self, weights: nn.Module | None) -> FewShotDetectionModel:
+    def initial_weights(self, weights: DetectionModel | None) -> FewShotDetectionModel:
         """Return a copy of the given model with the new classes enrolled; a resumed run has them already.
 
         Raises:
@@ -200,7 +203,7 @@ class Adaptation(Stage):
             self.trainer.add_callback("on_train_start", plot)
         return model.cpu()
 
-    def on_loaded(self, model: FewShotDetectionModel, weights: FewShotDetectionModel) -> None:
+    def on_loaded(self, model: FewShotDetectionModel, weights: DetectionModel) -> None:
         """Copy what the initial model stores beside its weights."""
         names = set(model.names.values())
         model.enrolled = {n: x for n, x in weights.enrolled.items() if n in names}

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from ultralytics.nn.distill_model import DistillationModel
+from ultralytics.nn.tasks import BaseModel
 
 from yolo_fewshot.errors import few
 from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_of, part_gradients
@@ -53,7 +55,7 @@ class _Rerun(NamedTuple):
 
 
 def diagnose(
-    model: nn.Module,
+    model: BaseModel | DistillationModel,
     batch: dict[str, Any],
     names: dict[int, str],
     autocast: Callable[[], contextlib.AbstractContextManager],
@@ -65,7 +67,7 @@ def diagnose(
     The gradients of the model and the random state are kept; the statistics of BatchNorm change.
 
     Args:
-        model (nn.Module): Model in training, not wrapped, with the gradients of the step.
+        model (BaseModel | DistillationModel): Model in training, not wrapped, with the gradients of the step.
         batch (dict): The last batch of the step, preprocessed.
         names (dict[int, str]): Class names.
         autocast (Callable): Returns the context of the forward pass.
@@ -154,7 +156,9 @@ def _files(batch: dict[str, Any]) -> list[str]:
 
 
 def _rerun(
-    model: nn.Module, batch: dict[str, Any], autocast: Callable[[], contextlib.AbstractContextManager]
+    model: BaseModel | DistillationModel,
+    batch: dict[str, Any],
+    autocast: Callable[[], contextlib.AbstractContextManager],
 ) -> _Rerun | None:
     """Run a batch again, keeping gradients and random state; None if there is not enough memory."""
     losses = [x for x in branch_losses(model) if isinstance(x, FewShotLoss)]  # a stock model has none
@@ -190,7 +194,7 @@ def _rerun(
 
 
 @contextlib.contextmanager
-def _nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
+def _nonfinite_layers(model: BaseModel | DistillationModel) -> Iterator[list[str]]:
     """Collect the names of the layers whose output is not finite while the context is open."""
     found: list[str] = []
 

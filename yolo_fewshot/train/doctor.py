@@ -47,6 +47,10 @@ class Rehearsal(FewShotTrainer):
         memory (int): Peak memory in bytes, of the GPU or else of this process.
     """
 
+    first: dict[str, float]
+    seconds: list[float]
+    memory: int
+
     def run_callbacks(self, event: str) -> None:
         """Run the trainer's own callback of an event, and measure time and memory.
 
@@ -137,7 +141,7 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
         LOGGER.info("\nCorrect the errors above to check the losses, time and memory.")
         return found
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"project": folder, "name": "rehearsal", "save_dir": None, "plots": False, "val": False}
+        quiet: dict[str, Any] = {"project": folder, "name": "rehearsal", "save_dir": None, "plots": False, "val": False}
         one = parse_device(args.device).split(",")[0]  # one process, also for a run on several GPUs
         quiet |= {"doctor": STEPS, "device": one}
         level = LOGGER.level
@@ -169,8 +173,8 @@ def compare_terms(trainer: Rehearsal) -> list[Finding]:
     """
     if not trainer.doctor.chance:
         return [Finding("ok", f"{k:<10}{v:9.4g}") for k, v in trainer.first.items()]
-    chance, shares = trainer.doctor.chance[0].tolist(), trainer.doctor.norms[0]
-    shares = (shares / shares.sum().clamp(min=1e-30)).tolist()
+    chance, norms = trainer.doctor.chance[0].tolist(), trainer.doctor.norms[0]
+    shares = (norms / norms.sum().clamp(min=1e-30)).tolist()
     found = []
     for (name, value), expected, share in zip(trainer.first.items(), chance, shares):
         text = f"{name:<10}{value:9.4g}, chance {expected:9.4g}, {share:4.0%} of the gradient"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK
 
 from yolo_fewshot import args as table
 from yolo_fewshot.data.episodes import EpisodeSampler, EpisodicDataset
+from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.train.run_plots import plot_training_episode, plot_val_episodes
 from yolo_fewshot.train.stage import Stage
 
@@ -38,7 +39,7 @@ class Episodes(Stage):
         # With nbs = batch there is one optimizer step per episode, with Ultralytics' weight decay.
         return {**dict.fromkeys(MIXING, 0.0), "close_mosaic": 0, "rect": False, "batch": size, "nbs": size}
 
-    def on_loaded(self, model: nn.Module, weights: nn.Module) -> None:
+    def on_loaded(self, model: FewShotDetectionModel, weights: DetectionModel) -> None:
         """Keep the loaded prototypes as anchors of the triplet term, unless the run is resumed."""
         if not self.trainer.resume:
             model.model[-1].freeze_prototypes(model.transferred)

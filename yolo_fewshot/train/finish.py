@@ -35,7 +35,7 @@ def finish(trainer: DetectionTrainer) -> None:
         if last and best:
             best["train_results"] = last.get("train_results")
         last, best = trainer.stage.final_checkpoints(last, best)
-    model = _from_main_process(best and best["model"])
+    model = _from_main_process(best["model"] if best else None)
     if model is not None:
         _validate(trainer, model)
     final = {f: ckpt for f, ckpt in ((trainer.best, best), (trainer.last, last)) if ckpt}

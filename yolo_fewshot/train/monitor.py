@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from ultralytics.nn.distill_model import DistillationModel
 
 from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_of, part_gradients
+from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.passes import Pass
 
 AT_CHANCE = 0.95  # a term at or above this fraction of its chance level has not been learned
@@ -50,7 +53,9 @@ class LossDoctor:
         Args:
             every (int): Batches from one measurement to the next.
         """
-        self.every, self.terms, self._hook, self._scale = every, [], None, 1.0
+        self.every, self._scale = every, 1.0
+        self.terms: list[str] = []
+        self._hook: RemovableHandle | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -59,16 +64,17 @@ class LossDoctor:
         self.norms: list[torch.Tensor] = []
         self.chance: list[torch.Tensor] = []
 
-    def begin_batch(self, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+    def begin_batch(self, model: FewShotDetectionModel | DistillationModel, scaler: torch.amp.GradScaler) -> None:
         """Begin a batch, and measure it when its loss is computed if it is its turn.
 
         Args:
-            model (nn.Module): Few-shot model, not wrapped for several GPUs.
+            model (FewShotDetectionModel | DistillationModel): Model in training, not wrapped for several GPUs.
             scaler (torch.amp.GradScaler): Scaler of the run, without which gradients vanish in float16.
         """
         if self.every and self.batches % self.every == 0:
-            losses, head = branch_losses(model), getattr(model, "student_model", model).model[-1]
-            self._hook = self._hook or head.register_forward_pre_hook(_separate)
+            losses = branch_losses(model)
+            student = model.student_model if isinstance(model, DistillationModel) else model
+            self._hook = self._hook or student.model[-1].register_forward_pre_hook(_separate)
             self._scale = scaler.get_scale()
             for loss, observe in ((losses[0], self._measure_gradients), (losses[-1], self._measure_chance)):
                 if observe not in loss.observers:  # left there if the last batch failed before its loss
@@ -77,10 +83,12 @@ class LossDoctor:
 
     def _measure_gradients(self, loss: FewShotLoss, this: Pass) -> None:
         """Measure the norm of the gradient of every term with respect to the feature maps of the neck."""
-        self._hook = self._hook.remove()
+        if self._hook:
+            self._hook.remove()
+            self._hook = None
         norms = []
         for part in loss.parts(this).values():
-            grads = part_gradients(part * self._scale, this.preds["feats"])
+            grads = part_gradients(part * self._scale, list(this.preds["feats"]))
             norm = torch.nn.utils.get_total_norm([g.float() / self._scale for g in grads if g is not None])
             norms.append(norm.float().to(part.device))
         self.terms = [k.removesuffix("_loss") for k in loss.loss_names]
@@ -129,7 +137,7 @@ def report(rows: list[dict[str, float]], args: Any) -> str:
         return ""
     last = rows[-1]
     shares = {t: last[f"share/{t}"] for t in terms}
-    top = max(shares, key=shares.get)
+    top = max(shares, key=lambda t: shares[t])
     ranked = ", ".join(f"{t} {v:.0%}" for t, v in sorted(shares.items(), key=lambda x: -x[1]))
     sentences = [f"Gradient at the neck by term: {ranked}."]
     if shares[top] > DOMINANT:

@@ -8,18 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 from ultralytics.data.build import InfiniteDataLoader, seed_worker
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER, RANK
 
 from yolo_fewshot import args as table
+from yolo_fewshot.data.episodes import EpisodicDataset
 from yolo_fewshot.data.ignore import fully_labeled, masked
 from yolo_fewshot.data.sampling import EpochSampler
+from yolo_fewshot.data.shots_and_base import ShotsAndBase
 from yolo_fewshot.enroll.calibrate import choose_prior_strength
 from yolo_fewshot.enroll.replay import fill_replay_buffer
+from yolo_fewshot.nn.model import FewShotDetectionModel
 
 
 class Stage:
@@ -60,30 +63,30 @@ class Stage:
         """
         self.trainer = trainer
 
-    def adopt(self, model: nn.Module) -> None:
+    def adopt(self, model: FewShotDetectionModel) -> None:
         """Accept a model that was built before, as in the processes of multi-GPU training.
 
         Args:
-            model (nn.Module): Few-shot model.
+            model (FewShotDetectionModel): The model.
         """
 
-    def initial_weights(self, weights: nn.Module | None) -> nn.Module | None:
+    def initial_weights(self, weights: DetectionModel | None) -> DetectionModel | None:
         """Return the model whose weights training starts from, before the model of the run is built.
 
         Args:
-            weights (nn.Module, optional): Model given to the run.
+            weights (DetectionModel, optional): Model given to the run.
 
         Returns:
-            (nn.Module | None): Model to load from.
+            (DetectionModel | None): Model to load from.
         """
         return weights
 
-    def on_loaded(self, model: nn.Module, weights: nn.Module) -> None:
+    def on_loaded(self, model: FewShotDetectionModel, weights: DetectionModel) -> None:
         """Complete the model of the run after its weights were loaded.
 
         Args:
-            model (nn.Module): Few-shot model of the run.
-            weights (nn.Module): Model that it was loaded from.
+            model (FewShotDetectionModel): Model of the run.
+            weights (DetectionModel): Model that it was loaded from.
         """
 
     def check_batch(self) -> None:
@@ -118,11 +121,11 @@ class Stage:
     def begin_run(self) -> None:
         """Record the initial state, when the model is on its device and nothing is trained or resumed yet."""
 
-    def begin_training(self, model: nn.Module) -> None:
+    def begin_training(self, model: FewShotDetectionModel) -> None:
         """Hand the loss what the stage adds to it.
 
         Args:
-            model (nn.Module): Few-shot model in training, not wrapped for several GPUs.
+            model (FewShotDetectionModel): Model in training, not wrapped for several GPUs.
         """
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -175,11 +178,11 @@ class Stage:
         """Data set of the base images."""
         return self.trainer.train_loader.dataset
 
-    def prepare_enrollment(self, model: nn.Module) -> None:
+    def prepare_enrollment(self, model: FewShotDetectionModel) -> None:
         """Store what enrollment needs of the base data: the replay buffer and the prior strength of one shot.
 
         Args:
-            model (nn.Module): Few-shot model with the final weights, changed in place.
+            model (FewShotDetectionModel): Model with the final weights, changed in place.
         """
         trainer, labels = self.trainer, fully_labeled(self.base_dataset)
         imgsz, seed = trainer.args.imgsz, trainer.args.seed
@@ -192,7 +195,11 @@ class Stage:
         """Plot what the finished best.pt does; called in the main process alone, and only with `plots=True`."""
 
     def _resampled(
-        self, loader: InfiniteDataLoader, dataset: Dataset, sampler: EpochSampler, batch_size: int
+        self,
+        loader: InfiniteDataLoader,
+        dataset: YOLODataset | EpisodicDataset | ShotsAndBase,
+        sampler: EpochSampler,
+        batch_size: int,
     ) -> InfiniteDataLoader:
         """Return a loader like Ultralytics' own that draws its batches by a sampler of ours."""
         trainer = self.trainer

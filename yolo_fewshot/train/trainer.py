@@ -8,10 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
 from torch.utils.data import Dataset
 from ultralytics.cfg import cfg2dict, get_cfg
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.checks import check_yaml
 from ultralytics.utils.torch_utils import init_seeds, unwrap_model
@@ -50,6 +50,11 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         >>> from yolo_fewshot import FewShotTrainer
         >>> FewShotTrainer(cfg="stage2.yaml", overrides={"model": "fewshot.yaml", "data": "base.yaml"}).train()
     """
+
+    last: Path  # Ultralytics sets these
+    best: Path
+    wdir: Path
+    metrics: dict[str, float] | None
 
     def __init__(
         self,
@@ -123,13 +128,13 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         return data
 
     def get_model(
-        self, cfg: str | dict | None = None, weights: nn.Module | None = None, verbose: bool = True
+        self, cfg: str | dict, weights: DetectionModel | None = None, verbose: bool = True
     ) -> FewShotDetectionModel:
         """Return the few-shot model, built from any detection YAML, with the weights of a stock or few-shot model.
 
         Args:
-            cfg (str | dict, optional): Model YAML or its content.
-            weights (nn.Module, optional): Model to take weights from.
+            cfg (str | dict): Model YAML or its content.
+            weights (DetectionModel, optional): Model to take weights from.
             verbose (bool): Whether to log the layers.
 
         Returns:
@@ -157,7 +162,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         Returns:
             (dict | None): Checkpoint to resume from.
         """
-        if isinstance(self.model, nn.Module):
+        if isinstance(self.model, FewShotDetectionModel):
             self.stage.adopt(self.model)
         return super().setup_model()
 

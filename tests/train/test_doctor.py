@@ -120,7 +120,7 @@ def test_a_rehearsal_runs_no_callbacks(run):
 
 def test_a_rehearsal_takes_a_few_steps(run):
     trainer = run.trainers[0]
-    assert run.batches == len(trainer.seconds) == STEPS and len(trainer.doctor.norms) == 1
+    assert run.batches == len(trainer.seconds) == STEPS and len(trainer.monitor.norms) == 1
     assert all(s > 0 for s in trainer.seconds) and trainer.memory > 1e7
 
 

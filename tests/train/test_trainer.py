@@ -482,7 +482,7 @@ def test_a_bad_image_leaves_no_trace_in_statistics_and_means(tiny, monkeypatch, 
     assert all(np.isfinite(v) for r in rows(trainer) for v in r.values())
     assert all(rows(trainer)[1][f"train/{k}_loss"] > 0 for k in ("box", "cls", "dfl", "epi", "sup"))
     assert not any(k.startswith(("share/", "grad/", "chance/")) for k in rows(trainer)[0])  # doctor=0
-    assert "Loss doctor:" not in log.text and not (trainer.save_dir / "losses.png").exists()
+    assert "Loss monitor:" not in log.text and not (trainer.save_dir / "losses.png").exists()
 
 
 def test_a_non_finite_weight_is_restored_from_the_moving_average(tiny, log):
@@ -537,7 +537,7 @@ def test_a_bad_batch_without_a_step_does_not_undo_its_epoch(accumulated):
 
 
 def paragraph(text):
-    (line,) = [x for x in text.splitlines() if "Loss doctor:" in x]
+    (line,) = [x for x in text.splitlines() if "Loss monitor:" in x]
     return line
 
 
@@ -547,7 +547,7 @@ def test_a_run_ends_with_a_summary_of_its_losses(accumulated):
     line = paragraph(text)
     for term in ("box", "cls", "dfl"):
         assert f"{term} {last[f'share/{term}']:.0%}" in line
-    assert "1 because something was not finite" in line
+    assert "1 skipped for a NaN or Inf" in line
 
 
 def test_the_summary_counts_optimizer_steps(accumulated):
@@ -578,7 +578,7 @@ def test_clamps_are_counted_for_every_epoch(tiny, stage1):
 def test_losses_are_plotted_beside_results_png(stage2, monkeypatch):
     results, losses = stage2.save_dir / "results.png", stage2.save_dir / "losses.png"
     with monkeypatch.context() as m:
-        m.setattr(stage2.doctor, "every", 0)
+        m.setattr(stage2.monitor, "every", 0)
         m.setattr("ultralytics.engine.trainer.plot_results", lambda **_: results.touch())
         stage2.plot_metrics()
         assert results.exists() and not losses.exists()
@@ -629,7 +629,7 @@ def test_a_key_of_all_stages_alone_runs_stage_one(tiny, log, key):
     expected = {"nonfinite": "skip", "nonfinite_limit": 10, "doctor": 50, key: SAFETY[key]}
     assert {k: getattr(trainer.args, k) for k in SAFETY} == expected
     assert trainer.args.n_way is trainer.args.grad_clip is trainer.args.supcon is None
-    assert trainer.doctor.every == expected["doctor"] and "has no effect" not in log.text
+    assert trainer.monitor.every == expected["doctor"] and "has no effect" not in log.text
 
 
 @pytest.mark.parametrize(
@@ -729,7 +729,7 @@ def test_a_compiled_model_is_not_measured(tiny):
     overrides = {**EPISODIC, "model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml"), "doctor": 5}
     for compiled in (False, True):
         trainer = FewShotTrainer("stage2.yaml", {**overrides, "project": str(tiny), "compile": compiled})
-        assert trainer.doctor.every == (0 if compiled else 5)
+        assert trainer.monitor.every == (0 if compiled else 5)
 
 
 def test_a_compiled_model_trains_like_an_eager_one(tiny, stage1, monkeypatch):

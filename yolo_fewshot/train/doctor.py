@@ -171,9 +171,9 @@ def compare_terms(trainer: Rehearsal) -> list[Finding]:
     Returns:
         (list[Finding]): One finding for each term.
     """
-    if not trainer.doctor.chance:
+    if not trainer.monitor.chance:
         return [Finding("ok", f"{k:<10}{v:9.4g}") for k, v in trainer.first.items()]
-    chance, norms = trainer.doctor.chance[0].tolist(), trainer.doctor.norms[0]
+    chance, norms = trainer.monitor.chance[0].tolist(), trainer.monitor.norms[0]
     shares = (norms / norms.sum().clamp(min=1e-30)).tolist()
     found = []
     for (name, value), expected, share in zip(trainer.first.items(), chance, shares):

@@ -132,11 +132,7 @@ class Guard:
 
     def summary(self) -> str:
         """Return the counts of the whole run as a sentence."""
-        n = {k: v + self.total[k] for k, v in self._counts().items()}
-        return (
-            f"Of {n['steps']} steps {n['clipped']} were clipped, {n['overflows']} skipped for an overflow of AMP and "
-            f"{n['skipped']} because something was not finite."
-        )
+        return summarize({k: v + self.total[k] for k, v in self._counts().items()})
 
     def _counts(self) -> dict[str, int]:
         """Return the counters since `reset`."""
@@ -146,6 +142,21 @@ class Guard:
     def _flat_buffers(self) -> torch.Tensor:
         """Return a copy of all floating-point buffers, (N,)."""
         return torch.cat([b.reshape(-1).float() for b in self.buffers]) if self.buffers else torch.zeros(0)
+
+
+def summarize(counts: Mapping[str, int]) -> str:
+    """Return the counts of the steps of a run as a sentence.
+
+    Args:
+        counts (Mapping[str, int]): Numbers of `steps`, `clipped`, `skipped` and `overflows`, as in results.csv.
+
+    Returns:
+        (str): The sentence.
+    """
+    return (
+        f"Of {counts['steps']} steps, {counts['clipped']} were clipped, {counts['overflows']} skipped for an AMP "
+        f"overflow and {counts['skipped']} skipped for a NaN or Inf."
+    )
 
 
 def nonfinite(tensors: Mapping[Name, torch.Tensor]) -> list[Name]:

@@ -12,11 +12,12 @@ from ultralytics.nn.distill_model import DistillationModel
 from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_of, part_gradients
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.passes import Pass
+from yolo_fewshot.train.guard import summarize
 
 AT_CHANCE = 0.95  # a term at or above this fraction of its chance level has not been learned
 DOMINANT = 0.5  # share of the gradient above which a term dominates
 CLAMPED = 0.01  # fraction of the steps above which clamps of the mean DFL are reported
-COUNTS = ("clipped", "skipped", "overflows", "sides_clamped", "means_clamped")  # columns train/...
+COUNTS = ("steps", "clipped", "skipped", "overflows", "sides_clamped", "means_clamped")  # columns train/...
 UNTRAINED = "no better than those of an untrained model: train stage 1 first, or set a larger lr0"
 OWN = "it has not been learned yet: set a larger lr0, or leave it out"  # for a term of the user's own
 REMEDIES = {
@@ -33,7 +34,7 @@ REMEDIES = {
 }
 
 
-class LossDoctor:
+class LossMonitor:
     """Measures the gradient of each term at the neck's output and the term's chance level, once in `every` batches.
 
     The chance level is the value of the term for a head that has learned nothing, see `FewShotLoss.chance`. In models
@@ -48,7 +49,7 @@ class LossDoctor:
     """
 
     def __init__(self, every: int):
-        """Initialize the doctor.
+        """Initialize the monitor.
 
         Args:
             every (int): Batches from one measurement to the next.
@@ -151,17 +152,13 @@ def report(rows: list[dict[str, float]], args: Any) -> str:
     if not idle:
         sentences.append("No term is at chance.")
     count = {k: int(sum(r[f"train/{k}"] for r in rows)) for k in COUNTS}
-    total = int(sum(r["train/steps"] for r in rows))
-    sentences.append(
-        f"Of {total} steps {count['clipped']} were clipped, {count['overflows']} skipped for an overflow of AMP and "
-        f"{count['skipped']} because something was not finite."
-    )
+    sentences.append(summarize(count))
     if count["skipped"]:
         sentences.append("The warnings in the log name the cause and what to change.")
     if count["means_clamped"] or count["sides_clamped"]:
         sentences.append(
             f"The DFL was clamped {count['means_clamped']} times in its mean and on {count['sides_clamped']} sides."
         )
-    if count["means_clamped"] > total * CLAMPED and args.dfl_clamp_mode == "hard":
+    if count["means_clamped"] > count["steps"] * CLAMPED and args.dfl_clamp_mode == "hard":
         sentences.append("A hard clamp passes no gradient: set dfl_clamp_mode=rescale, or train stage 1 first.")
     return " ".join(sentences)

@@ -28,7 +28,7 @@ from yolo_fewshot.train.episodic import Episodes
 from yolo_fewshot.train.finish import finish
 from yolo_fewshot.train.guard import nonfinite
 from yolo_fewshot.train.guarded import GuardedTrainer
-from yolo_fewshot.train.monitor import LossDoctor, report
+from yolo_fewshot.train.monitor import LossMonitor, report
 from yolo_fewshot.train.run_plots import plot_loss_terms
 from yolo_fewshot.train.stage import Stage
 
@@ -44,7 +44,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
 
     Attributes:
         stage (Stage): Stage of this run, with the steps that differ between stages.
-        doctor (LossDoctor): Gradient of each term and its chance level.
+        monitor (LossMonitor): Gradient of each term and its chance level.
 
     Examples:
         >>> from yolo_fewshot import FewShotTrainer
@@ -88,8 +88,8 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         super().__init__(merged, {k: merged[k] for k in overrides}, _callbacks)
         if self.resume:
             load_terms(self.args.terms)
-        self._columns: dict[str, float] = {}  # of guard and doctor, for results.csv
-        self.doctor = LossDoctor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
+        self._columns: dict[str, float] = {}  # of guard and monitor, for results.csv
+        self.monitor = LossMonitor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
         self.last, self.best, self.wdir = AtomicPath(self.last), AtomicPath(self.best), AtomicPath(self.wdir)
 
     def check_resume(self, overrides: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     def begin_epoch(self) -> None:
         """Set the counters to zero and, where the stage asks for it, seed the epoch."""
         super().begin_epoch()
-        self.doctor.reset()
+        self.monitor.reset()
         for loss in branch_losses(unwrap_model(self.model)):
             if loss.clamped_dfl:
                 loss.clamped_dfl.reset_counts()
@@ -233,17 +233,17 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             init_seeds(self.args.seed + 1 + RANK + 1000 * self.epoch, deterministic=self.args.deterministic)
 
     def begin_batch(self) -> None:
-        """Announce a batch to the doctor."""
-        self.doctor.begin_batch(unwrap_model(self.model), self.scaler)
+        """Measure the terms of the batch if it is its turn."""
+        self.monitor.begin_batch(unwrap_model(self.model), self.scaler)
 
     def end_epoch(self) -> None:
-        """Check the batches that no step has used yet, and compute the columns of guard and doctor."""
+        """Check the batches that no step has used yet, and compute the columns of guard and monitor."""
         super().end_epoch()
         dfl = [x.clamped_dfl for x in branch_losses(unwrap_model(self.model)) if x.clamped_dfl]
         clamps = {
             f"train/{k}_clamped": sum(int(getattr(x, f"{k[:-1]}_clamped")) for x in dfl) for k in ("sides", "means")
         }
-        self._columns = {**self.guard.columns(), **clamps, **self.doctor.columns()}
+        self._columns = {**self.guard.columns(), **clamps, **self.monitor.columns()}
         if self.metrics is not None:  # it is None outside of the main process
             self.metrics = {**self.metrics, **self._columns}
 
@@ -251,7 +251,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         """Log a summary of the loss terms, or of the guard where they were not measured."""
         text = report(self._results(), self.args)
         if text:
-            LOGGER.info(f"{colorstr('Loss doctor:')} {text}")
+            LOGGER.info(f"{colorstr('Loss monitor:')} {text}")
         else:
             super().end_training()
 
@@ -259,7 +259,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         """Validate as Ultralytics does.
 
         Returns:
-            metrics (dict | None): Results, with the columns of guard and doctor, for results.csv and loggers.
+            metrics (dict | None): Results, with the columns of guard and monitor, for results.csv and loggers.
             fitness (float | None): Fitness.
         """
         metrics, fitness = super().validate()
@@ -330,7 +330,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     def plot_metrics(self) -> None:
         """Plot results.png as Ultralytics does, and losses.png."""
         super().plot_metrics()
-        if self.doctor.every:
+        if self.monitor.every:
             plot_loss_terms(self)
 
     def final_eval(self) -> None:

@@ -146,7 +146,7 @@ def test_images_that_show_every_class_can_be_shared_by_ways():
 
 def test_impossible_episodes_are_an_error_before_training():
     labels = make_labels([[0, 2], [0, 1], [1, 2]])  # whatever is support, one class has no query image left
-    with pytest.raises(ValueError, match="divide into support and query"):
+    with pytest.raises(ValueError, match="divided into support and query"):
         EpisodeSampler(labels, {i: str(i) for i in range(3)}, 3, 1, 1, episodes=1)
 
 
@@ -183,7 +183,7 @@ def yolo_dataset(tmp_path):
     return YOLODataset(img_path=str(tmp_path / "images"), imgsz=64, hyp=hyp, data=data, batch_size=4)
 
 
-def test_batches_say_which_images_are_support_and_for_which_class(yolo_dataset):
+def test_batches_have_the_support_mask_and_the_drawn_classes(yolo_dataset):
     dataset = EpisodicDataset(yolo_dataset)
     sampler = EpisodeSampler(dataset.labels, yolo_dataset.data["names"], 3, 2, 1, episodes=2)
     loader = DataLoader(dataset, batch_size=sampler.episode_size, sampler=sampler, collate_fn=dataset.collate_fn)

@@ -42,7 +42,7 @@ def nothing(*tensors):
     return sum((x.float().sum() * 0).sqrt() for x in tensors)
 
 
-def test_weights_come_first(model, batch):
+def test_non_finite_weights_are_named_before_other_causes(model, batch):
     """A weight that is not finite makes all else not finite, so nothing else is blamed."""
     with torch.no_grad():
         model.model[4].cv1.conv.weight[0, 0] = NAN
@@ -153,7 +153,7 @@ def test_terms_with_a_bad_value_are_named(model, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("branch", [0, 1])
-def test_terms_of_both_branches_of_a_dual_head_are_looked_at(batch, monkeypatch, branch):
+def test_terms_of_both_branches_of_a_dual_head_are_checked(batch, monkeypatch, branch):
     model = make("yolo26n-fewshot.yaml", cpe_iou=0.0)
     spoil(branch_losses(model)[branch], "tri_loss", monkeypatch, nothing)
     found = ask(model, batch)
@@ -162,7 +162,7 @@ def test_terms_of_both_branches_of_a_dual_head_are_looked_at(batch, monkeypatch,
     assert ask(model, batch).terms == ["tri_loss"]  # once
 
 
-def test_terms_of_stage_one_are_looked_at(batch, monkeypatch):
+def test_terms_of_stage_one_are_checked(batch, monkeypatch):
     model = make(stage=1)
     spoil(branch_losses(model)[0], "cls_loss", monkeypatch, nothing)
     assert ask(model, batch).terms == ["cls_loss"]
@@ -182,7 +182,7 @@ def test_the_first_layer_with_a_bad_output_is_named(model, batch, index):
     assert found.certain and not found.overflow and "lr0" in found.advice and "grad_clip" in found.advice
 
 
-def test_a_gradient_that_overflows_between_the_layers_is_told_from_one_of_the_terms(model, batch):
+def test_a_gradient_that_overflows_between_the_layers_is_not_blamed_on_a_term(model, batch):
     model.model[5].register_forward_hook(lambda *a: a[-1].register_hook(lambda g: g * INF) and None)
     found = ask(model, batch, scaled=True)
     assert found.cause == "the gradient overflows on its way through the network" and found.certain
@@ -201,7 +201,7 @@ def half():
     return torch.autocast("cpu", dtype=torch.float16)
 
 
-def test_what_only_float16_cannot_hold_is_told_from_what_no_type_can(model, batch):
+def test_an_overflow_of_float16_alone_is_named_as_such(model, batch):
     def hot(layer, inputs, output):
         return (output.float() + 1e5).to(output.dtype) if torch.is_autocast_enabled("cpu") else output
 
@@ -225,7 +225,7 @@ def test_a_loss_that_only_float16_cannot_hold(model, batch, monkeypatch):
     assert found.cause == "float16 cannot hold what the loss computes" and found.terms == ["cls_loss"]
 
 
-def test_bfloat16_is_not_told_to_use_bfloat16(model, batch):
+def test_bfloat16_is_not_advised_to_use_bfloat16(model, batch):
     def hot(layer, inputs, output):
         return output * INF if torch.is_autocast_enabled("cpu") else output
 

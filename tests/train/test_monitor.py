@@ -266,16 +266,16 @@ def row(shares=(0.4, 0.35, 0.25), values=(1.0, 1.0, 1.0), chance=(2.0, 2.0, 2.0)
     }
 
 
-def told(*rows, **settings):
+def reported(*rows, **settings):
     return report(list(rows), SimpleNamespace(**{**table.resolve({"stage": 2}), "box": 7.5, "cls": 0.5, **settings}))
 
 
-def test_nothing_measured_nothing_said():
-    assert told() == "" and told({"train/box_loss": 1.0, "train/clipped": 0.0}) == ""
+def test_without_measurements_the_report_is_empty():
+    assert reported() == "" and reported({"train/box_loss": 1.0, "train/clipped": 0.0}) == ""
 
 
-def test_a_run_without_trouble():
-    assert told(row(), row()) == (
+def test_the_report_of_a_run_without_problems():
+    assert reported(row(), row()) == (
         "Gradient at the neck by term: box 40%, epi 35%, sup 25%. No term is at chance. Of 200 steps, 0 were clipped, "
         "0 skipped for an AMP overflow and 0 skipped for a NaN or Inf."
     )
@@ -285,25 +285,27 @@ def test_a_run_without_trouble():
     ("shares", "words"),
     [
         ((0.5, 0.3, 0.2), None),
-        ((0.51, 0.29, 0.2), "box dominates; box=7.5 is the key to lower if it should not."),
-        ((0.1, 0.6, 0.3), "epi dominates; cls=0.5 is the key to lower if it should not."),
-        ((0.1, 0.1, 0.8), "sup dominates; supcon=1.2 is the key to lower if it should not."),
+        ((0.51, 0.29, 0.2), "box dominates; lower box=7.5 if it should not."),
+        ((0.1, 0.6, 0.3), "epi dominates; lower cls=0.5 if it should not."),
+        ((0.1, 0.1, 0.8), "sup dominates; lower supcon=1.2 if it should not."),
     ],
 )
 def test_a_term_with_more_than_half_of_the_gradient_dominates(shares, words):
-    text = told(row((0.9, 0.05, 0.05)), row(shares))  # the last epoch counts
+    text = reported(row((0.9, 0.05, 0.05)), row(shares))  # the last epoch counts
     assert words in text if words else "dominates" not in text
     order = sorted(zip(shares, ("box", "epi", "sup")), key=lambda x: -x[0])
     assert text.startswith("Gradient at the neck by term: " + ", ".join(f"{t} {v:.0%}" for v, t in order))
 
 
 def test_a_term_at_its_chance_level_is_named_with_a_remedy():
-    text = told(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.9, 2.5)))
+    text = reported(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.9, 2.5)))
     assert "box is at" not in text and "No term is at chance" not in text
     assert f"epi is at chance (1.9, chance 2): {REMEDIES['epi']}." in text
     assert f"sup is at chance (2.5, chance 2): {REMEDIES['sup']}." in text
-    assert "No term is at chance." in told(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.89, 1.89)))
-    assert "No term is at chance." in told(row(values=(0.0, 1.0, 1.0), chance=(0.0, 2.0, 2.0)))  # off or not measured
+    assert "No term is at chance." in reported(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.89, 1.89)))
+    assert "No term is at chance." in reported(
+        row(values=(0.0, 1.0, 1.0), chance=(0.0, 2.0, 2.0))
+    )  # off or not measured
 
 
 def test_every_term_has_a_remedy_and_a_key():
@@ -315,20 +317,20 @@ def test_every_term_has_a_remedy_and_a_key():
 
 
 def test_steps_are_summed_over_the_epochs():
-    text = told(row(steps=50, clipped=3, overflows=1, skipped=2), row(steps=50, clipped=4, overflows=1))
+    text = reported(row(steps=50, clipped=3, overflows=1, skipped=2), row(steps=50, clipped=4, overflows=1))
     assert "Of 100 steps, 7 were clipped, 2 skipped for an AMP overflow and 2 skipped for a NaN or Inf." in text
     assert "The warnings in the log name the cause and what to change." in text
-    assert "warnings in the log" not in told(row(clipped=3, overflows=1))
+    assert "warnings in the log" not in reported(row(clipped=3, overflows=1))
 
 
-def test_clamps_are_told_and_many_of_them_ask_for_another_mode():
-    assert "clamped" not in told(row())
-    few = told(row(means_clamped=1, sides_clamped=20), row(sides_clamped=3))
+def test_clamps_are_reported_and_many_of_them_suggest_rescale():
+    assert "clamped" not in reported(row())
+    few = reported(row(means_clamped=1, sides_clamped=20), row(sides_clamped=3))
     assert "The DFL was clamped 1 times in its mean and on 23 sides." in few and "hard clamp" not in few
-    assert "The DFL was clamped 0 times in its mean and on 3 sides." in told(row(sides_clamped=3))
-    assert "hard clamp" not in told(row(means_clamped=1)) and "hard clamp" in told(row(means_clamped=2))
-    assert "set dfl_clamp_mode=rescale" in told(row(means_clamped=2))
-    assert "hard clamp" not in told(row(means_clamped=90), dfl_clamp_mode="rescale")
+    assert "The DFL was clamped 0 times in its mean and on 3 sides." in reported(row(sides_clamped=3))
+    assert "hard clamp" not in reported(row(means_clamped=1)) and "hard clamp" in reported(row(means_clamped=2))
+    assert "set dfl_clamp_mode=rescale" in reported(row(means_clamped=2))
+    assert "hard clamp" not in reported(row(means_clamped=90), dfl_clamp_mode="rescale")
 
 
 def test_a_copy_of_a_model_in_training_is_not_measured(batch):

@@ -555,7 +555,7 @@ def test_the_summary_counts_optimizer_steps(accumulated):
     assert f"Of {steps + 1} steps" in paragraph(text)  # and the skipped one at the end of the epoch
 
 
-def test_the_columns_of_guard_and_doctor(stage2):
+def test_the_columns_of_guard_and_monitor(stage2):
     terms = ("box", "cls", "dfl", "epi", "sup", "cpe", "tri")
     for row in rows(stage2):
         assert sum(row[f"share/{t}"] for t in terms) == pytest.approx(1, abs=1e-3)
@@ -600,7 +600,7 @@ def out_of_memory(*_):
     raise RuntimeError("CUDA out of memory.")
 
 
-def test_an_episode_that_needs_too_much_memory_is_an_error_that_says_what_to_set(tiny, monkeypatch):
+def test_an_episode_that_needs_too_much_memory_is_an_error_that_names_the_keys(tiny, monkeypatch):
     monkeypatch.setattr(FewShotDetectionModel, "loss", out_of_memory)
     with pytest.raises(
         MemoryError, match=r"n_way=3 x \(k_shot=1 \+ n_query=1\) = 6 images of imgsz=64 .*smaller n_way"
@@ -712,7 +712,7 @@ def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
     assert "the val split has too few classes with k_shot + 1 images" in caplog.text
-    assert "the images of the val split do not divide into support and query" in caplog.text
+    assert "the images of the val split cannot be divided into support and query" in caplog.text
     assert not list(trainer.save_dir.glob("*episode*"))
 
 

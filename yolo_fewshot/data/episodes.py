@@ -146,8 +146,8 @@ class EpisodeSampler(EpochSampler):
                 break
         else:
             raise ValueError(
-                f"In {TRIES} tries no {self.n_way} classes were found whose images divide into support and query: "
-                "the same images show them all. Set a smaller n_way or k_shot, or label more images."
+                f"In {TRIES} tries no {self.n_way} classes were found whose images can be divided into support and "
+                "query, because the same images show all of them. Set a smaller n_way or k_shot, or label more images."
             )
         seeds = rng.integers(2**31, size=self.episode_size).tolist()
         flags = [True] * len(shots) + [False] * len(queries)

@@ -89,7 +89,7 @@ def split(
     if Path(data).suffix.lower() == ".json":
         old, tasks, channels = _read_coco(data, val, images, val_images or images)
     elif val or images or val_images:
-        raise ValueError(f"val=, images= and val_images= are for a COCO json. '{data}' says itself where they are.")
+        raise ValueError(f"val=, images= and val_images= are for a COCO json, which '{data}' is not. Leave them out.")
     else:
         old, tasks, channels = _read_yolo(data)
     names = _order(old, chosen, data)
@@ -144,7 +144,7 @@ def _new_folder(out: str | Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"'out={out}' exists and is not empty. Name a new folder: nothing is overwritten.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"'out={out}' is in a folder that does not exist. Make {path.parent} first.")
+        raise FileNotFoundError(f"'out={out}' is in a folder that does not exist. Create {path.parent} first.")
     return path
 
 
@@ -206,7 +206,7 @@ def _read_coco(data: Any, val: Any, images: Any, val_images: Any) -> tuple[list[
             categories, tasks[key] = _load_coco(Path(file), str(folder), names)
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(
-                f"{file} is no COCO json of boxes: {e!r}. It needs 'images' with id, file_name, width and height, "
+                f"{file} is not a COCO json of boxes: {e!r}. It needs 'images' with id, file_name, width and height, "
                 "'annotations' with image_id, category_id and bbox, and 'categories' with id and name."
             ) from e
         _check_unique(categories, file)
@@ -274,9 +274,8 @@ def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Ima
                     left_out.append(f"{file}: {reason}")
                     continue
                 rows[:, 0] = ids[rows[:, 0].astype(int)]
-                rows = np.unique(
-                    rows[(rows[:, 3:5] > 0).all(1)], axis=0
-                )  # sorted, so independent of the order of labels
+                # Sorted, so that the split does not depend on the order of the labels.
+                rows = np.unique(rows[(rows[:, 3:5] > 0).all(1)], axis=0)
                 images.append(Image(file, _unique_name(file, taken, copies), shape, digest, rows))
             if not images:
                 raise ValueError(f"No usable image in {key}: {few(left_out, '; ') or 'it lists none'}.")
@@ -317,7 +316,7 @@ def _candidates(train: list[Image], val: list[Image], nc: int) -> list[dict[int,
     digests = {p.digest for p in val}
     copies = [p.file for p in train if p.digest in digests]
     if copies:
-        LOGGER.warning(f"{len(copies)} train images are val images, too, and give no shots: {few(copies)}.")
+        LOGGER.warning(f"{len(copies)} train images are also val images and give no shots: {few(copies)}.")
     found: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(nc)]
     for i, p in enumerate(train):
         if p.digest not in digests:
@@ -456,7 +455,7 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
         shutil.rmtree(part, ignore_errors=True)
     others = [f"{n} images are {how}" for how, n in placed.items() if how != "symbolic links"]
     if others:
-        LOGGER.info(f"Symbolic links were refused by the system, so {', '.join(others)}.")
+        LOGGER.info(f"The system refused symbolic links, so {', '.join(others)}.")
 
 
 def _place(file: str, target: Path) -> str:

@@ -104,7 +104,7 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
         (list[Finding]): The findings.
 
     Raises:
-        SyntaxError: If an argument is misspelt.
+        SyntaxError: If an argument is misspelled.
         TypeError: If an argument has a wrong type.
         ValueError: If an argument is out of its range.
         FileNotFoundError: If the data or the model does not exist.
@@ -181,7 +181,7 @@ def compare_terms(trainer: Rehearsal) -> list[Finding]:
         if not math.isfinite(value):
             found.append(Finding("error", f"{text}: not finite. The warning above names the cause."))
         elif expected > 0 and value > FAR * expected:
-            found.append(Finding("warning", f"{text}: far above chance. The first steps will bring it down."))
+            found.append(Finding("warning", f"{text}: far above chance. It should fall in the first steps."))
         else:
             found.append(Finding("ok", text))
     return found

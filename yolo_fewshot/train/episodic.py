@@ -45,7 +45,7 @@ class Episodes(Stage):
             model.model[-1].freeze_prototypes(model.transferred)
 
     def check_batch(self) -> None:
-        """Refuse the smaller batch that Ultralytics asks for when memory runs out.
+        """Refuse the smaller batch that Ultralytics tries when memory runs out.
 
         Raises:
             MemoryError: If the batch size is smaller than an episode.
@@ -59,10 +59,10 @@ class Episodes(Stage):
             )
 
     def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
-        """Return the loader of episodes, whose length is `episodes`.
+        """Return a loader of `episodes` episodes.
 
         Raises:
-            ValueError: If the training images do not make such episodes.
+            ValueError: If such episodes cannot be drawn from the training images.
         """
         a, dataset = self.trainer.args, EpisodicDataset(loader.dataset)
         names, rank = self.trainer.data["names"], max(RANK, 0)
@@ -70,7 +70,7 @@ class Episodes(Stage):
         return self._resampled(loader, dataset, sampler, sampler.episode_size)
 
     def loss_scale(self, scale: int) -> int:
-        """Return the factor of the loss in a step: each process has an episode, that is a batch, of its own."""
+        """Return the factor times the number of processes, since each process has its own episode."""
         return scale * max(self.trainer.world_size, 1)
 
     def plot_batch(self, batch: dict[str, Any], ni: int) -> None:

@@ -84,7 +84,7 @@ class GuardedTrainer(BaseTrainer):
             self._batch, self._loaded = {}, []
 
     def end_training(self) -> None:
-        """Log what the guard did; a run that was only finished here has none."""
+        """Log what the guard did; there is none if only the end of a run was repeated."""
         if hasattr(self, "guard"):
             LOGGER.info(f"{colorstr('Guard:')} {self.guard.summary()}")
 

@@ -25,10 +25,10 @@ REMEDIES = {
     "cls": f"class scores are {UNTRAINED}",
     "dfl": f"boxes are {UNTRAINED}",
     "l1": f"boxes are {UNTRAINED}",
-    "epi": "prototypes do not tell the classes apart yet: train longer, or set a larger lr0",
+    "epi": "prototypes do not separate the classes yet: train longer, or set a larger lr0",
     "sup": "embeddings of objects do not cluster by class: raise n_way or k_shot, or set supcon=0 to save its time",
     "cpe": "embeddings of anchors do not cluster by class: raise n_way, or set cpe=0 to save its time",
-    "tea": "the old classes are forgotten on the images of the shots: set a smaller lr0 or blend",
+    "tea": "the old classes are forgotten in the images of the shots: set a smaller lr0 or blend",
     "mem": "the old classes are forgotten: set a smaller lr0 or blend",
     "tri": "objects are no closer to their own prototype than to others: train longer, or set triplet=0",
 }
@@ -66,7 +66,7 @@ class LossMonitor:
         self.chance: list[torch.Tensor] = []
 
     def begin_batch(self, model: FewShotDetectionModel | DistillationModel, scaler: torch.amp.GradScaler) -> None:
-        """Begin a batch, and measure it when its loss is computed if it is its turn.
+        """Count a batch, and measure its terms if it is due.
 
         Args:
             model (FewShotDetectionModel | DistillationModel): Model in training, not wrapped for several GPUs.
@@ -118,7 +118,7 @@ class LossMonitor:
 
 
 def _separate(head: nn.Module, inputs: tuple[list[torch.Tensor], ...]) -> tuple[list[torch.Tensor], ...]:
-    """Give every feature map a node of its own, since one is computed from another, and a gradient even if frozen."""
+    """Give every feature map its own graph node, since maps depend on one another, and a gradient even if frozen."""
     views = [x.view_as(x) for x in inputs[0]]
     return ([x if x.requires_grad else x.requires_grad_() for x in views], *inputs[1:])
 
@@ -143,8 +143,7 @@ def report(rows: list[dict[str, float]], args: Any) -> str:
     sentences = [f"Gradient at the neck by term: {ranked}."]
     if shares[top] > DOMINANT:
         key, gain = gain_of(top, args)
-        what = f"{key}={gain} is the key to lower" if key else "lower its gain"
-        sentences.append(f"{top} dominates; {what} if it should not.")
+        sentences.append(f"{top} dominates; lower {f'{key}={gain}' if key else 'its gain'} if it should not.")
     idle = [t for t in terms if last[f"chance/{t}"] > 0 and last[f"train/{t}_loss"] >= AT_CHANCE * last[f"chance/{t}"]]
     for t in idle:
         value, chance = last[f"train/{t}_loss"], last[f"chance/{t}"]

@@ -54,7 +54,7 @@ def plot_val_episodes(trainer: DetectionTrainer) -> None:
     try:
         sampler = EpisodeSampler(val.labels, names, n_way, a.k_shot, a.n_query, VAL_EPISODES, a.seed)
     except ValueError:
-        LOGGER.info("No val_episode.jpg: the images of the val split do not divide into support and query.")
+        LOGGER.info("No val_episode.jpg: the images of the val split cannot be divided into support and query.")
         return
     model = load_checkpoint(trainer.best, trainer.device)[0].eval()
     episodes = EpisodicDataset(SupportDataset(base_support(model, val.labels), a.imgsz))
@@ -104,7 +104,7 @@ def plot_enrolled_shots(trainer: DetectionTrainer, shots: Shots, names: dict[int
 
     Args:
         trainer (DetectionTrainer): Trainer of stage 3 when training starts.
-        shots (Shots): What was enrolled.
+        shots (Shots): Enrolled shots.
         names (dict[int, str]): Class names of the model.
     """
     file = trainer.save_dir / FILE

@@ -32,8 +32,8 @@ class Stage:
         keys (frozenset[str]): Our configuration keys that have an effect.
         seeded_epochs (bool): Whether each epoch starts from a random state of its own, so that a resumed run repeats
             the epochs of an uninterrupted one.
-        blends (bool): Whether the final weights are those of no epoch, so that the checkpoints record the metrics of
-            the final validation.
+        blends (bool): Whether the final weights are interpolated, so that the checkpoints record the metrics of the
+            final validation.
         trainer (DetectionTrainer): Trainer of the run.
     """
 
@@ -114,7 +114,7 @@ class Stage:
             batch_size (int): Images per batch of this process.
 
         Returns:
-            (InfiniteDataLoader): The same loader, or one that draws otherwise.
+            (InfiniteDataLoader): The same loader, or one with another sampler.
         """
         return loader
 
@@ -122,14 +122,14 @@ class Stage:
         """Record the initial state, when the model is on its device and nothing is trained or resumed yet."""
 
     def begin_training(self, model: FewShotDetectionModel) -> None:
-        """Hand the loss what the stage adds to it.
+        """Set up what the stage adds to the loss.
 
         Args:
             model (FewShotDetectionModel): Model in training, not wrapped for several GPUs.
         """
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch with what the stage adds to it.
+        """Add what the stage needs to a batch.
 
         Args:
             batch (dict): Preprocessed batch.
@@ -161,7 +161,7 @@ class Stage:
     def final_checkpoints(
         self, last: dict[str, Any] | None, best: dict[str, Any] | None
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Return the checkpoints that the run ends with; called in the main process alone.
+        """Return the checkpoints that the run ends with; called only in the main process.
 
         Args:
             last (dict | None): Stripped checkpoint of the last epoch, None if there is none.
@@ -189,10 +189,10 @@ class Stage:
         model.memory = fill_replay_buffer(model, labels, imgsz, seed)
         model.prior_strength = choose_prior_strength(model, labels, trainer.test_loader.dataset.labels, imgsz, seed)
         better = "mean" if model.prior_strength == math.inf else "fit"
-        LOGGER.info(f"Enrollment from one shot, on base classes: '{better}' is better")
+        LOGGER.info(f"Enrollment from one shot: '{better}' is better on base classes")
 
     def plot_end(self) -> None:
-        """Plot what the finished best.pt does; called in the main process alone, and only with `plots=True`."""
+        """Plot results of the final best.pt; called only in the main process and with `plots=True`."""
 
     def _resampled(
         self,
@@ -201,7 +201,7 @@ class Stage:
         sampler: EpochSampler,
         batch_size: int,
     ) -> InfiniteDataLoader:
-        """Return a loader like Ultralytics' own that draws its batches by a sampler of ours."""
+        """Return a loader like Ultralytics' with another sampler."""
         trainer = self.trainer
         processes, batches = max(trainer.world_size, 1), len(sampler) // batch_size
         workers = min(os.cpu_count() // processes, trainer.args.workers, batches)
@@ -215,7 +215,7 @@ class Stage:
             pin_memory=loader.pin_memory,
             collate_fn=dataset.collate_fn,
             worker_init_fn=seed_worker,
-            # Starting it must not disturb the run's random state, and each process augments in its own way.
+            # Starting the loader must not change the random state of the run, and each process has its own seed.
             generator=torch.Generator().manual_seed(trainer.args.seed + 1 + RANK),
             **({"pin_memory_device": pinned} if pinned else {}),
         )

@@ -78,7 +78,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         recipe = YAML.load(check_yaml(cfg)) if isinstance(cfg, (str, Path)) else cfg2dict(cfg)
         overrides = dict(cfg2dict(overrides or {}))
         given = {**recipe, **overrides}
-        # Ultralytics merges, so that its errors name misspelt keys and wrong types.
+        # Ultralytics merges, so that its errors name misspelled keys and wrong types.
         merged = vars(get_cfg({**DEFAULT_CFG_DICT, "save_dir": ""}, given))
         table.refuse_support(merged)
         if not merged["resume"]:  # a resumed run takes everything from its checkpoint
@@ -205,9 +205,8 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     def _close_dataloader_mosaic(self) -> None:
         """Stop mosaic as Ultralytics does, which then asks the loader for this epoch again."""
         super()._close_dataloader_mosaic()
-        if self.stage.seeded_epochs and hasattr(
-            self, "epoch"
-        ):  # older Ultralytics calls it before the first epoch, too
+        # Older Ultralytics versions also call this before the first epoch.
+        if self.stage.seeded_epochs and hasattr(self, "epoch"):
             self.train_loader.sampler.restart(self.epoch)
 
     def listeners(self) -> dict[str, Callable[[FewShotTrainer], None]]:
@@ -233,7 +232,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             init_seeds(self.args.seed + 1 + RANK + 1000 * self.epoch, deterministic=self.args.deterministic)
 
     def begin_batch(self) -> None:
-        """Measure the terms of the batch if it is its turn."""
+        """Count a batch, and measure its terms if it is due."""
         self.monitor.begin_batch(unwrap_model(self.model), self.scaler)
 
     def end_epoch(self) -> None:
@@ -279,7 +278,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
 
     @property
     def loss_scale(self) -> int:
-        """Factor of the loss in the sum that a step is taken on."""
+        """Factor by which the loss of an optimizer step is multiplied."""
         return self.stage.loss_scale(super().loss_scale)
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
@@ -289,7 +288,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             ckpt (dict, optional): Checkpoint.
 
         Raises:
-            AllEpochsDone: If the run was interrupted after its last epoch, once its end was done here.
+            AllEpochsDone: After the end of a run that was interrupted after its last epoch.
         """
         self.stage.begin_run()
         if self.resume and ckpt and ckpt["optimizer"] and ckpt["epoch"] + 1 == self.epochs:
@@ -334,7 +333,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             plot_loss_terms(self)
 
     def final_eval(self) -> None:
-        """Strip and validate the checkpoints, and prepare enrollment; until all is done they stay as they were."""
+        """Strip and validate the checkpoints, and prepare enrollment; they stay unchanged until all is done."""
         finish(self)
 
     def _results(self) -> list[dict[str, float]]:

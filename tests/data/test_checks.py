@@ -200,7 +200,7 @@ def test_classes_without_an_image(tmp_path):
         "warning", "val: no image of red, whose AP is not measured. Label some, or drop the classes."
     )
     many = {i: f"c{i}" for i in range(9)}
-    assert "no image of c3, c4, c5, c6, c7 and 1 more, nothing" in check_classes(everything, many).text
+    assert "no image of c3, c4, c5, c6, c7 and 1 more, which" in check_classes(everything, many).text
 
 
 def test_names_that_several_classes_have_are_found():

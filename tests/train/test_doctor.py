@@ -269,8 +269,8 @@ def test_duplicate_class_names_are_a_finding(tiny, tmp_path, monkeypatch, stage)
 
 def stub(values, chance, norms):
     names = [f"{t}_loss" for t in TERMS]
-    doctor = SimpleNamespace(chance=[torch.tensor(chance)], norms=[torch.tensor(norms)])
-    return SimpleNamespace(first=dict(zip(names, values)), doctor=doctor)
+    monitor = SimpleNamespace(chance=[torch.tensor(chance)], norms=[torch.tensor(norms)])
+    return SimpleNamespace(first=dict(zip(names, values)), monitor=monitor)
 
 
 def test_terms_are_compared_with_their_chance_levels():

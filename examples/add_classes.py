@@ -1,4 +1,4 @@
-"""Teach a few-shot detector new classes from a few labeled examples, and measure how well it detects them.
+"""Add new classes to a few-shot detector from a few labeled examples, and measure how well it detects them.
 
     python examples/add_classes.py best.pt shots.yaml
 

@@ -3,7 +3,7 @@
     python examples/own_loss.py fewshot.yaml fewshot-demo.yaml
     cd examples && yolo train model=fewshot.yaml cfg=stage2.yaml terms=own_loss.SpreadLoss
 
-The term is a column of the progress bar, of results.csv and of losses.png, and the loss doctor measures its gradient,
+The term is a column of the progress bar, of results.csv and of losses.png, and the loss monitor measures its gradient,
 as for every other term.
 """
 

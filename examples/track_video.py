@@ -3,7 +3,7 @@
     yolo track model=best.pt source=street.mp4 support=shots.yaml
     python examples/track_video.py best.pt fewshot-demo-novel.yaml street.mp4
 
-Without a video it makes one of the built-in data: an image that moves.
+Without a video argument it writes one, in which an image of the built-in data moves.
 """
 
 from __future__ import annotations

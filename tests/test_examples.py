@@ -120,7 +120,7 @@ def test_tuning_starts_from_the_defaults_and_trains_with_mutated_gains(example, 
     assert best in (first, second)
 
 
-def test_a_long_run_goes_on_and_ends_once(example, base, tmp_path, monkeypatch, capsys):
+def test_a_long_run_resumes_and_ends_once(example, base, tmp_path, monkeypatch, capsys):
     long_run, end = example("long_run"), FewShotTrainer.end_epoch
 
     def interrupted(self):
@@ -161,7 +161,7 @@ def test_serving_with_onnxruntime_alone(example, enrolled, demo):
         )  # older Ultralytics rounds margins otherwise
 
 
-def test_following_objects_through_a_video(example, trained, tmp_path):
+def test_tracking_objects_in_a_video(example, trained, tmp_path):
     thresholds = {f"{k}_thresh": 0.05 for k in ("track_high", "track_low", "new_track")}  # the model is weak
     YAML.save(tmp_path / "weak.yaml", {**YAML.load(ROOT / "cfg/trackers/bytetrack.yaml"), **thresholds})
     keys = {"imgsz": 96, "conf": 0.05, "project": str(tmp_path), "name": "run", "tracker": str(tmp_path / "weak.yaml")}

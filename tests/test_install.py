@@ -150,7 +150,7 @@ def test_processing_the_start_up_file_twice_is_harmless(install: Install, tmp_pa
 
 
 @pytest.mark.parametrize("how", ["script", "module"])
-def test_a_misspelt_key_gets_a_suggestion(install: Install, how: str, tmp_path: Path):
+def test_a_misspelled_key_gets_a_suggestion(install: Install, how: str, tmp_path: Path):
     start = install.yolo if how == "script" else [install.python, "-m", "ultralytics.cfg.__init__"]
     done = run([*start, "train", "model=fewshot.yaml", "cfg=stage2.yaml", "n_wya=3"], tmp_path)
     assert done.returncode != 0

@@ -19,7 +19,7 @@ from ultralytics.cfg import get_cfg
 from yolo_fewshot import args as table
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.train.guard import Guard
-from yolo_fewshot.train.monitor import LossDoctor
+from yolo_fewshot.train.monitor import LossMonitor
 
 OBJECTS, CLASSES = 4, 80
 
@@ -47,7 +47,7 @@ def main() -> None:
     model = FewShotDetectionModel(cfg, nc=CLASSES, verbose=False).to(device).train()
     model.args = SimpleNamespace(**{**vars(get_cfg()), **table.resolve({"stage": 2})})
     batch, optimizer = episode(int(imgsz), device), torch.optim.AdamW(model.parameters(), lr=1e-6)
-    guard, doctor, scaler = Guard(model), LossDoctor(2), torch.amp.GradScaler(enabled=False)
+    guard, doctor, scaler = Guard(model), LossMonitor(2), torch.amp.GradScaler(enabled=False)
     times: dict[str, list[float]] = {k: [] for k in ("plain", "measured", "stock clip", "guard")}
 
     def timed(name: str, f) -> None:

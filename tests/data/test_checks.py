@@ -175,7 +175,7 @@ def test_no_labels_at_all_is_an_error(tmp_path):
     files = write(tmp_path, "train", items)
     error, ignored = check_boxes(read(tmp_path))
     assert error == Finding(
-        "error", "train: no labeled object in 3 images. Label files belong beside 'images' in 'labels'."
+        "error", "train: no labeled object in 3 images. Put label files into a folder 'labels' beside 'images'."
     )
     assert ignored.level == "warning" and f"1 images are left out by training: {files[2]}: " in ignored.text
 
@@ -194,13 +194,13 @@ def test_classes_without_an_image(tmp_path):
     assert check_classes(everything, NAMES) == Finding("ok", "train: all 3 classes have images.")
     train, val = split_of([[1, 1], []]), split_of([[0, 1], [0]], "val")
     assert check_classes(train, NAMES) == Finding(
-        "warning", "train: no image of blue, red, nothing is learned of them. Label some, or drop the classes."
+        "warning", "train: no image of blue, red, which training cannot learn. Label some, or drop the classes."
     )
     assert check_classes(val, NAMES) == Finding(
-        "warning", "val: no image of red, their AP is not measured. Label some, or drop the classes."
+        "warning", "val: no image of red, whose AP is not measured. Label some, or drop the classes."
     )
     many = {i: f"c{i}" for i in range(9)}
-    assert "no image of c3, c4, c5, c6, c7 and 1 more, nothing" in check_classes(everything, many).text
+    assert "no image of c3, c4, c5, c6, c7 and 1 more, which" in check_classes(everything, many).text
 
 
 def test_names_that_several_classes_have_are_found():
@@ -211,7 +211,7 @@ def test_names_that_several_classes_have_are_found():
 
 @pytest.mark.parametrize("size", [(64, 96), (640, 512)])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_copies_are_found_whatever_their_size_quality_and_brightness(tmp_path, size, suffix):
+def test_copies_of_other_size_quality_and_brightness_are_found(tmp_path, size, suffix):
     """Images of at least 512 px are decoded at a quarter of their size, their smaller copies in full."""
     scenes = [scene(i, *size) for i in range(12)]
     train = write(tmp_path, "train", [(x, GOOD) for x in scenes[:8]], suffix)
@@ -260,7 +260,7 @@ def test_blank_images_are_no_duplicates(tmp_path):
 @pytest.mark.parametrize(
     ("a", "b", "level"), [(20, 20, "warning"), (0.4, 20, "ok"), (20, 0.4, "ok"), (0.6, 0.6, "warning")]
 )
-def test_an_image_in_which_hardly_anything_shows_is_like_no_other(a, b, level):
+def test_a_nearly_flat_image_is_no_duplicate(a, b, level):
     pattern = np.random.default_rng(0).normal(0, 1, (1, 1024)).astype(np.float32)
     pattern = (pattern - pattern.mean()) / pattern.std()
     a, b = (split_of([[0]], n)._replace(details=v * pattern) for n, v in (("train", a), ("val", b)))
@@ -280,7 +280,7 @@ def test_large_splits_are_compared_in_parts():
 
 
 @pytest.mark.parametrize(("alike", "level"), [(0.80, "ok"), (0.90, "warning")])
-def test_how_alike_near_duplicates_are(alike, level):
+def test_near_duplicates_by_their_similarity(alike, level):
     x, y = np.random.default_rng(0).normal(0, 20, (2, 1024))
     x, y = (v - v.mean() for v in (x, y))
     y -= x * (x @ y) / (x @ x)
@@ -353,7 +353,7 @@ def test_how_many_classes_have_enough_objects():
     # Objects of the classes: 10, 5, 3, 1, 0; images: 4, 3, 3, 1, 0.
     split = split_of([[0] * 7, [0, 1], [0, 1, 2], [0, 2], [1, 1, 1], [2, 3], []])
     found = check_shots(split, names, args())
-    text = "Of 5 classes have enough labeled objects for K shots: 4 for K=1, 3 for K=3, 2 for K=5, 1 for K=10."
+    text = "Classes with enough labeled objects for K shots, of 5: 4 for K=1, 3 for K=3, 2 for K=5, 1 for K=10."
     assert found[0] == Finding("ok", text)
     text = "Episodes of n_way=2 k_shot=1 n_query=1 can be drawn, from 3 of 5 classes."
     assert found[1:] == [Finding("warning", text)]
@@ -367,7 +367,7 @@ def test_episodes_can_be_drawn_of_all_classes():
 
 
 @pytest.mark.parametrize(("n_way", "k_shot"), [(4, 1), (2, 2), (1, 3)])
-def test_episodes_that_cannot_be_drawn_are_an_error_in_the_sampler_s_words(n_way, k_shot):
+def test_episodes_that_cannot_be_drawn_are_an_error_with_the_message_of_the_sampler(n_way, k_shot):
     split = split_of([[0], [0], [0], [1], [1], [2], [2]])
     labels = [{"cls": b[:, :1]} for b in split.boxes]
     with pytest.raises(ValueError, match=f"'n_way={n_way}' needs {n_way} classes with at least {k_shot + 1}") as e:
@@ -375,6 +375,6 @@ def test_episodes_that_cannot_be_drawn_are_an_error_in_the_sampler_s_words(n_way
     assert check_shots(split, NAMES, args(n_way=n_way, k_shot=k_shot))[1:] == [Finding("error", str(e.value))]
 
 
-def test_no_object_is_enough_for_nothing():
+def test_without_objects_no_class_has_enough_shots():
     found = check_shots(split_of([[], []]), NAMES, args(n_way=1))
     assert "0 for K=1, 0 for K=3, 0 for K=5, 0 for K=10." in found[0].text and found[1].level == "error"

@@ -160,7 +160,9 @@ def test_yaml_names(name: str, names: tuple[str, ...]) -> None:
     assert data["names"] == dict(enumerate(names)) and data["path"] == "fewshot-demo"
 
 
-def test_lost_race_keeps_the_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_keeps_the_data_that_another_process_wrote_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When another process finishes first, its complete data set stays and counts as built."""
 
     def other(new: Path, split: str, *args: object) -> None:

@@ -42,16 +42,16 @@ def test_counts_are_exact_and_support_and_query_disjoint(n_way, k_shot, n_query)
         assert sorted(Counter(d.way for d in support).values()) == [k_shot] * n_way
         assert sorted(Counter(d.way for d in query).values()) == [n_query] * n_way
         assert {d.way for d in support} == {d.way for d in query}
-        assert not {d.index for d in support} & {d.index for d in query}
+        assert not {d.image for d in support} & {d.image for d in query}
         for d in episode:
-            assert d.way in labels[d.index]["cls"]
+            assert d.way in labels[d.image]["cls"]
 
 
 def test_no_image_repeats_where_a_class_has_enough():
     labels = make_labels([[i % 4] for i in range(400)])
     sampler = EpisodeSampler(labels, NAMES, 4, 5, 5, episodes=20)
     for t in range(20):
-        indices = [d.index for d in sampler.episode(0, t)]
+        indices = [d.image for d in sampler.episode(0, t)]
         assert len(set(indices)) == len(indices)
 
 
@@ -134,19 +134,19 @@ def test_query_images_repeat_where_a_class_has_too_few():
     labels = make_labels([[0]] * 3 + [[1]] * 3)
     episode = EpisodeSampler(labels, NAMES, 2, 1, 5, episodes=1).episode(0, 0)
     query = [d for d in episode if not d.support]
-    assert len(query) == 10 and len({d.index for d in query}) == 4
+    assert len(query) == 10 and len({d.image for d in query}) == 4
 
 
 def test_images_that_show_every_class_can_be_shared_by_ways():
     labels = make_labels([[0, 1, 2, 3]] * 2)  # one support and one query image is all there is
     episode = EpisodeSampler(labels, {i: str(i) for i in range(4)}, 4, 1, 1, episodes=1).episode(0, 0)
-    assert len({d.index for d in episode if d.support}) == 1
-    assert len({d.index for d in episode}) == 2
+    assert len({d.image for d in episode if d.support}) == 1
+    assert len({d.image for d in episode}) == 2
 
 
 def test_impossible_episodes_are_an_error_before_training():
     labels = make_labels([[0, 2], [0, 1], [1, 2]])  # whatever is support, one class has no query image left
-    with pytest.raises(ValueError, match="divide into support and query"):
+    with pytest.raises(ValueError, match="divided into support and query"):
         EpisodeSampler(labels, {i: str(i) for i in range(3)}, 3, 1, 1, episodes=1)
 
 
@@ -183,7 +183,7 @@ def yolo_dataset(tmp_path):
     return YOLODataset(img_path=str(tmp_path / "images"), imgsz=64, hyp=hyp, data=data, batch_size=4)
 
 
-def test_batches_say_which_images_are_support_and_for_which_class(yolo_dataset):
+def test_batches_have_the_support_mask_and_the_drawn_classes(yolo_dataset):
     dataset = EpisodicDataset(yolo_dataset)
     sampler = EpisodeSampler(dataset.labels, yolo_dataset.data["names"], 3, 2, 1, episodes=2)
     loader = DataLoader(dataset, batch_size=sampler.episode_size, sampler=sampler, collate_fn=dataset.collate_fn)
@@ -193,7 +193,7 @@ def test_batches_say_which_images_are_support_and_for_which_class(yolo_dataset):
     assert batch["way"].dtype == batch["query"].dtype == torch.long and batch["query"].tolist() == [6, 7, 8]
     drawn = sampler.episode(0, 0)
     assert batch["way"].tolist() == [d.way for d in drawn]
-    assert [batch["im_file"][i][-6:-4] for i in range(9)] == [f"{d.index:02}" for d in drawn]
+    assert [batch["im_file"][i][-6:-4] for i in range(9)] == [f"{d.image:02}" for d in drawn]
 
 
 def test_augmentation_does_not_depend_on_loader_processes(yolo_dataset):

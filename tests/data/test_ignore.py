@@ -174,7 +174,7 @@ def test_validation_images_are_not_masked(data):
     assert [len(x["cls"]) for x in items(dataset)] == [len(x["cls"]) for x in dataset.labels]
 
 
-def test_data_sets_of_data_sets_know_whether_something_is_to_be_ignored(data):
+def test_ignore_regions_are_found_in_nested_data_sets(data):
     clean, some = load(data / "all"), load(data / "part")
     assert has_ignored(some) and not has_ignored(clean)
     assert has_ignored(EpisodicDataset(some)) and not has_ignored(EpisodicDataset(clean))
@@ -448,7 +448,7 @@ def test_the_class_loss_leaves_background_in_ignore_regions_out(cfg, stage, weig
 
 
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_a_teacher_knows_what_is_in_ignore_regions(cfg):
+def test_distillation_covers_ignore_regions(cfg):
     batch, model = batch_of(), make(cfg, 3)
     found, silent = branches(model, batch), [0, 2]
     taught = {**batch, "teacher": [torch.rand(B, p["scores"].shape[2], 2) for _, p in found]}
@@ -564,7 +564,7 @@ def test_a_batch_with_nothing_to_ignore_has_the_same_loss_bit_by_bit(cfg, stage,
         assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_an_image_of_nothing_but_ignore_regions_teaches_nothing_there():
+def test_an_image_with_ignore_regions_alone_has_no_gradient_there():
     batch, model = batch_of(), make()
     rows = torch.tensor([[b, IGNORED, 0.5, 0.5, 1.0, 1.0] for b in range(B)])
     batch = {**batch, "batch_idx": rows[:, 0], "cls": rows[:, 1:2], "bboxes": rows[:, 2:]}

@@ -41,16 +41,16 @@ def test_an_empty_label_file_is_found(image):
 
 
 @pytest.mark.parametrize("row, text", [("3 0.5 0.5 0.1 0.1", "class 3 exceeds"), ("0 0.5 0.5 2 0.1", "out of bounds")])
-def test_an_error_says_why_without_the_file_and_ultralytics_words(image, row, text):
+def test_an_error_is_the_reason_without_file_name_and_prefix(image, row, text):
     labels = read_labels(*labeled(image, row), nc=2)
-    assert labels.boxes is labels.shape is None and labels.found and labels.note == ""
+    assert labels.boxes.shape == (0, 5) and labels.shape == (0, 0) and labels.found and labels.note == ""
     assert text in labels.error and "ignoring corrupt" not in labels.error and str(image) not in labels.error
 
 
 def test_an_image_that_cannot_be_read_is_an_error(image):
     image.write_bytes(b"no image")
     labels = read_labels(str(image), "", nc=2)
-    assert labels.error and labels.boxes is None and not labels.found
+    assert labels.error and labels.boxes.shape == (0, 5) and not labels.found
 
 
 def test_what_is_corrected_is_a_note(image):

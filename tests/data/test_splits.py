@@ -196,7 +196,7 @@ def test_no_shot_is_a_query_image_not_even_a_copy_of_one(boxes, tmp_path, caplog
     for kind, suffix in (("images", ".png"), ("labels", ".txt")):
         shutil.copy(tmp_path / kind / Path(twice).with_suffix(suffix), tmp_path / kind / f"b/twice{suffix}")
     out = split(data, NOVEL, tmp_path / "out", shots=[1, 3], seeds=4)
-    text = "3 train images are val images, too, and give no shots: "
+    text = "3 train images are also val images and give no shots: "
     assert text in caplog.text and all(str(tmp_path / "images" / x) in caplog.text for x in copied)
     digests = [hashlib.sha256(x.read_bytes()).digest() for x in (out / "images/query").iterdir()]
     for folder in (out / "images/shots").iterdir():
@@ -294,9 +294,9 @@ def test_without_symbolic_links_there_are_hard_links_and_only_then_copies(data, 
     originals = {x.stat().st_ino for x in (data.parent / "images").rglob("*") if x.is_file()}
     assert {x.is_symlink() for x in images} == {not refused}
     assert {x.lstat().st_ino in originals for x in images} == {refused == ("symlink",)}
-    said = [r.getMessage() for r in caplog.records if "Symbolic links" in r.getMessage()]
+    logged = [r.getMessage() for r in caplog.records if "symbolic links" in r.getMessage()]
     how = "copies" if "link" in refused else "hard links"
-    assert said == [f"Symbolic links were refused by the system, so {len(images)} images are {how}."] * bool(refused)
+    assert logged == [f"The system refused symbolic links, so {len(images)} images are {how}."] * bool(refused)
 
 
 def test_ultralytics_reads_the_files(out):
@@ -401,7 +401,7 @@ ERRORS = {
     "text": ({"seeds": "many"}, ValueError, "'seeds=many' is"),
     "full": ({"out": "full"}, ValueError, "'out=.*full' exists and is not empty"),
     "a file": ({"out": "full/mine.txt"}, ValueError, "exists and is not empty"),
-    "no parent": ({"out": "missing/out"}, FileNotFoundError, "Make .*missing first"),
+    "no parent": ({"out": "missing/out"}, FileNotFoundError, "Create .*missing first"),
     "json only": ({"images": "images"}, ValueError, "are for a COCO json"),
     "no data": ({"data": "none.yaml"}, FileNotFoundError, "none.yaml"),
 }
@@ -466,14 +466,14 @@ def test_errors_of_a_coco_json(boxes, data, tmp_path):
     for change, text in (
         ({"categories": [*content["categories"], {"id": 1, "name": "fox"}]}, "has categories that .* not have: fox"),
         ({"categories": [*content["categories"], {"id": 1, "name": "dog"}]}, r"Several classes of .*val\.json .* dog"),
-        ({"annotations": [*content["annotations"], {"image_id": 1, "category_id": 1}]}, "is no COCO json .*bbox"),
-        ({"annotations": [{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3]}]}, "is no COCO json .*not enough"),
-        ({"images": {}, "categories": 7}, "is no COCO json of boxes: TypeError"),
+        ({"annotations": [*content["annotations"], {"image_id": 1, "category_id": 1}]}, "is not a COCO json .*bbox"),
+        ({"annotations": [{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3]}]}, "is not a COCO json .*not enough"),
+        ({"images": {}, "categories": 7}, "is not a COCO json of boxes: TypeError"),
     ):
         (tmp_path / "val.json").write_text(json.dumps(content | change))
         fails(ValueError, text)
     (tmp_path / "val.json").write_text("{")
-    fails(ValueError, "val.json is no COCO json of boxes: JSONDecodeError")
+    fails(ValueError, "val.json is not a COCO json of boxes: JSONDecodeError")
 
 
 @pytest.mark.parametrize("name", ["_save_image", "_sha256", "YAML.save", "json.dumps"])

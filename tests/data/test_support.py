@@ -239,7 +239,7 @@ def test_folder_of_crops(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["shots.yaml", "list.txt", "crops"])
-def test_channels_are_those_of_the_model_unless_it_says(root, shots, form):
+def test_channels_default_to_those_of_the_model(root, shots, form):
     image(root / "crops/fish/1.png")
     assert read_support(root / form, NAMES).channels == 3 and read_support(root / form, NAMES, 1).channels == 1
     data_yaml(shots, train=["list.txt", "images"], names=["cat", "dog", "bird"], channels=4)
@@ -367,10 +367,10 @@ def test_unknown_type(root):
 
 def test_no_images(root, shots):
     (root / "list.txt").write_text("\n \n")
-    with fails(ValueError, f"{root / 'list.txt'} names no images"):
+    with fails(ValueError, f"{root / 'list.txt'} lists no images"):
         read_support(root / "list.txt")
     (root / "empty").mkdir()
-    with fails(ValueError, f"{shots} names no images"):
+    with fails(ValueError, f"{shots} lists no images"):
         read_support(data_yaml(shots, train="empty", names=["cat"]))
 
 
@@ -379,7 +379,7 @@ def test_folders_without_classes(tmp_path):
     with fails(ValueError, "loose has neither a data.yaml nor sub-folders", "shots/scooter/1.jpg"):
         read_support(tmp_path / "loose")
     image(tmp_path / "set/images/1.png")
-    with fails(ValueError, "set looks like a data set with labels, and has no data.yaml"):
+    with fails(ValueError, "set looks like a data set with labels, but has no data.yaml"):
         read_support(tmp_path / "set")
     image(tmp_path / "crops/cat/1.png")
     for i in range(7):
@@ -458,7 +458,7 @@ def test_images_without_a_label_file_are_counted_and_named(root, shots, warnings
 
 
 @pytest.mark.parametrize("likely", ["labels/a.TXT", "images/a.txt", "images/a.TXT"])
-def test_label_files_where_none_is_looked_for_are_named(root, shots, warnings, likely):
+def test_misplaced_label_files_are_named(root, shots, warnings, likely):
     (root / "labels/a.txt").rename(root / likely)
     (root / "labels/c.txt").unlink()
     read_support(shots, NAMES)
@@ -593,7 +593,7 @@ def test_missing_train_split(root, shots):
         read_support(shots)
 
 
-def test_a_data_set_that_draws_itself_is_drawn(root, shots):
+def test_a_data_set_with_a_download_script_is_generated(root, shots):
     draw = f"import shutil; shutil.copytree('{root}/images', '{root}/drawn/images')"
     draw += f"; shutil.copytree('{root}/labels', '{root}/drawn/labels')"
     data_yaml(shots, train="drawn/images", val="drawn/images", names=["cat", "dog", "fish"], download=draw)

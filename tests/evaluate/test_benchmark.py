@@ -195,7 +195,7 @@ def test_the_image_size_is_that_of_the_model(data, model, tmp_path, asked):
 # Rows
 
 
-def test_a_resumed_run_does_what_is_missing(data, model, tmp_path, asked, monkeypatch):
+def test_a_resumed_run_measures_what_is_missing(data, model, tmp_path, asked, monkeypatch):
     keys = {**QUICK, "methods": "mean,fit", "seeds": 2, "out": tmp_path}
     answer, calls = module._run_method, []
 
@@ -230,9 +230,13 @@ def test_other_models_or_settings_are_refused(data, model, trained, tmp_path, as
     with pytest.raises(ValueError, match="results of another model"):
         benchmark(data, trained[0].best, **keys)
     assert len(asked) == 1 and (tmp_path / "benchmark.json").read_bytes() == record
-    said = json.loads(record)
-    assert said["settings"] == {"imgsz": 96, "workers": 0} and said["methods"] == ["mean"] and said["shots"] == [1]
-    assert said["versions"]["yolo_fewshot"] == __version__ and said["machine"]["cores"] and "command" in said
+    content = json.loads(record)
+    assert (
+        content["settings"] == {"imgsz": 96, "workers": 0}
+        and content["methods"] == ["mean"]
+        and content["shots"] == [1]
+    )
+    assert content["versions"]["yolo_fewshot"] == __version__ and content["machine"]["cores"] and "command" in content
 
 
 # Tables
@@ -276,11 +280,11 @@ def test_leakage_is_in_the_title(data, model, tmp_path, asked, caplog):
 @pytest.mark.parametrize(
     "images, batch, epochs", [(1, 16, 300), (12, 16, 300), (17, 16, 150), (100, 16, 60), (12, 8, 300), (3, 1, 1600)]
 )
-def test_the_stock_fine_tuning_takes_steps_enough(images, batch, epochs):
+def test_the_stock_fine_tuning_takes_enough_steps(images, batch, epochs):
     assert module._epochs_for(images, batch) == epochs
 
 
-def test_further_arguments_go_to_those_that_know_them():
+def test_further_arguments_reach_the_runs_that_accept_them():
     given = {
         **{"imgsz": 96, "fliplr": 0.0, "batch": 8, "steps": 2, "n_way": 4, "epochs": 1, "episodes": 3, "lr0": 0.1},
         **{"doctor": 0, "val": True, "iou": 0.6, "blend": 0.3, "grad_clip": 1.0},

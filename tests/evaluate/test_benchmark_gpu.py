@@ -50,7 +50,7 @@ def rows_of(file):
     return {(x[0], x[1]): dict(zip(split[0], x)) for x in split[1:]}
 
 
-def test_every_row_is_measured_or_says_why_not(gpu, models, tmp_path, monkeypatch, capsys):
+def test_every_row_is_measured_or_has_a_reason(gpu, models, tmp_path, monkeypatch, capsys):
     level = LOGGER.level
     monkeypatch.setitem(sys.modules, "polars", None)  # not needed
     given = {**TINY, "model": ",".join(models), "out": str(tmp_path / "gpu.md")}
@@ -111,7 +111,7 @@ def test_the_steps_are_those_of_the_trainers(gpu, settings, models, monkeypatch,
     assert not any((trainer.save_dir / "weights").glob("*.pt")) or stage == 3  # which writes what it starts from
 
 
-def test_waiting_for_images_is_not_work(gpu, monkeypatch):
+def test_waiting_for_images_is_not_counted_as_computation(gpu, monkeypatch):
     clock = iter([10.0, 12.0, 15.0, 16.0, 18.0, 25.0, 28.0])  # an epoch starts, then loaded and done of each step
     monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(clock))
     trainer = SimpleNamespace(batch_size=4, add_callback=lambda *_: None)
@@ -129,14 +129,14 @@ def test_waiting_for_images_is_not_work(gpu, monkeypatch):
         watch.on_train_batch_start(trainer)
 
 
-def test_what_there_is_no_time_for_is_left_out_and_said(gpu, models, tmp_path):
+def test_measurements_without_time_left_are_skipped_and_listed(gpu, models, tmp_path):
     gpu.main(**{**TINY, "model": models[0], "minutes": "0", "out": str(tmp_path / "gpu.md")})
     rows = rows_of(tmp_path / "gpu.md")
     assert len(rows) == 13 and {x["note"] for x in rows.values()} == {"left out, no time"}
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="Windows")
-def test_what_takes_too_long_is_interrupted(gpu, settings, monkeypatch):
+def test_a_measurement_that_takes_too_long_is_interrupted(gpu, settings, monkeypatch):
     def endless():
         while True:
             with contextlib.suppress(Exception):  # as libraries do

@@ -82,7 +82,7 @@ def test_results_do_not_depend_on_the_order_of_the_data(model, data):
     assert a == b
 
 
-def test_unknown_classes_are_an_error_that_says_what_to_do(model, data):
+def test_unknown_classes_are_an_error_that_names_the_remedy(model, data):
     with pytest.raises(ValueError, match=r"show bird, which the model does not know\. Enroll"):
         model.val(data=str(data / "unknown.yaml"), imgsz=96, workers=0, plots=False)
 
@@ -346,7 +346,7 @@ def test_lvis_categories_follow_the_order_of_the_data(matched, tmp_path):
         ({"novel": [True, 1.5, ["bar"]]}, r"lists True, 1\.5, \['bar'\], "),
     ],
 )
-def test_malformed_sections_are_an_error_that_says_what_to_do(matched, section, text):
+def test_malformed_sections_are_an_error_that_names_the_remedy(matched, section, text):
     with pytest.raises(ValueError, match=text):
         matched(fewshot=section)
 
@@ -398,7 +398,7 @@ def test_in_training_nothing_changes(write, network, tmp_path, save_json):
     assert logs[0] == logs[1] and (len(logs[0]) == 1) is not save_json
 
 
-def test_labels_count_whatever_their_id(write, val, tmp_path):
+def test_labels_of_any_id_are_counted(write, val, tmp_path):
     """Ultralytics drops those whose id in the data is none of the model."""
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()

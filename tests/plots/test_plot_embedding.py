@@ -38,7 +38,7 @@ def test_umap_takes_the_place_of_the_components_where_it_is_installed(monkeypatc
     assert np.array_equal(project(torch.zeros(5, 3)), np.ones((5, 2)))
 
 
-def test_neighbors_are_alike():
+def test_neighbors_are_similar():
     angle = torch.tensor([0.0, 100, 10, 90, 20, 110]).deg2rad()
     rows = torch.stack([angle.cos(), angle.sin()], 1)
     assert by_similarity(rows @ rows.T) in ([0, 2, 4, 3, 1, 5], [5, 1, 3, 4, 2, 0])

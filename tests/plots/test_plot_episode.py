@@ -72,7 +72,7 @@ def test_detections_take_the_place_of_the_labels_of_query_images(episode, tmp_pa
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
-def test_of_other_channels_what_ultralytics_plots_is_shown(episode, tmp_path, channels):
+def test_images_of_other_channels_are_plotted_as_by_ultralytics(episode, tmp_path, channels):
     shades = torch.tensor([0.2, 0.4, 0.6, 0.8, 1.0])[:channels, None, None]
     episode["img"] = shades.expand(6, -1, 40, 80)
     plot_episode(episode, NAMES, tmp_path / "e.jpg")

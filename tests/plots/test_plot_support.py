@@ -106,7 +106,7 @@ def test_a_crop_is_shown_whole(tmp_path, painted):
     assert (shown[35:-35, 5:-5] == 50).all()
 
 
-def test_figures_are_written_below_their_shots(painted, tmp_path, texts):
+def test_similarities_are_written_below_their_shots(painted, tmp_path, texts):
     shots = painted(10, own=0.614), painted(20, own=None), painted(30, own=-0.4, other=0.918, suspect=True)
     draw(tmp_path, ant=list(shots))
     (y, first), (_, second), (_, third) = (corner(0, c) for c in range(3))

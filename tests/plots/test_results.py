@@ -238,7 +238,7 @@ def test_the_sample_is_dashed_in_the_color_of_the_class(mode, color, monkeypatch
         lambda r: pickle.loads(pickle.dumps(r)),
     ],
 )
-def test_parts_and_copies_know_what_was_enrolled(change):
+def test_parts_and_copies_keep_the_enrolled_classes(change):
     ours, stock = map(change, pair(BASE + NOVEL))
     assert type(ours) is FewShotResults and ours.enrolled == ENROLLED and type(stock) is Results
     assert ours.path == stock.path and len(ours) == len(stock)
@@ -309,13 +309,13 @@ def novel(found):
     return {found.names[int(c)] for c in found.boxes.cls} & {"scooter", "cart"}
 
 
-def test_few_shot_models_alone_get_the_predictor(model):
+def test_only_few_shot_models_get_the_predictor(model):
     assert model._smart_load("predictor") is FewShotPredictor
     assert YOLO("yolo11n.yaml")._smart_load("predictor") is DetectionPredictor
     assert model.fold()._smart_load("predictor") is DetectionPredictor
 
 
-def test_predictions_know_what_was_enrolled(model, root, tmp_path):
+def test_predictions_have_the_enrolled_classes(model, root, tmp_path):
     image = scene()
     (plain,) = model(image, **SETTINGS)
     assert type(plain) is FewShotResults and plain.enrolled == {} and len(plain)

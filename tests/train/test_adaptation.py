@@ -395,10 +395,10 @@ def test_the_built_in_data_sets(site, start, seen, monkeypatch):
     loader = trainer.get_dataloader(trainer.data["train"], 5, -1)
     assert len(loader) == 3 and len(loader.dataset) == 12  # 5 steps in 2 epochs
     trainer.args.steps = None
-    said = []
-    monkeypatch.setattr(LOGGER, "info", said.append)
+    logged = []
+    monkeypatch.setattr(LOGGER, "info", logged.append)
     assert len(trainer.get_dataloader(trainer.data["train"], 5, -1)) == 150
-    assert "300 steps on 12 support images and 0 base images" in said[-1]
+    assert "300 steps on 12 support images and 0 base images" in logged[-1]
     assert sorted(set(loader.sampler)) == list(range(12))
     assert {int(c) for x in loader.dataset.labels for c in x["cls"].flat} == set(range(24, 32))
 
@@ -411,7 +411,7 @@ def test_classes_that_are_enrolled_already_are_not_enrolled_again(site, start, e
         assert all(torch.equal(getattr(bank, k), getattr(other, k).float()) for k in ROWS)
 
 
-def test_a_name_in_another_case_costs_the_old_class_nothing(site, start, tmp_path):
+def test_a_name_in_another_case_leaves_the_old_class_unchanged(site, start, tmp_path):
     data = YAML.load(site / "shots.yaml")
     data["names"][0] = BASE[0].upper()
     YAML.save(tmp_path / "shots.yaml", data)
@@ -420,7 +420,7 @@ def test_a_name_in_another_case_costs_the_old_class_nothing(site, start, tmp_pat
     assert torch.cosine_similarity(row, before.model[-1].prototypes.weight[0, :, 0], dim=0) > 0.999
 
 
-def test_classes_go_by_name_whatever_ultralytics_remaps(site, start):
+def test_classes_are_matched_by_name_and_not_by_cls_remap(site, start):
     trainer, before = built(site, start, cls_remap=False), checkpoint(start.best).float()
     assert trainer.model.names == EXPECTED and trainer.model.enrolled.keys() == set(NOVEL)
     rows = trainer.model.model[-1].prototypes.weight[:24].detach()
@@ -555,7 +555,9 @@ def test_a_run_whose_folder_was_moved_resumes_in_the_new_folder(site, start, tmp
     shutil.move(trainer.save_dir, tmp_path / "moved")
     begun, last = (str(tmp_path / "moved/weights" / x) for x in ("enrolled.pt", "last.pt"))
     shutil.move(begun, tmp_path / "aside.pt")
-    with pytest.raises(FileNotFoundError, match=r"moved.weights.enrolled\.pt is missing.*Put it back beside last\.pt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"moved.weights.enrolled\.pt.* is missing.*Put it back beside last\.pt"
+    ):
         YOLO(last).train(resume=True)
     shutil.move(tmp_path / "aside.pt", begun)
     model = YOLO(last)

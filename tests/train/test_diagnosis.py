@@ -4,8 +4,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from test_criterion import B, make, term_of
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import DEFAULT_CFG
 
-from yolo_fewshot.nn.criterion import branch_losses
+from yolo_fewshot.nn.criterion import branch_losses, gain_of
 from yolo_fewshot.nn.terms import EPISODE_TERMS
 from yolo_fewshot.train.diagnosis import Diagnosis, describe_batch, describe_gradients, diagnose
 
@@ -39,7 +42,7 @@ def nothing(*tensors):
     return sum((x.float().sum() * 0).sqrt() for x in tensors)
 
 
-def test_weights_come_first(model, batch):
+def test_non_finite_weights_are_named_before_other_causes(model, batch):
     """A weight that is not finite makes all else not finite, so nothing else is blamed."""
     with torch.no_grad():
         model.model[4].cv1.conv.weight[0, 0] = NAN
@@ -73,14 +76,16 @@ def test_a_label_that_an_augmentation_moved_is_no_bad_label(model, batch):
     assert not ask(model, batch).certain
 
 
+WITHOUT = "Set {} to train without, or a smaller lr0."
+SMALLER = "Set a smaller lr0 or grad_clip."
 TERMS = {
-    "box_loss": "box=0",
-    "cls_loss": "cls=0",
-    "dfl_loss": "dfl=0",
-    "epi_loss": "cls=0",
-    "sup_loss": "supcon=0",
-    "cpe_loss": "cpe=0",
-    "tri_loss": "triplet=0",
+    "box_loss": SMALLER,
+    "cls_loss": SMALLER,
+    "dfl_loss": SMALLER,
+    "epi_loss": SMALLER,  # cls=0 would turn off the class loss, too
+    "sup_loss": WITHOUT.format("supcon=0"),
+    "cpe_loss": WITHOUT.format("cpe=0"),
+    "tri_loss": WITHOUT.format("triplet=0"),
 }
 
 
@@ -102,7 +107,37 @@ def test_only_the_term_with_a_bad_gradient_is_named(model, batch, monkeypatch, t
     found = ask(model, batch, scaled=True)
     assert found.terms == [term] and found.certain and not found.overflow
     assert found.cause == f"{term} is not finite for finite predictions"
-    assert found.advice.startswith(f"Set {TERMS[term]} to train without")
+    assert found.advice == TERMS[term]
+
+
+@pytest.mark.parametrize("term", [*STOCK_TERMS, "sup_loss", "cpe_loss", "tri_loss"])
+def test_a_gain_of_zero_is_advised_where_it_makes_the_gradient_finite(model, batch, monkeypatch, term):
+    loss = branch_losses(model)[0]
+    spoil(loss, term, monkeypatch, nothing)
+    advised = "to train without" in ask(model, batch).advice
+    monkeypatch.setattr(loss.hyp, gain_of(term, loss.hyp)[0], 0.0)
+    assert (ask(model, batch).terms == []) == advised == (term not in STOCK_TERMS)
+
+
+def test_the_forward_of_a_custom_term_is_named(batch, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "custom_terms.py").write_text(
+        "import math\n\nfrom yolo_fewshot import EpisodeTerm\n\n\n"
+        "class Bad(EpisodeTerm):\n    name, gain = 'bad_loss', 1.0\n\n"
+        "    def forward(self, episode):\n        return episode.objects.sum() * math.nan\n"
+    )
+    found = ask(make(cpe_iou=0.0, terms="custom_terms.Bad"), batch)
+    assert found.terms == ["bad_loss"]
+    assert found.advice == "Check the forward of bad_loss, or set a smaller lr0 or grad_clip."
+
+
+def test_a_term_of_ultralytics_has_no_forward_to_check(batch, monkeypatch):
+    model = DetectionModel("yolo11n.yaml", nc=len(NAMES), verbose=False)
+    model.args = get_cfg(DEFAULT_CFG)
+    model.criterion = model.init_criterion()
+    monkeypatch.setattr(model.criterion, "bce", lambda scores, targets: nothing(scores) + scores * INF)
+    found = ask(model, batch)
+    assert found.terms == ["cls_loss"] and found.advice == SMALLER
 
 
 def test_terms_with_a_bad_value_are_named(model, batch, monkeypatch):
@@ -112,11 +147,13 @@ def test_terms_with_a_bad_value_are_named(model, batch, monkeypatch):
     found = ask(model, batch)
     assert found.terms == ["sup_loss", "tri_loss"]
     assert found.cause == "sup_loss, tri_loss are not finite for finite predictions"
-    assert found.advice.startswith("Set supcon=0, triplet=0 to train without")
+    assert found.advice == WITHOUT.format("supcon=0, triplet=0")
+    spoil(loss, "box_loss", monkeypatch, nothing)
+    assert ask(model, batch).advice == SMALLER  # turning off the others is not enough
 
 
 @pytest.mark.parametrize("branch", [0, 1])
-def test_terms_of_both_branches_of_a_dual_head_are_looked_at(batch, monkeypatch, branch):
+def test_terms_of_both_branches_of_a_dual_head_are_checked(batch, monkeypatch, branch):
     model = make("yolo26n-fewshot.yaml", cpe_iou=0.0)
     spoil(branch_losses(model)[branch], "tri_loss", monkeypatch, nothing)
     found = ask(model, batch)
@@ -125,7 +162,7 @@ def test_terms_of_both_branches_of_a_dual_head_are_looked_at(batch, monkeypatch,
     assert ask(model, batch).terms == ["tri_loss"]  # once
 
 
-def test_terms_of_stage_one_are_looked_at(batch, monkeypatch):
+def test_terms_of_stage_one_are_checked(batch, monkeypatch):
     model = make(stage=1)
     spoil(branch_losses(model)[0], "cls_loss", monkeypatch, nothing)
     assert ask(model, batch).terms == ["cls_loss"]
@@ -145,7 +182,7 @@ def test_the_first_layer_with_a_bad_output_is_named(model, batch, index):
     assert found.certain and not found.overflow and "lr0" in found.advice and "grad_clip" in found.advice
 
 
-def test_a_gradient_that_overflows_between_the_layers_is_told_from_one_of_the_terms(model, batch):
+def test_a_gradient_that_overflows_between_the_layers_is_not_blamed_on_a_term(model, batch):
     model.model[5].register_forward_hook(lambda *a: a[-1].register_hook(lambda g: g * INF) and None)
     found = ask(model, batch, scaled=True)
     assert found.cause == "the gradient overflows on its way through the network" and found.certain
@@ -164,7 +201,7 @@ def half():
     return torch.autocast("cpu", dtype=torch.float16)
 
 
-def test_what_only_float16_cannot_hold_is_told_from_what_no_type_can(model, batch):
+def test_an_overflow_of_float16_alone_is_named_as_such(model, batch):
     def hot(layer, inputs, output):
         return (output.float() + 1e5).to(output.dtype) if torch.is_autocast_enabled("cpu") else output
 
@@ -188,7 +225,7 @@ def test_a_loss_that_only_float16_cannot_hold(model, batch, monkeypatch):
     assert found.cause == "float16 cannot hold what the loss computes" and found.terms == ["cls_loss"]
 
 
-def test_bfloat16_is_not_told_to_use_bfloat16(model, batch):
+def test_bfloat16_is_not_advised_to_use_bfloat16(model, batch):
     def hot(layer, inputs, output):
         return output * INF if torch.is_autocast_enabled("cpu") else output
 

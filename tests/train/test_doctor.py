@@ -99,14 +99,14 @@ def test_all_checks_are_reported(run):
         "train: all 4 classes have images.",
         "val: all 4 classes have images.",
         "No near-duplicates between train and val.",
-        "Of 4 classes have enough labeled objects for K shots: 4 for K=1, 4 for K=3, 4 for K=5, 0 for K=10.",
+        "Classes with enough labeled objects for K shots, of 4: 4 for K=1, 4 for K=3, 4 for K=5, 0 for K=10.",
         "Episodes of n_way=4 k_shot=1 n_query=3 can be drawn, from 4 of 4 classes.",
     ]
     assert {f.level for f in run.found[:7]} == {"ok"} and "error" not in {f.level for f in run.found}
     assert tuple(terms_of(run.found)) == TERMS and len(texts) == 7 + 7 + 1
 
 
-def test_a_rehearsal_leaves_nothing_behind(run, tiny):
+def test_a_rehearsal_leaves_no_files(run, tiny):
     assert len(run.trainers) == 1 and type(run.trainers[0]) is Rehearsal
     assert run.temp in run.trainers[0].save_dir.parents and run.folder == ["args.yaml", "weights"]
     assert not list(run.temp.iterdir()) and not list(run.cwd.iterdir())
@@ -120,7 +120,7 @@ def test_a_rehearsal_runs_no_callbacks(run):
 
 def test_a_rehearsal_takes_a_few_steps(run):
     trainer = run.trainers[0]
-    assert run.batches == len(trainer.seconds) == STEPS and len(trainer.doctor.norms) == 1
+    assert run.batches == len(trainer.seconds) == STEPS and len(trainer.monitor.norms) == 1
     assert all(s > 0 for s in trainer.seconds) and trainer.memory > 1e7
 
 
@@ -269,8 +269,8 @@ def test_duplicate_class_names_are_a_finding(tiny, tmp_path, monkeypatch, stage)
 
 def stub(values, chance, norms):
     names = [f"{t}_loss" for t in TERMS]
-    doctor = SimpleNamespace(chance=[torch.tensor(chance)], norms=[torch.tensor(norms)])
-    return SimpleNamespace(first=dict(zip(names, values)), doctor=doctor)
+    monitor = SimpleNamespace(chance=[torch.tensor(chance)], norms=[torch.tensor(norms)])
+    return SimpleNamespace(first=dict(zip(names, values)), monitor=monitor)
 
 
 def test_terms_are_compared_with_their_chance_levels():
@@ -279,7 +279,7 @@ def test_terms_are_compared_with_their_chance_levels():
     found = compare_terms(stub(values, [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.0], [1.0, 5.0, 2.0, 0.0, 1.0, 1.0, 0.0]))
     assert [f.level for f in found] == ["ok", "warning", "ok", "error", "error", "error", "ok"]
     assert found[0].text == "box_loss          4, chance         2,  10% of the gradient"
-    assert found[1].text.endswith(" 50% of the gradient: far above chance. The first steps will bring it down.")
+    assert found[1].text.endswith(" 50% of the gradient: far above chance. It should fall in the first steps.")
     assert all(f.text.endswith(": not finite. The warning above names the cause.") for f in found[3:6])
     found = compare_terms(stub([1.0] * 7, [1.0] * 7, [0.0] * 7))  # as in a frozen model
     assert {f.level for f in found} == {"ok"} and all("  0% of" in f.text for f in found)

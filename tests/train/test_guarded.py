@@ -122,7 +122,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_explained(data, task, caplog, 
     text = next(x for x in caplog.text.splitlines() if "Skipping this optimizer step" in x)
     assert ("image " if task == "classify" else ".png") in text and "(1 in this epoch, 1 in a row)" in text
     assert "blue" in text or "red" in text or task == "classify"
-    assert "Of 2 steps" in caplog.text and "1 because something was not finite." in caplog.text
+    assert "Of 2 steps" in caplog.text and "1 skipped for a NaN or Inf." in caplog.text
     final = torch.load(trainer.last, weights_only=False)["model"].state_dict()
     assert all(torch.isfinite(v).all() for v in final.values())
     assert [x["epoch"] for x in rows(trainer.save_dir)] == ["1", "2"]

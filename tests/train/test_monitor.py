@@ -9,7 +9,7 @@ from ultralytics.utils.loss import v8DetectionLoss
 
 from yolo_fewshot import args as table
 from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses
-from yolo_fewshot.train.monitor import REMEDIES, LossDoctor, report
+from yolo_fewshot.train.monitor import REMEDIES, LossMonitor, report
 
 pytestmark = pytest.mark.oldest
 
@@ -22,10 +22,10 @@ def scaler(scale):
     return SimpleNamespace(get_scale=lambda: scale)
 
 
-def step(model, batch, doctor=None, seed=1, scaler=OFF):
+def step(model, batch, monitor=None, seed=1, scaler=OFF):
     torch.manual_seed(seed)
-    if doctor is not None:
-        doctor.begin_batch(model, scaler)
+    if monitor is not None:
+        monitor.begin_batch(model, scaler)
     return model(batch)
 
 
@@ -55,32 +55,32 @@ def hooks_of(model):
 def test_norms_are_those_of_plain_autograd(batch, cfg, scale):
     model = make(cfg, cpe_iou=0.0)
     expected = plain_norms(model, batch)
-    doctor = LossDoctor(1)
-    step(model, batch, doctor, scaler=scaler(scale))
+    monitor = LossMonitor(1)
+    step(model, batch, monitor, scaler=scaler(scale))
     assert all(v > 0 for v in expected)
-    assert doctor.norms[0].tolist() == pytest.approx(expected, rel=1e-3)
-    assert doctor.terms == [n if n != "dfl" or "11" in cfg else "l1" for n in NAMES]
-    columns = doctor.columns()
-    assert [columns[f"grad/{t}"] for t in doctor.terms] == pytest.approx(expected, rel=1e-3)
-    assert [columns[f"share/{t}"] for t in doctor.terms] == pytest.approx(
+    assert monitor.norms[0].tolist() == pytest.approx(expected, rel=1e-3)
+    assert monitor.terms == [n if n != "dfl" or "11" in cfg else "l1" for n in NAMES]
+    columns = monitor.columns()
+    assert [columns[f"grad/{t}"] for t in monitor.terms] == pytest.approx(expected, rel=1e-3)
+    assert [columns[f"share/{t}"] for t in monitor.terms] == pytest.approx(
         [v / sum(expected) for v in expected], rel=1e-3
     )
 
 
 def test_stage_one_is_measured_too(batch):
     model = make(stage=1)
-    doctor, expected = LossDoctor(1), plain_norms(model, batch)
-    step(model, batch, doctor)
-    assert doctor.terms == NAMES[:3] and doctor.norms[0].tolist() == pytest.approx(expected, rel=1e-3)
-    assert doctor.columns()["chance/dfl"] == pytest.approx(0.15 * math.log(16), rel=1e-4)
+    monitor, expected = LossMonitor(1), plain_norms(model, batch)
+    step(model, batch, monitor)
+    assert monitor.terms == NAMES[:3] and monitor.norms[0].tolist() == pytest.approx(expected, rel=1e-3)
+    assert monitor.columns()["chance/dfl"] == pytest.approx(0.15 * math.log(16), rel=1e-4)
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
 def test_chance_levels_are_those_of_the_branch_whose_terms_are_logged(batch, cfg):
     model = make(cfg, cpe_iou=0.0)
-    doctor = LossDoctor(1)
+    monitor = LossMonitor(1)
     torch.manual_seed(1)
-    doctor.begin_batch(model, OFF)
+    monitor.begin_batch(model, OFF)
     preds = model(batch["img"])
     loss, preds = branch_losses(model)[-1], preds.get("one2one", preds)
     keep = []
@@ -90,20 +90,20 @@ def test_chance_levels_are_those_of_the_branch_whose_terms_are_logged(batch, cfg
     loss.terms(this)
     torch.set_rng_state(keep[0])
     expected = loss.chance(this)
-    torch.testing.assert_close(doctor.chance[0], expected)
-    assert [doctor.columns()[f"chance/{t}"] for t in doctor.terms] == pytest.approx(expected.tolist(), rel=1e-4)
+    torch.testing.assert_close(monitor.chance[0], expected)
+    assert [monitor.columns()[f"chance/{t}"] for t in monitor.terms] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_the_first_batch_of_an_epoch_and_every_so_many_later_are_measured(batch, every):
-    model, doctor = make(), LossDoctor(every)
+    model, monitor = make(), LossMonitor(every)
     for _ in range(2):
-        doctor.reset()
+        monitor.reset()
         measured = []
         for i in range(5):
-            before = len(doctor.norms), len(doctor.chance)
-            step(model, batch, doctor)
-            after = len(doctor.norms), len(doctor.chance)
+            before = len(monitor.norms), len(monitor.chance)
+            step(model, batch, monitor)
+            after = len(monitor.norms), len(monitor.chance)
             measured += [i] if after == (before[0] + 1, before[1] + 1) else []
             assert after[0] == after[1] and all(x.observers == [] for x in branch_losses(model))
             assert hooks_of(model) == []
@@ -127,9 +127,9 @@ def test_a_frozen_network_is_measured_at_the_inputs_of_its_head(batch, head):
     grads = [torch.autograd.grad(t, seen[0], retain_graph=True) for t in terms]
     expected = [math.sqrt(sum(float(g.double().square().sum()) for g in gs)) for gs in grads]
     freeze(model, head)
-    doctor = LossDoctor(1)
-    loss, _ = step(model, batch, doctor)
-    assert all(v > 0 for v in expected) and doctor.norms[0].tolist() == pytest.approx(expected, rel=1e-3)
+    monitor = LossMonitor(1)
+    loss, _ = step(model, batch, monitor)
+    assert all(v > 0 for v in expected) and monitor.norms[0].tolist() == pytest.approx(expected, rel=1e-3)
     loss.sum().backward()
     assert all(p.requires_grad for p in model.parameters() if p.grad is not None)
     assert hooks_of(model) == []
@@ -137,19 +137,19 @@ def test_a_frozen_network_is_measured_at_the_inputs_of_its_head(batch, head):
 
 
 def test_norms_do_not_depend_on_what_is_frozen(batch):
-    doctor = LossDoctor(1)
+    monitor = LossMonitor(1)
     for frozen in (False, True):
         model = make(cpe_iou=0.0)
         if frozen:
             freeze(model, head=False)
-        step(model, batch, doctor)
-    torch.testing.assert_close(*doctor.norms, rtol=1e-3, atol=0)
+        step(model, batch, monitor)
+    torch.testing.assert_close(*monitor.norms, rtol=1e-3, atol=0)
 
 
 def test_without_measurements_there_are_no_columns(batch):
-    model, doctor = make(), LossDoctor(0)
-    step(model, batch, doctor)
-    assert doctor.columns() == {} and doctor.norms == doctor.chance == [] and hooks_of(model) == []
+    model, monitor = make(), LossMonitor(0)
+    step(model, batch, monitor)
+    assert monitor.columns() == {} and monitor.norms == monitor.chance == [] and hooks_of(model) == []
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,9 @@ def test_without_measurements_there_are_no_columns(batch):
 def test_training_is_the_same_bit_for_bit_with_and_without_measurements(batch, cfg, stage):
     more = {"cpe_iou": 0.0, "dfl_side_max": 2.0} if stage == 2 else {}
     bare, measured = (make(cfg, stage=stage, **more) for _ in range(2))
-    doctor = LossDoctor(1)
+    monitor = LossMonitor(1)
     a, b = [], []
-    for model, who, seen in ((bare, None, a), (measured, doctor, b)):
+    for model, who, seen in ((bare, None, a), (measured, monitor, b)):
         torch.manual_seed(3)
         for _ in range(2):  # the second batch has the random state that the first one leaves
             if who:
@@ -172,7 +172,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without_measurements(batch, c
             seen += [loss.detach(), *items.values(), *counts, torch.get_rng_state()]
             seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
             seen += [x.clone() for x in model.buffers()]
-    assert len(doctor.norms) == 2 and len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+    assert len(monitor.norms) == 2 and len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
     assert stage == 1 or "26" in cfg or int(a[8]) > 0  # sides were clamped
 
 
@@ -193,32 +193,36 @@ def test_terms_in_float32_are_measured_in_float32_under_amp(batch):
     grads = torch.autograd.grad(part * 65536.0, preds["feats"])
     expected = torch.nn.utils.get_total_norm([g.float() / 65536 for g in grads]).item()
     assert math.isfinite(expected)
-    doctor = LossDoctor(1)
-    doctor.begin_batch(model, scaler(65536.0))
+    monitor = LossMonitor(1)
+    monitor.begin_batch(model, scaler(65536.0))
     with torch.autocast("cpu", dtype=torch.float16):
         model(small)
-    assert doctor.norms[0][4].item() == pytest.approx(expected, rel=1e-2)
+    assert monitor.norms[0][4].item() == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
 def test_a_batch_that_failed_before_its_loss_is_measured_when_it_is_tried_again(batch, cfg):
     """Ultralytics starts the first epoch again with smaller batches when memory runs out."""
-    model, doctor = make(cfg), LossDoctor(1)
+    model, monitor = make(cfg), LossMonitor(1)
     layer = model.model[3]
     handle = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
-        step(model, batch, doctor)
+        step(model, batch, monitor)
     handle.remove()
-    doctor.reset()
-    step(model, batch, doctor)
-    assert len(doctor.norms) == len(doctor.chance) == 1
+    monitor.reset()
+    step(model, batch, monitor)
+    assert len(monitor.norms) == len(monitor.chance) == 1
     assert hooks_of(model) == [] and all(x.observers == [] for x in branch_losses(model))
 
 
 def measured(norms, chance, terms=("box", "cls")):
-    doctor = LossDoctor(1)
-    doctor.terms, doctor.norms, doctor.chance = list(terms), [*map(torch.tensor, norms)], [*map(torch.tensor, chance)]
-    return doctor.columns()
+    monitor = LossMonitor(1)
+    monitor.terms, monitor.norms, monitor.chance = (
+        list(terms),
+        [*map(torch.tensor, norms)],
+        [*map(torch.tensor, chance)],
+    )
+    return monitor.columns()
 
 
 def test_columns_are_means_over_the_measurements_of_the_epoch():
@@ -239,15 +243,15 @@ def test_a_measurement_that_is_not_finite_is_left_out(bad):
 
 
 def test_the_names_of_the_columns_keep_out_of_ultralytics_results_png(batch):
-    doctor = LossDoctor(1)
-    step(make(cpe_iou=0.0), batch, doctor)
-    columns = doctor.columns()
+    monitor = LossMonitor(1)
+    step(make(cpe_iou=0.0), batch, monitor)
+    columns = monitor.columns()
     assert list(columns) == [f"{k}/{t}" for k in ("grad", "share", "chance") for t in NAMES]
     assert not any("loss" in k or "metric" in k for k in columns)
     assert sum(columns[f"share/{t}"] for t in NAMES) == pytest.approx(1, abs=1e-4)
     assert all(type(v) is float for v in columns.values())
-    doctor.reset()
-    assert set(doctor.columns().values()) == {0.0}
+    monitor.reset()
+    assert set(monitor.columns().values()) == {0.0}
 
 
 def row(shares=(0.4, 0.35, 0.25), values=(1.0, 1.0, 1.0), chance=(2.0, 2.0, 2.0), steps=100, **counts):
@@ -262,18 +266,18 @@ def row(shares=(0.4, 0.35, 0.25), values=(1.0, 1.0, 1.0), chance=(2.0, 2.0, 2.0)
     }
 
 
-def told(*rows, **settings):
+def reported(*rows, **settings):
     return report(list(rows), SimpleNamespace(**{**table.resolve({"stage": 2}), "box": 7.5, "cls": 0.5, **settings}))
 
 
-def test_nothing_measured_nothing_said():
-    assert told() == "" and told({"train/box_loss": 1.0, "train/clipped": 0.0}) == ""
+def test_without_measurements_the_report_is_empty():
+    assert reported() == "" and reported({"train/box_loss": 1.0, "train/clipped": 0.0}) == ""
 
 
-def test_a_run_without_trouble():
-    assert told(row(), row()) == (
-        "Gradient at the neck by term: box 40%, epi 35%, sup 25%. No term is at chance. Of 200 steps 0 were clipped, "
-        "0 skipped for an overflow of AMP and 0 because something was not finite."
+def test_the_report_of_a_run_without_problems():
+    assert reported(row(), row()) == (
+        "Gradient at the neck by term: box 40%, epi 35%, sup 25%. No term is at chance. Of 200 steps, 0 were clipped, "
+        "0 skipped for an AMP overflow and 0 skipped for a NaN or Inf."
     )
 
 
@@ -281,25 +285,27 @@ def test_a_run_without_trouble():
     ("shares", "words"),
     [
         ((0.5, 0.3, 0.2), None),
-        ((0.51, 0.29, 0.2), "box dominates; box=7.5 is the key to lower if it should not."),
-        ((0.1, 0.6, 0.3), "epi dominates; cls=0.5 is the key to lower if it should not."),
-        ((0.1, 0.1, 0.8), "sup dominates; supcon=1.2 is the key to lower if it should not."),
+        ((0.51, 0.29, 0.2), "box dominates; lower box=7.5 if it should not."),
+        ((0.1, 0.6, 0.3), "epi dominates; lower cls=0.5 if it should not."),
+        ((0.1, 0.1, 0.8), "sup dominates; lower supcon=1.2 if it should not."),
     ],
 )
 def test_a_term_with_more_than_half_of_the_gradient_dominates(shares, words):
-    text = told(row((0.9, 0.05, 0.05)), row(shares))  # the last epoch counts
+    text = reported(row((0.9, 0.05, 0.05)), row(shares))  # the last epoch counts
     assert words in text if words else "dominates" not in text
     order = sorted(zip(shares, ("box", "epi", "sup")), key=lambda x: -x[0])
     assert text.startswith("Gradient at the neck by term: " + ", ".join(f"{t} {v:.0%}" for v, t in order))
 
 
 def test_a_term_at_its_chance_level_is_named_with_a_remedy():
-    text = told(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.9, 2.5)))
+    text = reported(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.9, 2.5)))
     assert "box is at" not in text and "No term is at chance" not in text
     assert f"epi is at chance (1.9, chance 2): {REMEDIES['epi']}." in text
     assert f"sup is at chance (2.5, chance 2): {REMEDIES['sup']}." in text
-    assert "No term is at chance." in told(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.89, 1.89)))
-    assert "No term is at chance." in told(row(values=(0.0, 1.0, 1.0), chance=(0.0, 2.0, 2.0)))  # off or not measured
+    assert "No term is at chance." in reported(row(values=(9.0, 9.0, 9.0)), row(values=(1.89, 1.89, 1.89)))
+    assert "No term is at chance." in reported(
+        row(values=(0.0, 1.0, 1.0), chance=(0.0, 2.0, 2.0))
+    )  # off or not measured
 
 
 def test_every_term_has_a_remedy_and_a_key():
@@ -311,33 +317,31 @@ def test_every_term_has_a_remedy_and_a_key():
 
 
 def test_steps_are_summed_over_the_epochs():
-    text = told(row(steps=50, clipped=3, overflows=1, skipped=2), row(steps=50, clipped=4, overflows=1))
-    assert (
-        "Of 100 steps 7 were clipped, 2 skipped for an overflow of AMP and 2 because something was not finite." in text
-    )
+    text = reported(row(steps=50, clipped=3, overflows=1, skipped=2), row(steps=50, clipped=4, overflows=1))
+    assert "Of 100 steps, 7 were clipped, 2 skipped for an AMP overflow and 2 skipped for a NaN or Inf." in text
     assert "The warnings in the log name the cause and what to change." in text
-    assert "warnings in the log" not in told(row(clipped=3, overflows=1))
+    assert "warnings in the log" not in reported(row(clipped=3, overflows=1))
 
 
-def test_clamps_are_told_and_many_of_them_ask_for_another_mode():
-    assert "clamped" not in told(row())
-    few = told(row(means_clamped=1, sides_clamped=20), row(sides_clamped=3))
+def test_clamps_are_reported_and_many_of_them_suggest_rescale():
+    assert "clamped" not in reported(row())
+    few = reported(row(means_clamped=1, sides_clamped=20), row(sides_clamped=3))
     assert "The DFL was clamped 1 times in its mean and on 23 sides." in few and "hard clamp" not in few
-    assert "The DFL was clamped 0 times in its mean and on 3 sides." in told(row(sides_clamped=3))
-    assert "hard clamp" not in told(row(means_clamped=1)) and "hard clamp" in told(row(means_clamped=2))
-    assert "set dfl_clamp_mode=rescale" in told(row(means_clamped=2))
-    assert "hard clamp" not in told(row(means_clamped=90), dfl_clamp_mode="rescale")
+    assert "The DFL was clamped 0 times in its mean and on 3 sides." in reported(row(sides_clamped=3))
+    assert "hard clamp" not in reported(row(means_clamped=1)) and "hard clamp" in reported(row(means_clamped=2))
+    assert "set dfl_clamp_mode=rescale" in reported(row(means_clamped=2))
+    assert "hard clamp" not in reported(row(means_clamped=90), dfl_clamp_mode="rescale")
 
 
 def test_a_copy_of_a_model_in_training_is_not_measured(batch):
     """The moving average is copied from the model, and validated with a loss of its own."""
-    model, doctor = make(), LossDoctor(1)
+    model, monitor = make(), LossMonitor(1)
     average = copy.deepcopy(model)
-    doctor.begin_batch(model, OFF)
+    monitor.begin_batch(model, OFF)
     average.eval()(batch["img"])
-    assert doctor.norms == doctor.chance == []
+    assert monitor.norms == monitor.chance == []
     model(batch)
-    assert len(doctor.norms) == len(doctor.chance) == 1 and len(model.names) == NC
+    assert len(monitor.norms) == len(monitor.chance) == 1 and len(model.names) == NC
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -355,10 +359,10 @@ def test_a_batch_to_which_no_anchor_is_assigned_is_measured(batch, cfg, stage, o
 
     if old:
         monkeypatch.setattr(v8DetectionLoss, "get_assigned_targets_and_loss", as_of_8_4_144)
-    model, doctor = make(cfg, stage=stage), LossDoctor(1)
+    model, monitor = make(cfg, stage=stage), LossMonitor(1)
     batch = {**batch, "cls": torch.zeros(0, 1), "bboxes": torch.zeros(0, 4), "batch_idx": torch.zeros(0)}
-    loss = step(model, batch, doctor)[0]
+    loss = step(model, batch, monitor)[0]
     loss.sum().backward()
-    columns = doctor.columns()
-    box = [columns[f"{k}/{t}"] for k in ("grad", "share") for t in doctor.terms if t in {"box", "dfl", "l1"}]
+    columns = monitor.columns()
+    box = [columns[f"{k}/{t}"] for k in ("grad", "share") for t in monitor.terms if t in {"box", "dfl", "l1"}]
     assert box == [0, 0, 0, 0] and columns["grad/cls"] > 0 and columns["share/cls"] == 1

@@ -175,7 +175,7 @@ class Faulty(SpreadLoss):
 """
 
 
-def test_a_term_of_the_users_own_and_a_step_that_is_not_finite_in_one_of_two_processes(root, stage1):
+def test_a_custom_term_and_a_step_that_is_not_finite_in_one_of_two_processes(root, stage1):
     (root / "own.py").write_text(OWN)
     settings = {**QUICK, "project": str(root), "name": "own", "epochs": 1, "doctor": 0, "n_way": 3, "episodes": 4}
     settings |= {"cfg": "stage2.yaml", "data": str(root / "data.yaml")}

@@ -289,12 +289,12 @@ cfg.update(save_dir="")
 trainer = state["trainer"](cfg=cfg, overrides=state["args"])
 trainer.setup_model()
 loader = trainer.get_dataloader(trainer.data["train"], 6, rank=-1)
-print("DRAWN", trainer.args.stage, trainer.args.batch, [d.index for d in loader.sampler])
+print("DRAWN", trainer.args.stage, trainer.args.batch, [d.image for d in loader.sampler])
 """
     drawn = [run_python(code, RANK=r, WORLD_SIZE="2").partition("DRAWN")[2].strip() for r in ("0", "1")]
     labels, names = stage2.train_loader.dataset.labels, stage2.data["names"]
     for rank in (0, 1):
-        expected = [d.index for d in EpisodeSampler(labels, names, 3, 1, 1, 4, seed=0, rank=rank)]
+        expected = [d.image for d in EpisodeSampler(labels, names, 3, 1, 1, 4, seed=0, rank=rank)]
         assert drawn[rank] == f"2 6 {expected}"
     assert drawn[0] != drawn[1]
 
@@ -482,7 +482,7 @@ def test_a_bad_image_leaves_no_trace_in_statistics_and_means(tiny, monkeypatch, 
     assert all(np.isfinite(v) for r in rows(trainer) for v in r.values())
     assert all(rows(trainer)[1][f"train/{k}_loss"] > 0 for k in ("box", "cls", "dfl", "epi", "sup"))
     assert not any(k.startswith(("share/", "grad/", "chance/")) for k in rows(trainer)[0])  # doctor=0
-    assert "Loss doctor:" not in log.text and not (trainer.save_dir / "losses.png").exists()
+    assert "Loss monitor:" not in log.text and not (trainer.save_dir / "losses.png").exists()
 
 
 def test_a_non_finite_weight_is_restored_from_the_moving_average(tiny, log):
@@ -537,7 +537,7 @@ def test_a_bad_batch_without_a_step_does_not_undo_its_epoch(accumulated):
 
 
 def paragraph(text):
-    (line,) = [x for x in text.splitlines() if "Loss doctor:" in x]
+    (line,) = [x for x in text.splitlines() if "Loss monitor:" in x]
     return line
 
 
@@ -547,7 +547,7 @@ def test_a_run_ends_with_a_summary_of_its_losses(accumulated):
     line = paragraph(text)
     for term in ("box", "cls", "dfl"):
         assert f"{term} {last[f'share/{term}']:.0%}" in line
-    assert "1 because something was not finite" in line
+    assert "1 skipped for a NaN or Inf" in line
 
 
 def test_the_summary_counts_optimizer_steps(accumulated):
@@ -555,7 +555,7 @@ def test_the_summary_counts_optimizer_steps(accumulated):
     assert f"Of {steps + 1} steps" in paragraph(text)  # and the skipped one at the end of the epoch
 
 
-def test_the_columns_of_guard_and_doctor(stage2):
+def test_the_columns_of_guard_and_monitor(stage2):
     terms = ("box", "cls", "dfl", "epi", "sup", "cpe", "tri")
     for row in rows(stage2):
         assert sum(row[f"share/{t}"] for t in terms) == pytest.approx(1, abs=1e-3)
@@ -578,7 +578,7 @@ def test_clamps_are_counted_for_every_epoch(tiny, stage1):
 def test_losses_are_plotted_beside_results_png(stage2, monkeypatch):
     results, losses = stage2.save_dir / "results.png", stage2.save_dir / "losses.png"
     with monkeypatch.context() as m:
-        m.setattr(stage2.doctor, "every", 0)
+        m.setattr(stage2.monitor, "every", 0)
         m.setattr("ultralytics.engine.trainer.plot_results", lambda **_: results.touch())
         stage2.plot_metrics()
         assert results.exists() and not losses.exists()
@@ -600,7 +600,7 @@ def out_of_memory(*_):
     raise RuntimeError("CUDA out of memory.")
 
 
-def test_an_episode_that_needs_too_much_memory_is_an_error_that_says_what_to_set(tiny, monkeypatch):
+def test_an_episode_that_needs_too_much_memory_is_an_error_that_names_the_keys(tiny, monkeypatch):
     monkeypatch.setattr(FewShotDetectionModel, "loss", out_of_memory)
     with pytest.raises(
         MemoryError, match=r"n_way=3 x \(k_shot=1 \+ n_query=1\) = 6 images of imgsz=64 .*smaller n_way"
@@ -629,7 +629,7 @@ def test_a_key_of_all_stages_alone_runs_stage_one(tiny, log, key):
     expected = {"nonfinite": "skip", "nonfinite_limit": 10, "doctor": 50, key: SAFETY[key]}
     assert {k: getattr(trainer.args, k) for k in SAFETY} == expected
     assert trainer.args.n_way is trainer.args.grad_clip is trainer.args.supcon is None
-    assert trainer.doctor.every == expected["doctor"] and "has no effect" not in log.text
+    assert trainer.monitor.every == expected["doctor"] and "has no effect" not in log.text
 
 
 @pytest.mark.parametrize(
@@ -712,7 +712,7 @@ def test_a_val_split_without_episodes_is_no_error(tiny, stage1, caplog):
     finally:
         logging.getLogger("ultralytics").removeHandler(caplog.handler)
     assert "the val split has too few classes with k_shot + 1 images" in caplog.text
-    assert "the images of the val split do not divide into support and query" in caplog.text
+    assert "the images of the val split cannot be divided into support and query" in caplog.text
     assert not list(trainer.save_dir.glob("*episode*"))
 
 
@@ -729,7 +729,7 @@ def test_a_compiled_model_is_not_measured(tiny):
     overrides = {**EPISODIC, "model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml"), "doctor": 5}
     for compiled in (False, True):
         trainer = FewShotTrainer("stage2.yaml", {**overrides, "project": str(tiny), "compile": compiled})
-        assert trainer.doctor.every == (0 if compiled else 5)
+        assert trainer.monitor.every == (0 if compiled else 5)
 
 
 def test_a_compiled_model_trains_like_an_eager_one(tiny, stage1, monkeypatch):

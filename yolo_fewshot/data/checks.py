@@ -104,12 +104,8 @@ def _read(
     if image.ndim == 3:
         image = image.mean(2)
     gray = cv2.resize(image.astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    return (
-        labels.boxes,
-        labels.shape,
-        "",
-        (gray - cv2.blur(gray, (3, 3))).astype(np.float16).ravel(),
-    )  # removes light and vignette
+    details = (gray - cv2.blur(gray, (3, 3))).astype(np.float16).ravel()  # without lighting and vignette
+    return labels.boxes, labels.shape, "", details
 
 
 def check_boxes(split: Split) -> list[Finding]:
@@ -124,7 +120,7 @@ def check_boxes(split: Split) -> list[Finding]:
     n = sum(map(len, split.boxes))
     if not n:
         text = f"{split.name}: no labeled object in {len(split.files) + len(split.ignored)} images."
-        return [Finding("error", f"{text} Label files belong beside 'images' in 'labels'."), *_ignored(split)]
+        return [Finding("error", f"{text} Put label files into a folder 'labels' beside 'images'."), *_ignored(split)]
     outside, empty = {}, {}
     for file, boxes, (h, w) in zip(split.files, split.boxes, split.shapes):
         low, high = boxes[:, 1:3] - boxes[:, 3:5] / 2, boxes[:, 1:3] + boxes[:, 3:5] / 2
@@ -164,7 +160,7 @@ def check_classes(split: Split, names: dict[int, str]) -> Finding:
     missing = [n for i, n in names.items() if i not in labeled]
     if not missing:
         return Finding("ok", f"{split.name}: all {len(names)} classes have images.")
-    what = "nothing is learned of them" if split.name == "train" else "their AP is not measured"
+    what = "which training cannot learn" if split.name == "train" else "whose AP is not measured"
     return Finding("warning", f"{split.name}: no image of {few(missing)}, {what}. Label some, or drop the classes.")
 
 
@@ -238,7 +234,7 @@ def check_shots(split: Split, names: dict[int, str], args: Any) -> list[Finding]
     """
     objects = np.bincount([int(c) for b in split.boxes for c in b[:, 0]], minlength=len(names))
     enough = ", ".join(f"{(objects >= k).sum()} for K={k}" for k in SHOTS)
-    found = [Finding("ok", f"Of {len(names)} classes have enough labeled objects for K shots: {enough}.")]
+    found = [Finding("ok", f"Classes with enough labeled objects for K shots, of {len(names)}: {enough}.")]
     if args.stage == 2:
         labels = [{"cls": b[:, :1]} for b in split.boxes]
         episode = f"n_way={args.n_way} k_shot={args.k_shot} n_query={args.n_query}"

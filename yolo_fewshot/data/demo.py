@@ -146,7 +146,7 @@ def _colors(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[np.ndarr
     dark = rng.random() < 0.5
     tint = rng.uniform(15, 85, 3) if dark else rng.uniform(170, 240, 3)
     ends = (tint + rng.uniform(-15, 15, (2, 3))).astype(np.float32)
-    inks = []
+    inks: list[np.ndarray] = []
     while len(inks) < n:
         ink = rng.uniform(0, 255, 3)
         if abs(ink.mean() - tint.mean()) > 80:
@@ -215,7 +215,7 @@ def build(root: str | Path, seed: int = 0) -> Path:
     """
     root = Path(root).resolve()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"{root} exists and is not empty: remove it to have the demo data drawn anew")
+        raise FileExistsError(f"{root} exists and is not empty. Remove it to draw the demo data again.")
     root.parent.mkdir(parents=True, exist_ok=True)
     base, novel = range(len(BASE)), range(len(BASE), len(BASE) + len(NOVEL))
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as tmp:
@@ -223,7 +223,7 @@ def build(root: str | Path, seed: int = 0) -> Path:
         _write_split(new, "train", 0, np.resize([2, 4, 4, 4, 4], 600), base, (seed, 0))
         _write_split(new, "val", 0, np.resize([2, 4, 4, 4, 4], 120), base, (seed, 1))
         _write_split(new, "novel_query", 0, np.resize([2, 4, 4, 4, 4], 80), novel, (seed, 2))
-        # Two halves of five objects per class each, so that the 5-shot list is nested in the ten.
+        # Two halves of five objects per class each, so that the 5-shot list is part of the ten shots.
         for half in range(2):
             _write_split(new, "novel_support", 12 * half, np.resize([2, 4, 4], 12), novel, (seed, 3 + half))
         (new / "novel_5shot.txt").write_text("".join(f"./images/novel_support/{i:04d}.jpg\n" for i in range(12)))

@@ -23,13 +23,13 @@ class Draw(NamedTuple):
     """One image of an episode.
 
     Attributes:
-        index (int): Image index in the data set.
+        image (int): Image index in the data set.
         way (int): Class that the image was drawn for.
         support (bool): Whether it is a support image, else a query image.
         seed (int): Seed of its augmentation.
     """
 
-    index: int
+    image: int
     way: int
     support: bool
     seed: int
@@ -90,7 +90,7 @@ class EpisodeSampler(EpochSampler):
         self.start = np.searchsorted(owner, np.arange(len(names) + 1))
         counts = np.diff(self.start)
         self.classes = np.flatnonzero(counts >= k_shot + 1)
-        left_out = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts < k_shot + 1)]
+        left_out = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts < k_shot + 1).tolist()]
         need = f"{k_shot + 1} images (k_shot + 1)"
         if len(self.classes) < n_way:
             out = f" Left out, with their images: {', '.join(left_out)}." if left_out else ""
@@ -146,8 +146,8 @@ class EpisodeSampler(EpochSampler):
                 break
         else:
             raise ValueError(
-                f"In {TRIES} tries no {self.n_way} classes were found whose images divide into support and query: "
-                "the same images show them all. Set a smaller n_way or k_shot, or label more images."
+                f"In {TRIES} tries no {self.n_way} classes were found whose images can be divided into support and "
+                "query, because the same images show all of them. Set a smaller n_way or k_shot, or label more images."
             )
         seeds = rng.integers(2**31, size=self.episode_size).tolist()
         flags = [True] * len(shots) + [False] * len(queries)
@@ -202,7 +202,7 @@ class EpisodicDataset(Dataset):
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         """Return one augmented image with its labels, its `way` (int) and `support` (bool)."""
         with _seeded(draw.seed, getattr(self.dataset, "transforms", None)):
-            return {**self.dataset[draw.index], "way": draw.way, "support": draw.support}
+            return {**self.dataset[draw.image], "way": draw.way, "support": draw.support}
 
     @staticmethod
     def collate_fn(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,15 +12,15 @@ class ImageLabels(NamedTuple):
     """An image and its label file, as read by Ultralytics.
 
     Attributes:
-        boxes (np.ndarray | None): Class, x, y, w, h of every object, normalized, (n, 5) float32; None with an error.
-        shape (tuple[int, int] | None): Height and width of the image in pixels; None with an error.
+        boxes (np.ndarray): Class, x, y, w, h of every object, normalized, (n, 5) float32; empty with an error.
+        shape (tuple[int, int]): Height and width of the image in pixels; zeros with an error.
         found (bool): Whether the label file exists; without one the image is background.
         error (str): Why training leaves the image out; empty if it does not.
         note (str): What Ultralytics corrected; empty if nothing.
     """
 
-    boxes: np.ndarray | None
-    shape: tuple[int, int] | None
+    boxes: np.ndarray
+    shape: tuple[int, int]
     found: bool
     error: str
     note: str
@@ -42,5 +42,5 @@ def read_labels(file: str, label_file: str, nc: int, kpt_shape: tuple[int, int] 
     valid, boxes, shape, _, _, _, found, _, _, message = utils.verify_image_label(task)
     message = message.removeprefix(f"{file}: ").removeprefix("ignoring corrupt image/label: ")
     if not valid:
-        return ImageLabels(None, None, bool(found), message, "")
+        return ImageLabels(np.zeros((0, 5), np.float32), (0, 0), bool(found), message, "")
     return ImageLabels(boxes, shape, bool(found), "", message)

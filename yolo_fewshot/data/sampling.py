@@ -30,6 +30,10 @@ class EpochSampler(Sampler):
         self.seed, self.rank, self.epoch, self._running = seed, rank, 0, False
 
     @abstractmethod
+    def __len__(self) -> int:
+        """Return the images of an epoch."""
+
+    @abstractmethod
     def draw(self, epoch: int) -> Iterator[Any]:
         """Yield the items of an epoch.
 

@@ -89,7 +89,7 @@ def split(
     if Path(data).suffix.lower() == ".json":
         old, tasks, channels = _read_coco(data, val, images, val_images or images)
     elif val or images or val_images:
-        raise ValueError(f"val=, images= and val_images= are for a COCO json. '{data}' says itself where they are.")
+        raise ValueError(f"val=, images= and val_images= are for a COCO json, which '{data}' is not. Leave them out.")
     else:
         old, tasks, channels = _read_yolo(data)
     names = _order(old, chosen, data)
@@ -144,7 +144,7 @@ def _new_folder(out: str | Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"'out={out}' exists and is not empty. Name a new folder: nothing is overwritten.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"'out={out}' is in a folder that does not exist. Make {path.parent} first.")
+        raise FileNotFoundError(f"'out={out}' is in a folder that does not exist. Create {path.parent} first.")
     return path
 
 
@@ -199,13 +199,14 @@ def _read_coco(data: Any, val: Any, images: Any, val_images: Any) -> tuple[list[
             "val= and images= must be given with a COCO json, i.e. data=instances_train.json images=train2017 "
             "val=instances_val.json val_images=val2017."
         )
-    names, tasks = [], {}
+    names: list[str] = []
+    tasks = {}
     for key, file, folder in (("train", data, images), ("val", val, val_images)):
         try:
             categories, tasks[key] = _load_coco(Path(file), str(folder), names)
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(
-                f"{file} is no COCO json of boxes: {e!r}. It needs 'images' with id, file_name, width and height, "
+                f"{file} is not a COCO json of boxes: {e!r}. It needs 'images' with id, file_name, width and height, "
                 "'annotations' with image_id, category_id and bbox, and 'categories' with id and name."
             ) from e
         _check_unique(categories, file)
@@ -265,15 +266,16 @@ def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Ima
     with ThreadPool(NUM_THREADS) as pool:
         for key, items in tasks.items():
             looks = TQDM(pool.imap(_read_image, items), desc=f"{key}: Reading images...", total=len(items))
-            images, taken, copies = [], set(), Counter()
+            images: list[Image] = []
+            taken: set[str] = set()
+            copies: Counter[str] = Counter()
             for (rows, shape, digest, reason), (file, *_) in zip(looks, items):
                 if reason:
                     left_out.append(f"{file}: {reason}")
                     continue
                 rows[:, 0] = ids[rows[:, 0].astype(int)]
-                rows = np.unique(
-                    rows[(rows[:, 3:5] > 0).all(1)], axis=0
-                )  # sorted, so independent of the order of labels
+                # Sorted, so that the split does not depend on the order of the labels.
+                rows = np.unique(rows[(rows[:, 3:5] > 0).all(1)], axis=0)
                 images.append(Image(file, _unique_name(file, taken, copies), shape, digest, rows))
             if not images:
                 raise ValueError(f"No usable image in {key}: {few(left_out, '; ') or 'it lists none'}.")
@@ -298,7 +300,7 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _unique_name(file: str, taken: set[str], copies: Counter) -> str:
+def _unique_name(file: str, taken: set[str], copies: Counter[str]) -> str:
     """Return the name of an image, with a number if its stem, which names the label file, is taken."""
     stem, suffix = os.path.splitext(os.path.basename(file).lstrip("."))  # hidden files are not listed
     name = stem
@@ -314,7 +316,7 @@ def _candidates(train: list[Image], val: list[Image], nc: int) -> list[dict[int,
     digests = {p.digest for p in val}
     copies = [p.file for p in train if p.digest in digests]
     if copies:
-        LOGGER.warning(f"{len(copies)} train images are val images, too, and give no shots: {few(copies)}.")
+        LOGGER.warning(f"{len(copies)} train images are also val images and give no shots: {few(copies)}.")
     found: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(nc)]
     for i, p in enumerate(train):
         if p.digest not in digests:
@@ -379,7 +381,8 @@ def _shot_views(
     for k in counts:
         drawn[k] = {"novel": {}, "all": {}}
         for files, suffix, first in zip(drawn[k].values(), ("", "_all"), (n_base, 0)):
-            folder, labeled = f"shots/seed{seed}_{k}shot{suffix}", {}
+            folder = f"shots/seed{seed}_{k}shot{suffix}"
+            labeled: dict[int, np.ndarray] = {}
             for c in range(first, len(names)):
                 files[names[c]] = [f"images/{folder}/{train[i].name}" for i, _ in draws[c][:k]]
                 for i, j in draws[c][:k]:
@@ -426,7 +429,7 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
     """Write all files into a temporary folder beside the target, and rename it when it is complete."""
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     files: dict[str, str] = {}
-    placed: Counter = Counter()
+    placed: Counter[str] = Counter()
     try:
         for folder in views:
             for kind in ("images", "labels", "ignore"):
@@ -452,7 +455,7 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
         shutil.rmtree(part, ignore_errors=True)
     others = [f"{n} images are {how}" for how, n in placed.items() if how != "symbolic links"]
     if others:
-        LOGGER.info(f"Symbolic links were refused by the system, so {', '.join(others)}.")
+        LOGGER.info(f"The system refused symbolic links, so {', '.join(others)}.")
 
 
 def _place(file: str, target: Path) -> str:

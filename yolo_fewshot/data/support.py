@@ -106,7 +106,7 @@ def read_support(support: str | Path, names: dict[int, str] | None = None, chann
         return _read_crops(source, channels)
     data, files = _listed(source)
     if not files:
-        raise ValueError(f"{source} names no images. Give at least one, labeled, per class.")
+        raise ValueError(f"{source} lists no images. List at least one labeled image per class.")
     label_files = utils.img2label_paths(files)
     labels = _verify(files, label_files, len(data.get("names", ())) or sys.maxsize, data.get("kpt_shape") or (0, 0))
     ids = sorted({int(c) for x in labels for c in x["cls"].flat})
@@ -148,11 +148,11 @@ def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
 
     Raises:
         FileNotFoundError: If the support set does not exist.
-        ValueError: If it names no images.
+        ValueError: If it lists no images.
     """
     source = _find(support)
     if source.is_dir():
-        files = [f for x in _crop_files(source).values() for f in x]
+        files: list[str | Path] = [f for x in _crop_files(source).values() for f in x]
     else:
         data, images = _listed(source)
         ignore, is_list = ignore_folder(data), source.suffix.lower() == ".txt"
@@ -172,7 +172,7 @@ def _stat(file: str) -> tuple[str, int, int]:
 
 
 def incidental_classes(support: Support, names: Collection[str]) -> list[str]:
-    """Return those of some classes whose objects are all in images that also show a class that is not among them.
+    """Return the classes that are labeled only in images that also show a class outside of `names`.
 
     Args:
         support (Support): Support set.
@@ -181,7 +181,8 @@ def incidental_classes(support: Support, names: Collection[str]) -> list[str]:
     Returns:
         (list[str]): Names, in the order of `names`.
     """
-    incidental, alone = set(), set()
+    incidental: set[str] = set()
+    alone: set[str] = set()
     for x in support.labels:
         classes = {str(support.names[int(c)]) for c in x["cls"].flat}
         (alone if classes <= set(names) else incidental).update(classes)
@@ -362,7 +363,7 @@ def _no_label_files(unlabeled: list[tuple[str, str]], n: int) -> str:
         f"{few([image for image, _ in unlabeled])}."
     )
     if misplaced:
-        return f"{text} Label files are not where they are looked for: {few(misplaced, '; ')}."
+        return f"{text} Label files are in the wrong place: {few(misplaced, '; ')}."
     return f"{text} Label files are looked for as in training, i.e. {unlabeled[0][1]}; background has an empty one."
 
 
@@ -403,7 +404,7 @@ def _read_crops(folder: Path, channels: int) -> Support:
     if not classes:
         raise ValueError(f"{folder} has neither a data.yaml nor sub-folders. {LAYOUTS}")
     if "images" in classes:  # not a class but the images of a data set
-        raise ValueError(f"{folder} looks like a data set with labels, and has no data.yaml. {LAYOUTS}")
+        raise ValueError(f"{folder} looks like a data set with labels, but has no data.yaml. {LAYOUTS}")
     empty = [name for name, files in classes.items() if not files]
     if empty:
         raise ValueError(f"No images in the sub-folders {few(empty)} of {folder}. {LAYOUTS}")

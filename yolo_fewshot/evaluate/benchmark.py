@@ -140,7 +140,7 @@ def benchmark(
 
     Raises:
         FileNotFoundError: If a file or a draw of shots does not exist.
-        SyntaxError: If an argument of training is misspelt.
+        SyntaxError: If an argument of training is misspelled.
         TypeError: If a model is of the wrong kind, or an argument has a wrong type.
         ValueError: If an argument is invalid, or `out` has results of other models or settings.
 
@@ -370,8 +370,8 @@ def _settings_for(what: str, settings: dict[str, Any]) -> dict[str, Any]:
         "stage2": [k for k in table.KEYS if k not in table.ADAPTING],
         "stage3": (*table.ADAPTING, *table.EVERY_STAGE, "grad_clip"),
     }[what]
-    alien = {k for k in table.KEYS if k not in known} | ({"batch"} if what == "stage2" else STAGE2_ONLY)
-    return {"plots": False, "verbose": False, **{k: v for k, v in settings.items() if k not in alien}}
+    unused = {k for k in table.KEYS if k not in known} | ({"batch"} if what == "stage2" else STAGE2_ONLY)
+    return {"plots": False, "verbose": False, **{k: v for k, v in settings.items() if k not in unused}}
 
 
 def _recipe(stage: int) -> str:

@@ -39,7 +39,7 @@ def harmonic_mean(a: float, b: float) -> float:
 
 
 class FewShotMetrics(DetMetrics):
-    """Ultralytics' metrics, with those of base classes and of novel classes apart.
+    """Ultralytics' metrics, with separate ones for base and novel classes.
 
     Attributes:
         novel (set[int]): Class indices of the novel classes; if empty, this is a stock `DetMetrics`.

@@ -52,7 +52,7 @@ def read_rows(file: Path) -> Rows:
 
 
 def add_row(file: Path, row: Row) -> None:
-    """Add a row to a CSV file atomically, so that it never has a part of a row.
+    """Add a row to a CSV file atomically, so that the file never has a partial row.
 
     Args:
         file (Path): The file.

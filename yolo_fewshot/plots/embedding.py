@@ -100,7 +100,7 @@ def project(vectors: torch.Tensor) -> np.ndarray:
 
 
 def by_similarity(cosine: torch.Tensor) -> list[int]:
-    """Order classes so that neighbors are similar: greedily, from the least typical class on.
+    """Order classes greedily so that neighbors are similar, starting from the least typical class.
 
     Args:
         cosine (torch.Tensor): Cosine similarity of every pair of classes, (n, n).

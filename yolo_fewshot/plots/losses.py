@@ -12,7 +12,7 @@ def plot_losses(results: dict[str, list[float]], file: Path, gains: dict[str, fl
     """Plot the loss terms with their chance levels, their shares of the gradient, and the clipped and skipped steps.
 
     Args:
-        results (dict[str, list[float]]): Columns of results.csv, those of the loss doctor included.
+        results (dict[str, list[float]]): Columns of results.csv, including those of the loss monitor.
         file (Path): Image to write.
         gains (dict[str, float], optional): Gains of the terms; the axis on the right shows the values without gain.
     """

@@ -16,7 +16,7 @@ from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_fewshot import args as table
@@ -39,7 +39,7 @@ MIN_STEPS, MIN_PASSES = 300, 60  # optimizer steps, and passes over the support 
 BACKBONE = 10  # layers
 ENROLLED = "enrolled.pt"  # initial weights, saved beside last.pt
 MAX_DROP = 0.05  # of AP50 on the support set; beyond it the run ends with the enrolled weights
-CONFLICTS = {"single_cls": "keeps all classes of its model", "distill_model": "has a teacher of its own"}
+CONFLICTS = {"single_cls": "keeps all classes of its model", "distill_model": "has its own teacher"}
 
 
 def steps_for(images: int, batch: int) -> int:
@@ -98,11 +98,11 @@ def blend(model: nn.Module, initial: dict[str, torch.Tensor], weight: float) -> 
             value.lerp_(initial[name].to(value), 1 - weight)
 
 
-def support_ap50(model: nn.Module, support: Support, imgsz: int) -> float:
+def support_ap50(model: FewShotDetectionModel, support: Support, imgsz: int) -> float:
     """Return the AP50 of a model on the support set, at the anchors that enrollment extracts.
 
     Args:
-        model (nn.Module): Few-shot model in eval mode that has the classes of the support set.
+        model (FewShotDetectionModel): Model in eval mode that has the classes of the support set.
         support (Support): Support set.
         imgsz (int): Image size in pixels.
 
@@ -113,7 +113,10 @@ def support_ap50(model: nn.Module, support: Support, imgsz: int) -> float:
     features = extract(model, support, imgsz, views=[View()], desc="Checking shots")
     labels = torch.tensor([index[c] for c in features.cls.tolist()])
     vectors, offsets = zip(*(head.get_class(i)[0] for i in range(head.nc)))
-    rows, images = (torch.stack(vectors).cpu(), torch.stack(offsets).cpu()), torch.ones(len(features.files), dtype=bool)
+    rows, images = (
+        (torch.stack(vectors).cpu(), torch.stack(offsets).cpu()),
+        torch.ones(len(features.files), dtype=torch.bool),
+    )
     return ap50(detect(features, labels, images, rows, head.banks[0]))
 
 
@@ -142,7 +145,7 @@ class Adaptation(Stage):
                 raise ValueError(f"'{k}={merged[k]}' does not work in stage 3, which {why}. Leave it out.")
         if merged["batch"] < 1:
             raise ValueError(f"'batch={merged['batch']}' is an invalid value. In stage 3 'batch' must be >= 1.")
-        return {"rect": False, "nbs": merged["batch"], "cls_remap": True}  # the classes of the shots go by name
+        return {"rect": False, "nbs": merged["batch"], "cls_remap": True}  # classes are matched by name
 
     def __init__(self, trainer: DetectionTrainer, data: dict[str, Any]):
         """Initialize the stage.
@@ -166,7 +169,7 @@ class Adaptation(Stage):
         """Read the support set, and append its new classes to those of the model.
 
         Args:
-            model (FewShotDetectionModel): Initial model; without a given `freeze`, its classes decide.
+            model (FewShotDetectionModel): Initial model; its classes set the default of `freeze`.
         """
         self.support = read_support(self.args.data, model.names, model.yaml.get("channels") or 3)
         self.names = merged_names(model.names, self.support.names, self.support.labels)
@@ -174,14 +177,16 @@ class Adaptation(Stage):
             self.args.freeze = freeze_for(self.names, self.support)
         self.trainer.data = {**self.trainer.data, "names": self.names, "nc": len(self.names)}
 
-    def initial_weights(self, weights: nn.Module | None) -> FewShotDetectionModel:
+    def initial_weights(self, weights: DetectionModel | None) -> FewShotDetectionModel:
         """Return a copy of the given model with the new classes enrolled; a resumed run has them already.
 
         Raises:
             ValueError: If the run has no few-shot checkpoint to start from.
         """
         if self.args.pretrained is False:
-            raise ValueError("'pretrained=False' leaves stage 3 nothing to adapt. Leave it out.")
+            raise ValueError(
+                "'pretrained=False' does not work in stage 3, which starts from trained weights. Leave it out."
+            )
         if not isinstance(weights, FewShotDetectionModel):
             raise ValueError(
                 f"'model={self.args.model}' cannot be adapted. Stage 3 starts from a few-shot checkpoint, i.e. the "
@@ -195,13 +200,13 @@ class Adaptation(Stage):
         model = model.to(self.trainer.device)
         shots = enroll(model, self.support, self.args.imgsz, views=views, keep=set(known.values()), nms=self.args.nms)
         log_shots(shots)
-        if self.args.plots:  # not before training starts: a launcher of several processes empties the run's folder
+        if self.args.plots:  # once training starts, since a multi-GPU launcher empties the run folder before
             plot = functools.partial(plot_enrolled_shots, shots=shots, names=dict(model.names))
             self.trainer.add_callback("on_train_start", plot)
         return model.cpu()
 
-    def on_loaded(self, model: FewShotDetectionModel, weights: FewShotDetectionModel) -> None:
-        """Copy what the initial model stores beside its weights."""
+    def on_loaded(self, model: FewShotDetectionModel, weights: DetectionModel) -> None:
+        """Copy the enrollment record, the prior strength and the replay buffer of the initial model."""
         names = set(model.names.values())
         model.enrolled = {n: x for n, x in weights.enrolled.items() if n in names}
         model.prior_strength, model.memory = weights.prior_strength, weights.memory
@@ -210,7 +215,7 @@ class Adaptation(Stage):
         """Return a data set with the class indices of the model, in training the shots and the base images.
 
         Raises:
-            ValueError: If an image shows a class that neither the model nor the support set has.
+            ValueError: If a label is of a class that neither the model nor the support set has.
         """
         shots, *base = self.datasets
         own = self._build_part(build, shots, img_path, mode, batch)
@@ -233,7 +238,7 @@ class Adaptation(Stage):
         return dataset
 
     def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
-        """Return the loader of shots and base images, whose length is `steps` / `epochs`, and log both."""
+        """Return a loader of shots and base images with `steps` / `epochs` batches, and log the settings."""
         a, dataset, processes = self.args, loader.dataset, max(self.trainer.world_size, 1)
         shots, base = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
         steps = a.steps or steps_for(shots, batch_size * processes)
@@ -258,8 +263,8 @@ class Adaptation(Stage):
             file = Path(self.args.resume).parent / ENROLLED
             if not file.exists():
                 raise FileNotFoundError(
-                    f"{file} is missing, which stage 3 started from. Put it back beside {Path(self.args.resume).name}, "
-                    "or start a new run."
+                    f"{file}, which stage 3 started from, is missing. Put it back beside "
+                    f"{Path(self.args.resume).name}, or start a new run."
                 )
             model = load_checkpoint(file)[0]
         elif RANK in {-1, 0}:
@@ -289,7 +294,7 @@ class Adaptation(Stage):
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Interpolate the weights of the last epoch, or fall back to the initial ones if AP50 on the shots dropped.
 
-        Both files get the same weights: no results on other images choose an epoch.
+        Both files get the same weights, since no validation chooses an epoch.
         """
         if last is None:
             return last, best

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from ultralytics.nn.distill_model import DistillationModel
+from ultralytics.nn.tasks import BaseModel
 
+from yolo_fewshot.args import STOCK_GAINS
 from yolo_fewshot.errors import few
 from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_of, part_gradients
+from yolo_fewshot.nn.own_terms import load_terms
 from yolo_fewshot.nn.passes import Pass
+from yolo_fewshot.nn.terms import BUILT_IN
 from yolo_fewshot.train.guard import nonfinite
 
+# Keys of terms that are not computed with a gain of 0. All other terms are multiplied by it, and 0 times NaN is NaN.
+SKIPPED = frozenset(t.gain for t in BUILT_IN).difference(STOCK_GAINS)
 FAR = 2.0  # a normalized box coordinate beyond this is a corrupt label, not one that an augmentation moved
 
 
@@ -53,7 +61,7 @@ class _Rerun(NamedTuple):
 
 
 def diagnose(
-    model: nn.Module,
+    model: BaseModel | DistillationModel,
     batch: dict[str, Any],
     names: dict[int, str],
     autocast: Callable[[], contextlib.AbstractContextManager],
@@ -65,7 +73,7 @@ def diagnose(
     The gradients of the model and the random state are kept; the statistics of BatchNorm change.
 
     Args:
-        model (nn.Module): Model in training, not wrapped, with the gradients of the step.
+        model (BaseModel | DistillationModel): Model in training, not wrapped, with the gradients of the step.
         batch (dict): The last batch of the step, preprocessed.
         names (dict[int, str]): Class names.
         autocast (Callable): Returns the context of the forward pass.
@@ -106,13 +114,21 @@ def diagnose(
     elif run.layer:
         cause, advice = f"the output of {run.layer} is not finite", "Set a smaller lr0 or grad_clip."
     elif run.terms:
-        keys = list(dict.fromkeys(key for t in run.terms if (key := gain_of(t, model.args)[0])))
         cause = f"{few(run.terms)} {'is' if len(run.terms) == 1 else 'are'} not finite for finite predictions"
-        without = f"Set {', '.join(f'{k}=0' for k in keys)} to train without" if keys else "Check its forward"
-        advice = f"{without}, or set a smaller lr0."
+        advice = _advice_on(run.terms, model.args)
     else:
         cause, advice = "the gradient overflows on its way through the network", "Set a smaller lr0 or grad_clip."
     return Diagnosis(what, where, run.terms if run else [], cause, advice)
+
+
+def _advice_on(terms: list[str], args: SimpleNamespace) -> str:
+    """Return what to change where terms are not finite for finite predictions."""
+    keys = {t: gain_of(t, args)[0] for t in terms}
+    if SKIPPED.issuperset(keys.values()):
+        return f"Set {', '.join(f'{k}=0' for k in dict.fromkeys(keys.values()))} to train without, or a smaller lr0."
+    own = {t.name for t in load_terms(getattr(args, "terms", None))}.intersection(terms)
+    check = f"Check the forward of {few(sorted(own))}, or set" if own else "Set"
+    return f"{check} a smaller lr0 or grad_clip."
 
 
 def describe_gradients(model: nn.Module) -> str:
@@ -154,7 +170,9 @@ def _files(batch: dict[str, Any]) -> list[str]:
 
 
 def _rerun(
-    model: nn.Module, batch: dict[str, Any], autocast: Callable[[], contextlib.AbstractContextManager]
+    model: BaseModel | DistillationModel,
+    batch: dict[str, Any],
+    autocast: Callable[[], contextlib.AbstractContextManager],
 ) -> _Rerun | None:
     """Run a batch again, keeping gradients and random state; None if there is not enough memory."""
     losses = [x for x in branch_losses(model) if isinstance(x, FewShotLoss)]  # a stock model has none
@@ -190,7 +208,7 @@ def _rerun(
 
 
 @contextlib.contextmanager
-def _nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
+def _nonfinite_layers(model: BaseModel | DistillationModel) -> Iterator[list[str]]:
     """Collect the names of the layers whose output is not finite while the context is open."""
     found: list[str] = []
 

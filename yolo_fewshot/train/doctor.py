@@ -47,6 +47,10 @@ class Rehearsal(FewShotTrainer):
         memory (int): Peak memory in bytes, of the GPU or else of this process.
     """
 
+    first: dict[str, float]
+    seconds: list[float]
+    memory: int
+
     def run_callbacks(self, event: str) -> None:
         """Run the trainer's own callback of an event, and measure time and memory.
 
@@ -100,7 +104,7 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
         (list[Finding]): The findings.
 
     Raises:
-        SyntaxError: If an argument is misspelt.
+        SyntaxError: If an argument is misspelled.
         TypeError: If an argument has a wrong type.
         ValueError: If an argument is out of its range.
         FileNotFoundError: If the data or the model does not exist.
@@ -137,7 +141,7 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
         LOGGER.info("\nCorrect the errors above to check the losses, time and memory.")
         return found
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"project": folder, "name": "rehearsal", "save_dir": None, "plots": False, "val": False}
+        quiet: dict[str, Any] = {"project": folder, "name": "rehearsal", "save_dir": None, "plots": False, "val": False}
         one = parse_device(args.device).split(",")[0]  # one process, also for a run on several GPUs
         quiet |= {"doctor": STEPS, "device": one}
         level = LOGGER.level
@@ -167,17 +171,17 @@ def compare_terms(trainer: Rehearsal) -> list[Finding]:
     Returns:
         (list[Finding]): One finding for each term.
     """
-    if not trainer.doctor.chance:
+    if not trainer.monitor.chance:
         return [Finding("ok", f"{k:<10}{v:9.4g}") for k, v in trainer.first.items()]
-    chance, shares = trainer.doctor.chance[0].tolist(), trainer.doctor.norms[0]
-    shares = (shares / shares.sum().clamp(min=1e-30)).tolist()
+    chance, norms = trainer.monitor.chance[0].tolist(), trainer.monitor.norms[0]
+    shares = (norms / norms.sum().clamp(min=1e-30)).tolist()
     found = []
     for (name, value), expected, share in zip(trainer.first.items(), chance, shares):
         text = f"{name:<10}{value:9.4g}, chance {expected:9.4g}, {share:4.0%} of the gradient"
         if not math.isfinite(value):
             found.append(Finding("error", f"{text}: not finite. The warning above names the cause."))
         elif expected > 0 and value > FAR * expected:
-            found.append(Finding("warning", f"{text}: far above chance. The first steps will bring it down."))
+            found.append(Finding("warning", f"{text}: far above chance. It should fall in the first steps."))
         else:
             found.append(Finding("ok", text))
     return found

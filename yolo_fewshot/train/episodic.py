@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK
 
 from yolo_fewshot import args as table
 from yolo_fewshot.data.episodes import EpisodeSampler, EpisodicDataset
+from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.train.run_plots import plot_training_episode, plot_val_episodes
 from yolo_fewshot.train.stage import Stage
 
@@ -38,13 +39,13 @@ class Episodes(Stage):
         # With nbs = batch there is one optimizer step per episode, with Ultralytics' weight decay.
         return {**dict.fromkeys(MIXING, 0.0), "close_mosaic": 0, "rect": False, "batch": size, "nbs": size}
 
-    def on_loaded(self, model: nn.Module, weights: nn.Module) -> None:
+    def on_loaded(self, model: FewShotDetectionModel, weights: DetectionModel) -> None:
         """Keep the loaded prototypes as anchors of the triplet term, unless the run is resumed."""
         if not self.trainer.resume:
             model.model[-1].freeze_prototypes(model.transferred)
 
     def check_batch(self) -> None:
-        """Refuse the smaller batch that Ultralytics asks for when memory runs out.
+        """Refuse the smaller batch that Ultralytics tries when memory runs out.
 
         Raises:
             MemoryError: If the batch size is smaller than an episode.
@@ -58,10 +59,10 @@ class Episodes(Stage):
             )
 
     def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
-        """Return the loader of episodes, whose length is `episodes`.
+        """Return a loader of `episodes` episodes.
 
         Raises:
-            ValueError: If the training images do not make such episodes.
+            ValueError: If such episodes cannot be drawn from the training images.
         """
         a, dataset = self.trainer.args, EpisodicDataset(loader.dataset)
         names, rank = self.trainer.data["names"], max(RANK, 0)
@@ -69,7 +70,7 @@ class Episodes(Stage):
         return self._resampled(loader, dataset, sampler, sampler.episode_size)
 
     def loss_scale(self, scale: int) -> int:
-        """Return the factor of the loss in a step: each process has an episode, that is a batch, of its own."""
+        """Return the factor times the number of processes, since each process has its own episode."""
         return scale * max(self.trainer.world_size, 1)
 
     def plot_batch(self, batch: dict[str, Any], ni: int) -> None:

@@ -22,8 +22,8 @@ TRAINING_STATE = ("optimizer", "best_fitness", "stopper", "ema", "updates", "sca
 def finish(trainer: DetectionTrainer) -> None:
     """Turn best.pt and last.pt into final checkpoints, as Ultralytics' `final_eval` does, and prepare enrollment.
 
-    Both files stay as they are until all is computed; then best.pt is replaced, and last.pt after it. A run that is
-    interrupted before can be resumed from last.pt, and repeats its end alone.
+    Both files stay unchanged until everything is computed; then best.pt is replaced, and last.pt after it. A run that
+    is interrupted before can be resumed from last.pt, and repeats only its end.
 
     Args:
         trainer (DetectionTrainer): Few-shot trainer after its last epoch, in every process.
@@ -35,7 +35,7 @@ def finish(trainer: DetectionTrainer) -> None:
         if last and best:
             best["train_results"] = last.get("train_results")
         last, best = trainer.stage.final_checkpoints(last, best)
-    model = _from_main_process(best and best["model"])
+    model = _from_main_process(best["model"] if best else None)
     if model is not None:
         _validate(trainer, model)
     final = {f: ckpt for f, ckpt in ((trainer.best, best), (trainer.last, last)) if ckpt}
@@ -51,7 +51,7 @@ def finish(trainer: DetectionTrainer) -> None:
 
 
 def strip(file: Path) -> dict[str, Any]:
-    """Return a checkpoint as `ultralytics.utils.torch_utils.strip_optimizer` writes it; the file stays as it is.
+    """Return a checkpoint as `ultralytics.utils.torch_utils.strip_optimizer` writes it; the file is not changed.
 
     Args:
         file (Path): Checkpoint, resumable or stripped.
@@ -85,7 +85,7 @@ def _validate(trainer: DetectionTrainer, model: nn.Module) -> None:
 
 
 def _prepare_enrollment(trainer: DetectionTrainer, ckpts: list[dict[str, Any]]) -> None:
-    """Store what enrollment needs of the base data, measured with the first checkpoint, in all of them."""
+    """Measure what enrollment needs of the base data with the first checkpoint, and store it in all of them."""
     model = deepcopy(ckpts[0]["model"]).float().to(trainer.device)
     trainer.stage.prepare_enrollment(model)
     if trainer.args.plots:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+Name = TypeVar("Name", bound=Hashable)
 
 STOCK_CLIP = 10.0  # Ultralytics' maximum gradient norm, of the loss times batch size
 
@@ -34,14 +37,14 @@ class Guard:
         self.buffers = [b for b in model.buffers() if b.is_floating_point() and b.numel()]
         self.statistics = self._flat_buffers()
         self.in_a_row = 0
-        self.norms, self.clipped, self.skipped, self.overflows = [], 0, 0, 0
+        self.norms: list[float] = []
+        self.clipped = self.skipped = self.overflows = 0
         self.total = {k: 0 for k in self._counts()}
 
     def reset(self) -> None:
         """Set the counters of an epoch to zero."""
         self.total = {k: v + self.total[k] for k, v in self._counts().items()}
-        self.norms: list[float] = []
-        self.clipped = self.skipped = self.overflows = 0
+        self.norms, self.clipped, self.skipped, self.overflows = [], 0, 0, 0
 
     def clip(self, max_norm: float | None, scale: float, loss: torch.Tensor) -> bool:
         """Clip the gradients in place, and return whether the step may be taken.
@@ -58,9 +61,9 @@ class Guard:
         Returns:
             (bool): False if any value is not finite; the gradients then stay as they are.
         """
-        with_grad = [p for p in self.parameters.values() if p.grad is not None]
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         foreach = False if loss.device.type == "npu" else None  # as Ultralytics does there
-        total = torch.nn.utils.get_total_norm([p.grad for p in with_grad], foreach=foreach)
+        total = torch.nn.utils.get_total_norm(grads, foreach=foreach)
         statistics = self._flat_buffers()
         largest = torch.linalg.vector_norm(statistics, math.inf) if len(statistics) else total.new_zeros(())
         values = torch.stack([total.float(), loss.detach().float(), largest.to(total.device)])
@@ -70,7 +73,7 @@ class Guard:
         if not all(map(math.isfinite, (norm, *others))):
             return False
         limit = STOCK_CLIP if max_norm is None else max_norm * scale
-        torch.nn.utils.clip_grads_with_norm_(with_grad, limit, total, foreach=foreach)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, total, foreach=foreach)
         self.norms.append(norm / scale)
         self.clipped += norm > limit
         self.statistics, self.in_a_row = statistics, 0
@@ -129,11 +132,7 @@ class Guard:
 
     def summary(self) -> str:
         """Return the counts of the whole run as a sentence."""
-        n = {k: v + self.total[k] for k, v in self._counts().items()}
-        return (
-            f"Of {n['steps']} steps {n['clipped']} were clipped, {n['overflows']} skipped for an overflow of AMP and "
-            f"{n['skipped']} because something was not finite."
-        )
+        return summarize({k: v + self.total[k] for k, v in self._counts().items()})
 
     def _counts(self) -> dict[str, int]:
         """Return the counters since `reset`."""
@@ -145,14 +144,29 @@ class Guard:
         return torch.cat([b.reshape(-1).float() for b in self.buffers]) if self.buffers else torch.zeros(0)
 
 
-def nonfinite(tensors: dict[Any, torch.Tensor]) -> list[Any]:
+def summarize(counts: Mapping[str, int]) -> str:
+    """Return the counts of the steps of a run as a sentence.
+
+    Args:
+        counts (Mapping[str, int]): Numbers of `steps`, `clipped`, `skipped` and `overflows`, as in results.csv.
+
+    Returns:
+        (str): The sentence.
+    """
+    return (
+        f"Of {counts['steps']} steps, {counts['clipped']} were clipped, {counts['overflows']} skipped for an AMP "
+        f"overflow and {counts['skipped']} skipped for a NaN or Inf."
+    )
+
+
+def nonfinite(tensors: Mapping[Name, torch.Tensor]) -> list[Name]:
     """Return the names of the tensors that have a NaN or Inf.
 
     Args:
-        tensors (dict[Any, torch.Tensor]): Tensors by name.
+        tensors (Mapping[Hashable, torch.Tensor]): Tensors by name.
 
     Returns:
-        (list[Any]): Names, in the same order.
+        (list[Hashable]): Names, in the same order.
     """
     flags = [torch.isfinite(t).all() for t in tensors.values()]
     return [k for k, ok in zip(tensors, torch.stack(flags).tolist()) if not ok] if flags else []

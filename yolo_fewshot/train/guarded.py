@@ -26,12 +26,16 @@ class GuardedTrainer(BaseTrainer):
     `nonfinite_limit`; without `grad_clip`, Ultralytics' limit of the gradient norm applies.
 
     Attributes:
-        guard (Guard | None): Gradient clip and skipped steps; None before training starts.
+        guard (Guard): Gradient clip and skipped steps; set when training starts.
 
     Examples:
         >>> class GuardedPoseTrainer(GuardedTrainer, PoseTrainer): ...
         >>> GuardedPoseTrainer(overrides={"model": "yolo11n-pose.pt", "data": "pose.yaml", "grad_clip": 5.0}).train()
     """
+
+    guard: Guard
+    loss: torch.Tensor  # Ultralytics sets the loss of a batch and its running means
+    tloss: dict[str, torch.Tensor]
 
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict | None = None):
         """Initialize the trainer.
@@ -42,8 +46,7 @@ class GuardedTrainer(BaseTrainer):
             _callbacks (dict, optional): Callbacks, as in Ultralytics.
         """
         super().__init__(cfg, overrides, _callbacks)
-        self.guard: Guard | None = None
-        self._batch: dict[str, Any] | None = None
+        self._batch: dict[str, Any] = {}  # empty after a step
         self._loaded: list[dict[str, Any]] = []  # batches since the last step, if it accumulates several
         self._finite_tloss: dict[str, torch.Tensor] | None = None
         if not self.ddp:  # a multi-GPU launcher pickles its callbacks, and its processes add their own listeners
@@ -70,7 +73,7 @@ class GuardedTrainer(BaseTrainer):
 
     def end_epoch(self) -> None:
         """Check the batches that no step has used yet; they belong to the first step of the next epoch."""
-        if self._batch is None:
+        if not self._batch:
             return
         bad = (~torch.isfinite(torch.stack([self.loss.detach(), *self.tloss.values()]))).any().int()
         if dist.is_available() and dist.is_initialized():
@@ -78,11 +81,11 @@ class GuardedTrainer(BaseTrainer):
         if bad:
             self._skip_step()
             self.optimizer.zero_grad()
-            self._batch, self._loaded = None, []
+            self._batch, self._loaded = {}, []
 
     def end_training(self) -> None:
-        """Log what the guard did; a run that was only finished here has none."""
-        if self.guard:
+        """Log what the guard did; there is none if only the end of a run was repeated."""
+        if hasattr(self, "guard"):
             LOGGER.info(f"{colorstr('Guard:')} {self.guard.summary()}")
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +132,7 @@ class GuardedTrainer(BaseTrainer):
             self._skip_step()
         self.scaler.update()  # after an overflow this halves the scale
         self.optimizer.zero_grad()
-        self._batch, self._loaded = None, []
+        self._batch, self._loaded = {}, []
 
     def _skip_step(self) -> None:
         """Log why a step is skipped, and undo what its batches did to the model and the running means."""

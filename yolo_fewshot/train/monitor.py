@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from ultralytics.nn.distill_model import DistillationModel
 
 from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_of, part_gradients
+from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.passes import Pass
+from yolo_fewshot.train.guard import summarize
 
 AT_CHANCE = 0.95  # a term at or above this fraction of its chance level has not been learned
 DOMINANT = 0.5  # share of the gradient above which a term dominates
 CLAMPED = 0.01  # fraction of the steps above which clamps of the mean DFL are reported
-COUNTS = ("clipped", "skipped", "overflows", "sides_clamped", "means_clamped")  # columns train/...
+COUNTS = ("steps", "clipped", "skipped", "overflows", "sides_clamped", "means_clamped")  # columns train/...
 UNTRAINED = "no better than those of an untrained model: train stage 1 first, or set a larger lr0"
 OWN = "it has not been learned yet: set a larger lr0, or leave it out"  # for a term of the user's own
 REMEDIES = {
@@ -21,16 +25,16 @@ REMEDIES = {
     "cls": f"class scores are {UNTRAINED}",
     "dfl": f"boxes are {UNTRAINED}",
     "l1": f"boxes are {UNTRAINED}",
-    "epi": "prototypes do not tell the classes apart yet: train longer, or set a larger lr0",
+    "epi": "prototypes do not separate the classes yet: train longer, or set a larger lr0",
     "sup": "embeddings of objects do not cluster by class: raise n_way or k_shot, or set supcon=0 to save its time",
     "cpe": "embeddings of anchors do not cluster by class: raise n_way, or set cpe=0 to save its time",
-    "tea": "the old classes are forgotten on the images of the shots: set a smaller lr0 or blend",
+    "tea": "the old classes are forgotten in the images of the shots: set a smaller lr0 or blend",
     "mem": "the old classes are forgotten: set a smaller lr0 or blend",
     "tri": "objects are no closer to their own prototype than to others: train longer, or set triplet=0",
 }
 
 
-class LossDoctor:
+class LossMonitor:
     """Measures the gradient of each term at the neck's output and the term's chance level, once in `every` batches.
 
     The chance level is the value of the term for a head that has learned nothing, see `FewShotLoss.chance`. In models
@@ -45,12 +49,14 @@ class LossDoctor:
     """
 
     def __init__(self, every: int):
-        """Initialize the doctor.
+        """Initialize the monitor.
 
         Args:
             every (int): Batches from one measurement to the next.
         """
-        self.every, self.terms, self._hook, self._scale = every, [], None, 1.0
+        self.every, self._scale = every, 1.0
+        self.terms: list[str] = []
+        self._hook: RemovableHandle | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -59,16 +65,17 @@ class LossDoctor:
         self.norms: list[torch.Tensor] = []
         self.chance: list[torch.Tensor] = []
 
-    def begin_batch(self, model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-        """Begin a batch, and measure it when its loss is computed if it is its turn.
+    def begin_batch(self, model: FewShotDetectionModel | DistillationModel, scaler: torch.amp.GradScaler) -> None:
+        """Count a batch, and measure its terms if it is due.
 
         Args:
-            model (nn.Module): Few-shot model, not wrapped for several GPUs.
+            model (FewShotDetectionModel | DistillationModel): Model in training, not wrapped for several GPUs.
             scaler (torch.amp.GradScaler): Scaler of the run, without which gradients vanish in float16.
         """
         if self.every and self.batches % self.every == 0:
-            losses, head = branch_losses(model), getattr(model, "student_model", model).model[-1]
-            self._hook = self._hook or head.register_forward_pre_hook(_separate)
+            losses = branch_losses(model)
+            student = model.student_model if isinstance(model, DistillationModel) else model
+            self._hook = self._hook or student.model[-1].register_forward_pre_hook(_separate)
             self._scale = scaler.get_scale()
             for loss, observe in ((losses[0], self._measure_gradients), (losses[-1], self._measure_chance)):
                 if observe not in loss.observers:  # left there if the last batch failed before its loss
@@ -77,10 +84,12 @@ class LossDoctor:
 
     def _measure_gradients(self, loss: FewShotLoss, this: Pass) -> None:
         """Measure the norm of the gradient of every term with respect to the feature maps of the neck."""
-        self._hook = self._hook.remove()
+        if self._hook:
+            self._hook.remove()
+            self._hook = None
         norms = []
         for part in loss.parts(this).values():
-            grads = part_gradients(part * self._scale, this.preds["feats"])
+            grads = part_gradients(part * self._scale, list(this.preds["feats"]))
             norm = torch.nn.utils.get_total_norm([g.float() / self._scale for g in grads if g is not None])
             norms.append(norm.float().to(part.device))
         self.terms = [k.removesuffix("_loss") for k in loss.loss_names]
@@ -109,7 +118,7 @@ class LossDoctor:
 
 
 def _separate(head: nn.Module, inputs: tuple[list[torch.Tensor], ...]) -> tuple[list[torch.Tensor], ...]:
-    """Give every feature map a node of its own, since one is computed from another, and a gradient even if frozen."""
+    """Give every feature map its own graph node, since maps depend on one another, and a gradient even if frozen."""
     views = [x.view_as(x) for x in inputs[0]]
     return ([x if x.requires_grad else x.requires_grad_() for x in views], *inputs[1:])
 
@@ -129,13 +138,12 @@ def report(rows: list[dict[str, float]], args: Any) -> str:
         return ""
     last = rows[-1]
     shares = {t: last[f"share/{t}"] for t in terms}
-    top = max(shares, key=shares.get)
+    top = max(shares, key=lambda t: shares[t])
     ranked = ", ".join(f"{t} {v:.0%}" for t, v in sorted(shares.items(), key=lambda x: -x[1]))
     sentences = [f"Gradient at the neck by term: {ranked}."]
     if shares[top] > DOMINANT:
         key, gain = gain_of(top, args)
-        what = f"{key}={gain} is the key to lower" if key else "lower its gain"
-        sentences.append(f"{top} dominates; {what} if it should not.")
+        sentences.append(f"{top} dominates; lower {f'{key}={gain}' if key else 'its gain'} if it should not.")
     idle = [t for t in terms if last[f"chance/{t}"] > 0 and last[f"train/{t}_loss"] >= AT_CHANCE * last[f"chance/{t}"]]
     for t in idle:
         value, chance = last[f"train/{t}_loss"], last[f"chance/{t}"]
@@ -143,17 +151,13 @@ def report(rows: list[dict[str, float]], args: Any) -> str:
     if not idle:
         sentences.append("No term is at chance.")
     count = {k: int(sum(r[f"train/{k}"] for r in rows)) for k in COUNTS}
-    total = int(sum(r["train/steps"] for r in rows))
-    sentences.append(
-        f"Of {total} steps {count['clipped']} were clipped, {count['overflows']} skipped for an overflow of AMP and "
-        f"{count['skipped']} because something was not finite."
-    )
+    sentences.append(summarize(count))
     if count["skipped"]:
         sentences.append("The warnings in the log name the cause and what to change.")
     if count["means_clamped"] or count["sides_clamped"]:
         sentences.append(
             f"The DFL was clamped {count['means_clamped']} times in its mean and on {count['sides_clamped']} sides."
         )
-    if count["means_clamped"] > total * CLAMPED and args.dfl_clamp_mode == "hard":
+    if count["means_clamped"] > count["steps"] * CLAMPED and args.dfl_clamp_mode == "hard":
         sentences.append("A hard clamp passes no gradient: set dfl_clamp_mode=rescale, or train stage 1 first.")
     return " ".join(sentences)

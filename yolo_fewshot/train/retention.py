@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from yolo_fewshot.nn.criterion import Retention
+from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.predictions import branch_predictions
 
 
@@ -22,11 +22,11 @@ class Teacher:
         >>> batch["teacher"] = Teacher(model, unlabeled)(batch["img"])
     """
 
-    def __init__(self, model: nn.Module, unlabeled: torch.Tensor):
+    def __init__(self, model: FewShotDetectionModel, unlabeled: torch.Tensor):
         """Initialize the teacher.
 
         Args:
-            model (nn.Module): Few-shot model, which is frozen in place.
+            model (FewShotDetectionModel): Model, which is frozen in place.
             unlabeled (torch.Tensor): Classes to score, (S,) int64.
         """
         self.model, self.unlabeled = model.eval().requires_grad_(False), unlabeled
@@ -60,11 +60,11 @@ def unlabeled_classes(nc: int, labels: list[dict[str, Any]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def replay_targets(model: nn.Module, unlabeled: torch.Tensor) -> list[Retention]:
+def replay_targets(model: FewShotDetectionModel, unlabeled: torch.Tensor) -> list[Retention]:
     """Score the unlabeled classes at the anchors of the replay buffer.
 
     Args:
-        model (nn.Module): Few-shot model that training starts from.
+        model (FewShotDetectionModel): Model that training starts from.
         unlabeled (torch.Tensor): Classes without a label in the training images, (S,) int64.
 
     Returns:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, RANK
@@ -18,6 +17,7 @@ from yolo_fewshot.enroll.enroll import Shots
 from yolo_fewshot.enroll.features import View, extract
 from yolo_fewshot.enroll.replay import base_support
 from yolo_fewshot.nn.criterion import gain_of
+from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.plots.embedding import plot_embedding
 from yolo_fewshot.plots.episode import plot_episode
 from yolo_fewshot.plots.episode_detection import detect_queries
@@ -54,7 +54,7 @@ def plot_val_episodes(trainer: DetectionTrainer) -> None:
     try:
         sampler = EpisodeSampler(val.labels, names, n_way, a.k_shot, a.n_query, VAL_EPISODES, a.seed)
     except ValueError:
-        LOGGER.info("No val_episode.jpg: the images of the val split do not divide into support and query.")
+        LOGGER.info("No val_episode.jpg: the images of the val split cannot be divided into support and query.")
         return
     model = load_checkpoint(trainer.best, trainer.device)[0].eval()
     episodes = EpisodicDataset(SupportDataset(base_support(model, val.labels), a.imgsz))
@@ -64,12 +64,12 @@ def plot_val_episodes(trainer: DetectionTrainer) -> None:
         _plot_episode(trainer, batch, trainer.save_dir / f"val_episode{i}.jpg", detect_queries(model, batch))
 
 
-def plot_object_embeddings(trainer: DetectionTrainer, model: nn.Module) -> None:
+def plot_object_embeddings(trainer: DetectionTrainer, model: FewShotDetectionModel) -> None:
     """Plot the embeddings of objects of the val split, and the prototypes.
 
     Args:
         trainer (DetectionTrainer): Trainer at its end.
-        model (nn.Module): Few-shot model in eval mode.
+        model (FewShotDetectionModel): Model in eval mode.
     """
     labels = [x for x in trainer.test_loader.dataset.labels if len(x["cls"])]
     labels = [labels[i] for i in np.linspace(0, len(labels) - 1, min(len(labels), EMBEDDED), dtype=int)]
@@ -104,7 +104,7 @@ def plot_enrolled_shots(trainer: DetectionTrainer, shots: Shots, names: dict[int
 
     Args:
         trainer (DetectionTrainer): Trainer of stage 3 when training starts.
-        shots (Shots): What was enrolled.
+        shots (Shots): Enrolled shots.
         names (dict[int, str]): Class names of the model.
     """
     file = trainer.save_dir / FILE

@@ -8,18 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 from ultralytics.data.build import InfiniteDataLoader, seed_worker
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER, RANK
 
 from yolo_fewshot import args as table
+from yolo_fewshot.data.episodes import EpisodicDataset
 from yolo_fewshot.data.ignore import fully_labeled, masked
 from yolo_fewshot.data.sampling import EpochSampler
+from yolo_fewshot.data.shots_and_base import ShotsAndBase
 from yolo_fewshot.enroll.calibrate import choose_prior_strength
 from yolo_fewshot.enroll.replay import fill_replay_buffer
+from yolo_fewshot.nn.model import FewShotDetectionModel
 
 
 class Stage:
@@ -29,8 +32,8 @@ class Stage:
         keys (frozenset[str]): Our configuration keys that have an effect.
         seeded_epochs (bool): Whether each epoch starts from a random state of its own, so that a resumed run repeats
             the epochs of an uninterrupted one.
-        blends (bool): Whether the final weights are those of no epoch, so that the checkpoints record the metrics of
-            the final validation.
+        blends (bool): Whether the final weights are interpolated, so that the checkpoints record the metrics of the
+            final validation.
         trainer (DetectionTrainer): Trainer of the run.
     """
 
@@ -60,30 +63,30 @@ class Stage:
         """
         self.trainer = trainer
 
-    def adopt(self, model: nn.Module) -> None:
+    def adopt(self, model: FewShotDetectionModel) -> None:
         """Accept a model that was built before, as in the processes of multi-GPU training.
 
         Args:
-            model (nn.Module): Few-shot model.
+            model (FewShotDetectionModel): The model.
         """
 
-    def initial_weights(self, weights: nn.Module | None) -> nn.Module | None:
+    def initial_weights(self, weights: DetectionModel | None) -> DetectionModel | None:
         """Return the model whose weights training starts from, before the model of the run is built.
 
         Args:
-            weights (nn.Module, optional): Model given to the run.
+            weights (DetectionModel, optional): Model given to the run.
 
         Returns:
-            (nn.Module | None): Model to load from.
+            (DetectionModel | None): Model to load from.
         """
         return weights
 
-    def on_loaded(self, model: nn.Module, weights: nn.Module) -> None:
+    def on_loaded(self, model: FewShotDetectionModel, weights: DetectionModel) -> None:
         """Complete the model of the run after its weights were loaded.
 
         Args:
-            model (nn.Module): Few-shot model of the run.
-            weights (nn.Module): Model that it was loaded from.
+            model (FewShotDetectionModel): Model of the run.
+            weights (DetectionModel): Model that it was loaded from.
         """
 
     def check_batch(self) -> None:
@@ -111,22 +114,22 @@ class Stage:
             batch_size (int): Images per batch of this process.
 
         Returns:
-            (InfiniteDataLoader): The same loader, or one that draws otherwise.
+            (InfiniteDataLoader): The same loader, or one with another sampler.
         """
         return loader
 
     def begin_run(self) -> None:
         """Record the initial state, when the model is on its device and nothing is trained or resumed yet."""
 
-    def begin_training(self, model: nn.Module) -> None:
-        """Hand the loss what the stage adds to it.
+    def begin_training(self, model: FewShotDetectionModel) -> None:
+        """Set up what the stage adds to the loss.
 
         Args:
-            model (nn.Module): Few-shot model in training, not wrapped for several GPUs.
+            model (FewShotDetectionModel): Model in training, not wrapped for several GPUs.
         """
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch with what the stage adds to it.
+        """Add what the stage needs to a batch.
 
         Args:
             batch (dict): Preprocessed batch.
@@ -158,7 +161,7 @@ class Stage:
     def final_checkpoints(
         self, last: dict[str, Any] | None, best: dict[str, Any] | None
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Return the checkpoints that the run ends with; called in the main process alone.
+        """Return the checkpoints that the run ends with; called only in the main process.
 
         Args:
             last (dict | None): Stripped checkpoint of the last epoch, None if there is none.
@@ -175,26 +178,30 @@ class Stage:
         """Data set of the base images."""
         return self.trainer.train_loader.dataset
 
-    def prepare_enrollment(self, model: nn.Module) -> None:
+    def prepare_enrollment(self, model: FewShotDetectionModel) -> None:
         """Store what enrollment needs of the base data: the replay buffer and the prior strength of one shot.
 
         Args:
-            model (nn.Module): Few-shot model with the final weights, changed in place.
+            model (FewShotDetectionModel): Model with the final weights, changed in place.
         """
         trainer, labels = self.trainer, fully_labeled(self.base_dataset)
         imgsz, seed = trainer.args.imgsz, trainer.args.seed
         model.memory = fill_replay_buffer(model, labels, imgsz, seed)
         model.prior_strength = choose_prior_strength(model, labels, trainer.test_loader.dataset.labels, imgsz, seed)
         better = "mean" if model.prior_strength == math.inf else "fit"
-        LOGGER.info(f"Enrollment from one shot, on base classes: '{better}' is better")
+        LOGGER.info(f"Enrollment from one shot: '{better}' is better on base classes")
 
     def plot_end(self) -> None:
-        """Plot what the finished best.pt does; called in the main process alone, and only with `plots=True`."""
+        """Plot results of the final best.pt; called only in the main process and with `plots=True`."""
 
     def _resampled(
-        self, loader: InfiniteDataLoader, dataset: Dataset, sampler: EpochSampler, batch_size: int
+        self,
+        loader: InfiniteDataLoader,
+        dataset: YOLODataset | EpisodicDataset | ShotsAndBase,
+        sampler: EpochSampler,
+        batch_size: int,
     ) -> InfiniteDataLoader:
-        """Return a loader like Ultralytics' own that draws its batches by a sampler of ours."""
+        """Return a loader like Ultralytics' with another sampler."""
         trainer = self.trainer
         processes, batches = max(trainer.world_size, 1), len(sampler) // batch_size
         workers = min(os.cpu_count() // processes, trainer.args.workers, batches)
@@ -208,7 +215,7 @@ class Stage:
             pin_memory=loader.pin_memory,
             collate_fn=dataset.collate_fn,
             worker_init_fn=seed_worker,
-            # Starting it must not disturb the run's random state, and each process augments in its own way.
+            # Starting the loader must not change the random state of the run, and each process has its own seed.
             generator=torch.Generator().manual_seed(trainer.args.seed + 1 + RANK),
             **({"pin_memory_device": pinned} if pinned else {}),
         )

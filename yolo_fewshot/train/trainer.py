@@ -8,10 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
 from torch.utils.data import Dataset
 from ultralytics.cfg import cfg2dict, get_cfg
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, YAML, colorstr
 from ultralytics.utils.checks import check_yaml
 from ultralytics.utils.torch_utils import init_seeds, unwrap_model
@@ -28,7 +28,7 @@ from yolo_fewshot.train.episodic import Episodes
 from yolo_fewshot.train.finish import finish
 from yolo_fewshot.train.guard import nonfinite
 from yolo_fewshot.train.guarded import GuardedTrainer
-from yolo_fewshot.train.monitor import LossDoctor, report
+from yolo_fewshot.train.monitor import LossMonitor, report
 from yolo_fewshot.train.run_plots import plot_loss_terms
 from yolo_fewshot.train.stage import Stage
 
@@ -44,12 +44,17 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
 
     Attributes:
         stage (Stage): Stage of this run, with the steps that differ between stages.
-        doctor (LossDoctor): Gradient of each term and its chance level.
+        monitor (LossMonitor): Gradient of each term and its chance level.
 
     Examples:
         >>> from yolo_fewshot import FewShotTrainer
         >>> FewShotTrainer(cfg="stage2.yaml", overrides={"model": "fewshot.yaml", "data": "base.yaml"}).train()
     """
+
+    last: Path  # Ultralytics sets these
+    best: Path
+    wdir: Path
+    metrics: dict[str, float] | None
 
     def __init__(
         self,
@@ -73,7 +78,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         recipe = YAML.load(check_yaml(cfg)) if isinstance(cfg, (str, Path)) else cfg2dict(cfg)
         overrides = dict(cfg2dict(overrides or {}))
         given = {**recipe, **overrides}
-        # Ultralytics merges, so that its errors name misspelt keys and wrong types.
+        # Ultralytics merges, so that its errors name misspelled keys and wrong types.
         merged = vars(get_cfg({**DEFAULT_CFG_DICT, "save_dir": ""}, given))
         table.refuse_support(merged)
         if not merged["resume"]:  # a resumed run takes everything from its checkpoint
@@ -83,8 +88,8 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         super().__init__(merged, {k: merged[k] for k in overrides}, _callbacks)
         if self.resume:
             load_terms(self.args.terms)
-        self._columns: dict[str, float] = {}  # of guard and doctor, for results.csv
-        self.doctor = LossDoctor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
+        self._columns: dict[str, float] = {}  # of guard and monitor, for results.csv
+        self.monitor = LossMonitor(0 if self.args.compile else self.args.doctor)  # measuring needs the graph twice
         self.last, self.best, self.wdir = AtomicPath(self.last), AtomicPath(self.best), AtomicPath(self.wdir)
 
     def check_resume(self, overrides: dict[str, Any]) -> None:
@@ -123,13 +128,13 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         return data
 
     def get_model(
-        self, cfg: str | dict | None = None, weights: nn.Module | None = None, verbose: bool = True
+        self, cfg: str | dict, weights: DetectionModel | None = None, verbose: bool = True
     ) -> FewShotDetectionModel:
         """Return the few-shot model, built from any detection YAML, with the weights of a stock or few-shot model.
 
         Args:
-            cfg (str | dict, optional): Model YAML or its content.
-            weights (nn.Module, optional): Model to take weights from.
+            cfg (str | dict): Model YAML or its content.
+            weights (DetectionModel, optional): Model to take weights from.
             verbose (bool): Whether to log the layers.
 
         Returns:
@@ -157,7 +162,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         Returns:
             (dict | None): Checkpoint to resume from.
         """
-        if isinstance(self.model, nn.Module):
+        if isinstance(self.model, FewShotDetectionModel):
             self.stage.adopt(self.model)
         return super().setup_model()
 
@@ -200,9 +205,8 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     def _close_dataloader_mosaic(self) -> None:
         """Stop mosaic as Ultralytics does, which then asks the loader for this epoch again."""
         super()._close_dataloader_mosaic()
-        if self.stage.seeded_epochs and hasattr(
-            self, "epoch"
-        ):  # older Ultralytics calls it before the first epoch, too
+        # Older Ultralytics versions also call this before the first epoch.
+        if self.stage.seeded_epochs and hasattr(self, "epoch"):
             self.train_loader.sampler.restart(self.epoch)
 
     def listeners(self) -> dict[str, Callable[[FewShotTrainer], None]]:
@@ -220,7 +224,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     def begin_epoch(self) -> None:
         """Set the counters to zero and, where the stage asks for it, seed the epoch."""
         super().begin_epoch()
-        self.doctor.reset()
+        self.monitor.reset()
         for loss in branch_losses(unwrap_model(self.model)):
             if loss.clamped_dfl:
                 loss.clamped_dfl.reset_counts()
@@ -228,17 +232,17 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             init_seeds(self.args.seed + 1 + RANK + 1000 * self.epoch, deterministic=self.args.deterministic)
 
     def begin_batch(self) -> None:
-        """Announce a batch to the doctor."""
-        self.doctor.begin_batch(unwrap_model(self.model), self.scaler)
+        """Count a batch, and measure its terms if it is due."""
+        self.monitor.begin_batch(unwrap_model(self.model), self.scaler)
 
     def end_epoch(self) -> None:
-        """Check the batches that no step has used yet, and compute the columns of guard and doctor."""
+        """Check the batches that no step has used yet, and compute the columns of guard and monitor."""
         super().end_epoch()
         dfl = [x.clamped_dfl for x in branch_losses(unwrap_model(self.model)) if x.clamped_dfl]
         clamps = {
             f"train/{k}_clamped": sum(int(getattr(x, f"{k[:-1]}_clamped")) for x in dfl) for k in ("sides", "means")
         }
-        self._columns = {**self.guard.columns(), **clamps, **self.doctor.columns()}
+        self._columns = {**self.guard.columns(), **clamps, **self.monitor.columns()}
         if self.metrics is not None:  # it is None outside of the main process
             self.metrics = {**self.metrics, **self._columns}
 
@@ -246,7 +250,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         """Log a summary of the loss terms, or of the guard where they were not measured."""
         text = report(self._results(), self.args)
         if text:
-            LOGGER.info(f"{colorstr('Loss doctor:')} {text}")
+            LOGGER.info(f"{colorstr('Loss monitor:')} {text}")
         else:
             super().end_training()
 
@@ -254,7 +258,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         """Validate as Ultralytics does.
 
         Returns:
-            metrics (dict | None): Results, with the columns of guard and doctor, for results.csv and loggers.
+            metrics (dict | None): Results, with the columns of guard and monitor, for results.csv and loggers.
             fitness (float | None): Fitness.
         """
         metrics, fitness = super().validate()
@@ -274,7 +278,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
 
     @property
     def loss_scale(self) -> int:
-        """Factor of the loss in the sum that a step is taken on."""
+        """Factor by which the loss of an optimizer step is multiplied."""
         return self.stage.loss_scale(super().loss_scale)
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
@@ -284,7 +288,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             ckpt (dict, optional): Checkpoint.
 
         Raises:
-            AllEpochsDone: If the run was interrupted after its last epoch, once its end was done here.
+            AllEpochsDone: After the end of a run that was interrupted after its last epoch.
         """
         self.stage.begin_run()
         if self.resume and ckpt and ckpt["optimizer"] and ckpt["epoch"] + 1 == self.epochs:
@@ -325,11 +329,11 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     def plot_metrics(self) -> None:
         """Plot results.png as Ultralytics does, and losses.png."""
         super().plot_metrics()
-        if self.doctor.every:
+        if self.monitor.every:
             plot_loss_terms(self)
 
     def final_eval(self) -> None:
-        """Strip and validate the checkpoints, and prepare enrollment; until all is done they stay as they were."""
+        """Strip and validate the checkpoints, and prepare enrollment; they stay unchanged until all is done."""
         finish(self)
 
     def _results(self) -> list[dict[str, float]]:

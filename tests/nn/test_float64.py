@@ -14,7 +14,7 @@ from yolo_fewshot.enroll.enroll import enroll
 from yolo_fewshot.enroll.features import View
 from yolo_fewshot.nn.criterion import branch_losses
 from yolo_fewshot.train.guard import Guard
-from yolo_fewshot.train.monitor import LossDoctor
+from yolo_fewshot.train.monitor import LossMonitor
 from yolo_fewshot.train.retention import Teacher, replay_targets
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def test_the_stand_in_lets_the_cpu_have_float64_and_computes_as_the_cpu_does(dev
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("cfg", FAMILIES)
 def test_training(device, batch, cfg, stage):
-    model, doctor = to_device(make(cfg, stage=stage)), LossDoctor(1)
+    model, doctor = to_device(make(cfg, stage=stage)), LossMonitor(1)
     batch = to_device(batch)
     if stage == 3:
         start, silent = deepcopy(model), torch.tensor([4, 5], device=DEVICE)

@@ -66,7 +66,7 @@ KEYS: dict[str, Key] = {
         str, "skip", "a step whose loss or gradient is NaN or Inf: skip it, or raise", choices=("skip", "raise")
     ),
     "nonfinite_limit": Key(int, 10, "number of such steps in a row after which training stops", 1),
-    "doctor": Key(int, 50, "measure the gradient of every term once in so many batches, 0 for never"),
+    "doctor": Key(int, 50, "measure the gradient of every term every x batches; 0 for never"),
 }
 
 # Keys that work in any training, stock models included; keys that all stages use; and keys of stage 3.

@@ -21,6 +21,7 @@ import torch
 from yolo_fewshot.data.support import read_support
 from yolo_fewshot.enroll import enroll as module
 from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.nn.rows import class_rows
 
 SIZE = 64
 METHODS = ("mean", "fit", "auto")
@@ -49,7 +50,7 @@ def main(classes: str = "10,30,100,300,1000", shots: str = "10") -> None:
         with tempfile.TemporaryDirectory() as folder:
             support = read_support(draw(Path(folder), n, int(shots)))
             start = time.process_time()
-            features = extract(untrained(), support, SIZE)
+            features = extract(class_rows(untrained()), support, SIZE)
             row = [time.process_time() - start]
         module.extract = lambda *_, f=features: f  # the same for every method
         for method in METHODS:

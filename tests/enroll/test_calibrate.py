@@ -59,11 +59,12 @@ def extracted(monkeypatch):
     """The support sets whose features are asked for, with their views; the features are made up."""
     asked = []
 
-    def extract(model, support, imgsz, views=None, **kwargs):
+    def extract(rows, support, imgsz, views=None, **kwargs):
         asked.append((support, views))
         return features_of(support)
 
     monkeypatch.setattr(module, "extract", extract)
+    monkeypatch.setattr(module, "class_rows", lambda model: model)
     return asked
 
 

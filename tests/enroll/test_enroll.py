@@ -19,6 +19,7 @@ from yolo_fewshot.enroll.enroll import Shot, Shots, compact, enroll, forget
 from yolo_fewshot.enroll.features import Features, View, extract
 from yolo_fewshot.enroll.methods import PRIOR_STRENGTH
 from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.nn.rows import class_rows
 
 FAMILIES = ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 METHODS = ["mean", "fit", "auto"]
@@ -95,7 +96,7 @@ def test_enrollment_appends_new_classes_and_changes_nothing_else(models, shots, 
 @pytest.mark.parametrize("cfg", FAMILIES)
 def test_the_mean_prototype_is_the_mean_of_the_shots_embeddings(models, shots, cfg):
     model = deepcopy(models[cfg])
-    features = extract(model, shots, SIZE)
+    features = extract(class_rows(model), shots, SIZE)
     enroll(model, shots, SIZE, method="mean", batch=2)
     assert len(features.embeds) == len(model.model[-1].banks)
     for bank, embeds in zip(model.model[-1].banks, features.embeds):
@@ -108,7 +109,7 @@ def test_the_mean_prototype_is_the_mean_of_the_shots_embeddings(models, shots, c
 
 def test_the_views_may_be_given(model, shots):
     views = [View(0.5, True)]
-    features = extract(model, shots, SIZE, views=views)
+    features = extract(class_rows(model), shots, SIZE, views=views)
     enroll(model, shots, SIZE, method="mean", views=views)
     mean = features.embeds[0][features.cls == 3].sum(0)
     torch.testing.assert_close(model.model[-1].prototypes.weight[3, :, 0], mean / mean.norm(), rtol=0, atol=1e-4)
@@ -117,7 +118,7 @@ def test_the_views_may_be_given(model, shots):
 @pytest.mark.parametrize("cfg", FAMILIES)
 def test_a_fit_has_gain_and_offset_and_tells_the_anchors_of_a_class_better(models, shots, cfg):
     mean, fit = deepcopy(models[cfg]), deepcopy(models[cfg])
-    features = extract(mean, shots, SIZE)
+    features = extract(class_rows(mean), shots, SIZE)
     enroll(mean, shots, SIZE, method="mean")
     enroll(fit, shots, SIZE, method="fit")
     for b, anchors in enumerate(features.anchors):
@@ -192,7 +193,7 @@ def test_records_tell_shots_method_confidence_and_what_was_replaced(model, shots
 def test_confidences_come_from_the_shots(model, shots, monkeypatch, method):
     asked = []
     monkeypatch.setattr(module, "thresholds", lambda found: asked.append(found) or [0.25, None])
-    features = extract(model, shots, SIZE)
+    features = extract(class_rows(model), shots, SIZE)
     names, labels = compact(features, shots.names)
     result = enroll(model, shots, SIZE, method=method)
     found = detect_left_out(features, labels, [method] * 2, torch.tensor([4, 2]), model.model[-1].banks[0])
@@ -201,7 +202,7 @@ def test_confidences_come_from_the_shots(model, shots, monkeypatch, method):
 
 
 def test_shots_are_told_with_image_box_and_agreement(model, shots):
-    features = extract(model, shots, SIZE)
+    features = extract(class_rows(model), shots, SIZE)
     names, labels = compact(features, shots.names)
     found = agreement(features, labels, 2)
     result = enroll(model, shots, SIZE, method="mean")
@@ -267,7 +268,7 @@ def test_detections_from_features_are_those_of_the_enrolled_model(model, shots):
     """All anchors of small images are kept; against Ultralytics' forward pass and NMS."""
     enroll(model, shots, SIZE, method="mean")
     bank, conf, seen = model.model[-1].banks[0], 0.02, 0
-    features = extract(model, shots, SIZE, views=[View()])
+    features = extract(class_rows(model), shots, SIZE, views=[View()])
     rows = F.normalize(bank.weight.detach()[..., 0], dim=1), bank.offset
     for i, label in enumerate(shots.labels):
         with torch.no_grad():
@@ -284,7 +285,7 @@ def test_detections_from_features_are_those_of_the_enrolled_model(model, shots):
 def test_what_the_model_remembers_serves_as_background_but_for_the_classes_that_are_shown(models, model, shots):
     """A memory of the very anchors of the shots makes their classifiers less sure, unless it is of the class itself."""
     plain, cautious, own = (deepcopy(model) for _ in range(3))
-    anchors = extract(model, shots, SIZE).anchors[0]
+    anchors = extract(class_rows(model), shots, SIZE).anchors[0]
     rows = anchors.objects >= 0
     parts = anchors.embeds[rows].half(), anchors.level[rows].to(torch.int16)
     for copy, c in ((cautious, 1), (own, 0)):
@@ -307,7 +308,7 @@ def test_what_the_model_remembers_serves_as_background_but_for_the_classes_that_
 def test_thresholds_are_those_of_the_branch_that_predicts(shots, monkeypatch, nms, branch):
     asked, model = [], model_of("yolo26n-fewshot.yaml")
     monkeypatch.setattr(module, "thresholds", lambda found: asked.append(found) or [None, None])
-    features = extract(model, shots, SIZE)
+    features = extract(class_rows(model), shots, SIZE)
     labels = compact(features, shots.names)[1]
     enroll(model, shots, SIZE, method="mean", nms=nms)
     own = features._replace(anchors=features.anchors[branch:], embeds=features.embeds[branch:])

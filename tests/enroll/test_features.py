@@ -16,6 +16,7 @@ from yolo_fewshot.enroll import features as module
 from yolo_fewshot.enroll.features import View, extract, make_view, support_views
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.predictions import branch_predictions
+from yolo_fewshot.nn.rows import class_rows
 
 BASE = {0: "cat", 1: "dog"}  # classes of the model
 NAMES = {0: "cat", 1: "square", 2: "dog", 3: "disc"}  # of the label files
@@ -255,7 +256,7 @@ def one_by_one(model, support, views):
 def extracted(request, shots):
     """A model, its features of the shots, and what loops find."""
     model = model_of(request.param, fliplr=0.5, hsv_v=0.4)
-    return model, extract(model, shots, 96, batch=2), one_by_one(model, shots, VIEWS)
+    return model, extract(class_rows(model), shots, 96, batch=2), one_by_one(model, shots, VIEWS)
 
 
 def test_objects_are_listed_by_image(extracted, shots):
@@ -323,8 +324,8 @@ def test_all_anchors_of_a_small_image_are_kept_in_the_plain_view(extracted):
 
 def test_rows_bound_the_anchors_and_the_hardest_are_kept(shots):
     model, keep = model_of(), 80
-    every = extract(model, shots, 96, views=[View()])
-    few = extract(model, shots, 96, views=[View()], rows=keep * len(shots.labels))
+    every = extract(class_rows(model), shots, 96, views=[View()])
+    few = extract(class_rows(model), shots, 96, views=[View()], numbers=128 * keep * len(shots.labels))
     scores = torch.stack([model.model[-1].banks[0].rows(i)[0] for i in range(3)])
     biases = torch.stack([model.model[-1].banks[0].rows(i)[1] for i in range(3)])
     full, kept = every.anchors[0], few.anchors[0]
@@ -344,15 +345,15 @@ def test_rows_bound_the_anchors_and_the_hardest_are_kept(shots):
 
 
 def test_a_minimum_of_anchors_is_kept_of_a_large_support_set(shots):
-    features = extract(model_of(), shots, 96, views=[View()], rows=1)
+    features = extract(class_rows(model_of()), shots, 96, views=[View()], numbers=1)
     counts = torch.bincount(features.anchors[0].image[features.anchors[0].objects < 0], minlength=5)
     assert (counts >= 8).all() and (counts <= 32).all()
 
 
 def test_neither_batch_size_nor_order_of_images_matters(shots):
     model = model_of()
-    one = extract(model, shots, 96, batch=1)
-    turned = extract(model, shots._replace(labels=shots.labels[::-1]), 96, batch=3)
+    one = extract(class_rows(model), shots, 96, batch=1)
+    turned = extract(class_rows(model), shots._replace(labels=shots.labels[::-1]), 96, batch=3)
     objects = torch.tensor([5, 4, 2, 3, 0, 1])  # of the turned support set, in its order
     assert turned.files == one.files[::-1] and torch.equal(turned.cls, one.cls[objects])
     assert torch.equal(turned.image, 4 - one.image[objects])
@@ -368,7 +369,7 @@ def test_neither_batch_size_nor_order_of_images_matters(shots):
 def test_extraction_is_deterministic_and_leaves_the_model_as_it_was(shots):
     model = model_of("yolo26n-fewshot.yaml", fliplr=0.5)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    first, second = extract(model, shots, 96, batch=2), extract(model, shots, 96, batch=2)
+    first, second = extract(class_rows(model), shots, 96, batch=2), extract(class_rows(model), shots, 96, batch=2)
     for x, y in zip([*first.anchors, first.embeds], [*second.anchors, second.embeds]):
         assert all(map(torch.equal, x, y))
     assert torch.equal(first.boxes, second.boxes)
@@ -400,7 +401,7 @@ def test_an_object_whose_anchors_all_belong_to_another_has_no_embedding(tmp_path
     support = read_support(draw_shots(tmp_path), BASE)
     twice = {**support.labels[2], "cls": np.array([[1.0], [3.0]], dtype=np.float32)}
     twice["bboxes"] = support.labels[2]["bboxes"].repeat(2, 0)
-    features = extract(model_of(), support._replace(labels=[twice]), 96)
+    features = extract(class_rows(model_of()), support._replace(labels=[twice]), 96)
     assert features.embeds[0][0].any() and not features.embeds[0][1].any()
     assert set(features.anchors[0].objects.tolist()) == {-1, 0}
 
@@ -412,10 +413,10 @@ def test_views_follow_the_arguments_of_training_unless_given(shots, monkeypatch)
     )
     one = shots._replace(labels=shots.labels[:1])
     model = model_of(fliplr=0.5, hsv_v=0.4)
-    extract(model, one, 96)
+    extract(class_rows(model), one, 96)
     assert asked == VIEWS
     asked.clear()
-    extract(model, one, 96, views=[View(0.5)])
+    extract(class_rows(model), one, 96, views=[View(0.5)])
     assert asked == [View(0.5)]
 
 
@@ -425,7 +426,7 @@ def test_crops_are_centered(tmp_path):
         image = np.full((60, 60, 3), 90 * i, dtype=np.uint8)
         cv2.imwrite(str(tmp_path / name / "1.png"), image)
     support = read_support(tmp_path)
-    features = extract(model_of(), support, 96)
+    features = extract(class_rows(model_of()), support, 96)
     views = support_views({}, crops=True)
     side = round(96 * views[0].scale)
     start = (96 - side) // 2
@@ -442,7 +443,8 @@ def test_ignore_regions_are_no_negatives_and_change_nothing_else(tmp_path):
     support, model = read_support(file, BASE), model_of()
     assert support.ignore == "ignore"
     ours, every = (
-        extract(model, x, 96, views=[View(), View(flip=True)]) for x in (support, support._replace(ignore=""))
+        extract(class_rows(model), x, 96, views=[View(), View(flip=True)])
+        for x in (support, support._replace(ignore=""))
     )
     assert torch.equal(ours.cls, every.cls) and torch.equal(ours.boxes, every.boxes)
     torch.testing.assert_close(ours.embeds[0], every.embeds[0])

@@ -8,6 +8,7 @@ from yolo_fewshot.data.support import read_support
 from yolo_fewshot.enroll import replay as module
 from yolo_fewshot.enroll.features import View, extract
 from yolo_fewshot.enroll.replay import WEIGHT, add_replay, fill_replay_buffer
+from yolo_fewshot.nn.rows import class_rows
 
 SIZE = 96
 
@@ -29,7 +30,7 @@ def shots(tmp_path_factory):
 def test_it_holds_anchors_of_the_images_with_their_class(model, shots):
     before = deepcopy(model.state_dict())
     ((embeds, level, cls),) = fill_replay_buffer(model, shots.labels, SIZE)
-    features = extract(model, shots, SIZE, views=[View()], rows=0)
+    features = extract(class_rows(model), shots, SIZE, views=[View()], numbers=0)
     known = features.anchors[0]
     assert embeds.dtype == torch.float16 and len(embeds) == len(level) == len(cls) == len(known.embeds)
     for e, lev, c in zip(embeds.float(), level.tolist(), cls.tolist()):
@@ -51,7 +52,7 @@ def test_it_is_bounded_and_the_same_for_a_seed(model, shots, monkeypatch):
 
 
 def test_replayed_anchors_are_weak_negatives_of_no_image(model, shots):
-    buffer, features = fill_replay_buffer(model, shots.labels, SIZE), extract(model, shots, SIZE)
+    buffer, features = fill_replay_buffer(model, shots.labels, SIZE), extract(class_rows(model), shots, SIZE)
     n, own = len(features.anchors[0].embeds), buffer[0][2] == 1
     anchors = add_replay(features, buffer, [1]).anchors[0]
     assert own.any() and len(anchors.embeds) == n + int((~own).sum())
@@ -64,7 +65,7 @@ def test_replayed_anchors_are_weak_negatives_of_no_image(model, shots):
 
 
 def test_without_a_replay_buffer_the_features_stay(model, shots):
-    features = extract(model, shots, SIZE)
+    features = extract(class_rows(model), shots, SIZE)
     assert add_replay(features, [], []) is features
 
 

@@ -8,6 +8,7 @@ from ultralytics.utils.tal import TaskAlignedAssigner
 from yolo_fewshot.nn.assign import BoxAssignment, RecordingAssigner
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.passes import Pass
+from yolo_fewshot.nn.rows import class_rows
 
 pytestmark = pytest.mark.oldest
 
@@ -159,7 +160,7 @@ def test_the_assignments_have_the_settings_of_ultralytics_losses():
     single, dual = model_of(), model_of("yolo26n-fewshot.yaml")
     stock = E2ELoss(dual)
     for model, losses in ((single, [v8DetectionLoss(single)]), (dual, [stock.one2many, stock.one2one])):
-        assignments = BoxAssignment.of_branches(model)
+        assignments = class_rows(model).assignments
         assert len(assignments) == len(losses)
         for ours, theirs in zip(assignments, losses):
             for name in ("topk", "topk2", "alpha", "beta", "stride", "eps"):

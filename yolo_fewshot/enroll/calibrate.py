@@ -13,7 +13,7 @@ from yolo_fewshot.enroll.detection import ap50, detect
 from yolo_fewshot.enroll.features import Features, View, extract, select
 from yolo_fewshot.enroll.methods import MARGIN, PRIOR_STRENGTH, classifiers
 from yolo_fewshot.enroll.replay import add_replay, base_support
-from yolo_fewshot.nn.head import Prototypes
+from yolo_fewshot.nn.rows import Space, class_rows
 
 TRIALS = 3  # draws of shots
 CLASSES = 20  # maximum number of pseudo-novel classes, which are at most half of all
@@ -89,7 +89,7 @@ def _features(
     model: nn.Module, images: list[dict[str, Any]], classes: np.ndarray, imgsz: int, views: list[View] | None = None
 ) -> tuple[Features, torch.Tensor]:
     """Return the features of images, and the index of every object's class among the classes."""
-    features = extract(model, base_support(model, images), imgsz, views=views, desc="Calibrating")
+    features = extract(class_rows(model), base_support(model, images), imgsz, views=views, desc="Calibrating")
     index = {c: i for i, c in enumerate(classes.tolist())}
     valid = features.embeds[0].any(1) if views is None else torch.ones(len(features.cls), dtype=torch.bool)
     features = add_replay(features, model.memory, classes.tolist()) if views is None else features
@@ -108,11 +108,11 @@ def _ap50(
     queries: tuple[Features, torch.Tensor],
     n: int,
     method: str,
-    prototypes: Prototypes,
+    space: Space,
 ) -> float:
     """Return the mean AP50 on the query images of n classes enrolled from a support set."""
     features, labels = support
     shots = torch.bincount(labels[labels >= 0], minlength=n)
-    weights = classifiers(features, labels, [method] * n, shots, 0, prototypes)
+    weights = classifiers(features, labels, [method] * n, shots, 0, space)
     every = torch.ones(len(queries[0].files), dtype=torch.bool)
-    return ap50(detect(*queries, every, weights, prototypes))
+    return ap50(detect(*queries, every, weights, space))

@@ -9,7 +9,7 @@ import torch
 from yolo_fewshot.enroll.detection import Detections, ap50, detect
 from yolo_fewshot.enroll.features import Features, select
 from yolo_fewshot.enroll.methods import MARGIN, classifiers
-from yolo_fewshot.nn.head import Prototypes
+from yolo_fewshot.nn.rows import Space
 
 FOLDS = 5
 MIN_SHOTS = 3  # of a class that has a say in the choice of its method
@@ -40,7 +40,7 @@ def detect_left_out(
     labels: torch.Tensor,
     methods: Sequence[str],
     shots: torch.Tensor,
-    prototypes: Prototypes,
+    space: Space,
     nms: bool = True,
 ) -> Detections:
     """Detect in every image with classifiers made from the images of the other folds.
@@ -50,7 +50,7 @@ def detect_left_out(
         labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative to leave it out.
         methods (Sequence[str]): Enrollment method of every class.
         shots (torch.Tensor): Number of shots of every class, (n,).
-        prototypes (Prototypes): Level scales and biases of the predicting branch.
+        space (Space): Embedding space of the predicting branch.
         nms (bool): Whether to apply NMS; False for the one-to-one branch.
 
     Returns:
@@ -62,8 +62,8 @@ def detect_left_out(
         rest = torch.where(fold[features.image] == f, -1, labels)
         known = torch.bincount(rest[rest >= 0], minlength=len(methods)) > 0
         others = features._replace(anchors=[select(first, (first.image < 0) | (fold[first.image] != f))])
-        weights = classifiers(others, rest, methods, shots, 0, prototypes)
-        out = detect(features, labels, fold == f, weights, prototypes, nms=nms)
+        weights = classifiers(others, rest, methods, shots, 0, space)
+        out = detect(features, labels, fold == f, weights, space, nms=nms)
         parts.append((*(x[known[out.cls]] for x in out[:3]), out.n_gt * known))
     cls, conf, tp, n_gt = zip(*parts)
     return Detections(torch.cat(cls), torch.cat(conf), torch.cat(tp), torch.stack(n_gt).sum(0))
@@ -75,7 +75,7 @@ def choose_methods(
     shots: torch.Tensor,
     method: str,
     few_shot_method: str,
-    prototypes: Prototypes,
+    space: Space,
     nms: bool = True,
 ) -> tuple[list[str], Detections]:
     """Choose the enrollment method of every class, and return the detections of its cross-validation.
@@ -89,7 +89,7 @@ def choose_methods(
         shots (torch.Tensor): Number of shots of every class, (n,).
         method (str): 'auto', or the method of all classes.
         few_shot_method (str): Method under 'auto' for classes of few shots.
-        prototypes (Prototypes): Level scales and biases of the predicting branch.
+        space (Space): Embedding space of the predicting branch.
         nms (bool): Whether to apply NMS; False for the one-to-one branch.
 
     Returns:
@@ -99,9 +99,9 @@ def choose_methods(
     scarce = shots < MIN_SHOTS
     if method != "auto" or scarce.all():
         methods = [few_shot_method if method == "auto" else method] * len(shots)
-        return methods, detect_left_out(features, labels, methods, shots, prototypes, nms)
+        return methods, detect_left_out(features, labels, methods, shots, space, nms)
     options = [[few_shot_method if few else m for few in scarce.tolist()] for m in ("fit", "mean")]
-    detections = [detect_left_out(features, labels, methods, shots, prototypes, nms) for methods in options]
+    detections = [detect_left_out(features, labels, methods, shots, space, nms) for methods in options]
     fit, mean = (ap50(x._replace(n_gt=x.n_gt * ~scarce)) for x in detections)
     best = int(mean > fit + MARGIN)
     return options[best], detections[best]

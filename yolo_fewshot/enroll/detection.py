@@ -9,7 +9,7 @@ from torchvision.ops import batched_nms
 from ultralytics.utils.metrics import ap_per_class, box_iou
 
 from yolo_fewshot.enroll.features import Features, select
-from yolo_fewshot.nn.head import Prototypes
+from yolo_fewshot.nn.rows import Space
 
 IOU_NMS, IOU_TP = 0.7, 0.5  # Ultralytics' NMS threshold, and that of AP50
 CONF = 0.01  # minimum confidence
@@ -38,7 +38,7 @@ def detect(
     labels: torch.Tensor,
     images: torch.Tensor,
     weights: tuple[torch.Tensor, torch.Tensor],
-    prototypes: Prototypes,
+    space: Space,
     conf: float = CONF,
     nms: bool = True,
 ) -> Detections:
@@ -48,8 +48,8 @@ def detect(
         features (Features): Features, those of the predicting branch first.
         labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative to leave it out.
         images (torch.Tensor): Images to detect in, (number of images,) bool.
-        weights (tuple[torch.Tensor, torch.Tensor]): Vectors (n, D) and offsets (n,) of the classes.
-        prototypes (Prototypes): Level scales and biases of the predicting branch.
+        weights (tuple[torch.Tensor, torch.Tensor]): Vectors and offsets of the n classes, as in `space`.
+        space (Space): Embedding space of the predicting branch.
         conf (float): Minimum confidence.
         nms (bool): Whether to apply NMS; False for the one-to-one branch.
 
@@ -58,10 +58,9 @@ def detect(
     """
     anchors, (vectors, offsets), n = features.anchors[0], weights, len(weights[0])
     anchors = select(anchors, (anchors.view == 0) & images[anchors.image])
-    scale, bias = (x.detach().float().cpu()[anchors.level, None] for x in (prototypes.logit_scale, prototypes.bias))
     candidates = []
     for part in torch.arange(len(anchors.embeds)).split(max(SCORES // n, 1)):
-        scores = (scale[part] * (anchors.embeds[part] @ vectors.t()) + bias[part] + offsets).sigmoid()
+        scores = space.logits(anchors.embeds[part], anchors.level[part], vectors, offsets).sigmoid()
         a, c = (scores > conf).nonzero(as_tuple=True)
         candidates.append((part[a], c, scores[a, c]))
     empty = (torch.zeros(0, dtype=t) for t in (int, int, torch.float))

@@ -23,6 +23,7 @@ from yolo_fewshot.enroll.methods import classifiers
 from yolo_fewshot.enroll.replay import add_replay
 from yolo_fewshot.enroll.thresholds import thresholds
 from yolo_fewshot.errors import few
+from yolo_fewshot.nn.rows import class_rows
 
 IOU_SAME = 0.9  # IoU above which two labels share a box
 
@@ -80,7 +81,7 @@ def enroll(
     """Set the classifiers of the classes of a support set, and append those of new classes; nothing else changes.
 
     Args:
-        model (nn.Module): Few-shot model in eval mode, changed in place.
+        model (nn.Module): Model in eval mode with a few-shot or a stock head, changed in place.
         support (Support): Support set.
         imgsz (int): Image size in pixels.
         batch (int): Images per forward pass.
@@ -99,36 +100,36 @@ def enroll(
             anchor belongs to any box of a class.
     """
     keys.check({"enroll": method})
+    rows = class_rows(model)
     _check_model(model, support, keep)
-    features = extract(model, support, imgsz, batch, views)
+    features = extract(rows, support, imgsz, batch, views)
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
     _check_anchors(support, features, names, counts, keep, imgsz)
-    head, indices = model.model[-1], {str(n): i for i, n in model.names.items()}
-    branch = int(nms is False and len(head.banks) > 1)
+    indices, spaces = {str(n): i for i, n in model.names.items()}, rows.spaces()
+    branch = int(nms is False and len(spaces) > 1)  # the one that predicts
+    with_nms = not rows.branches[branch]
     # Every class of the support set is cross-validated, so none of them may be a negative in the replay buffer.
-    replayed = add_replay(features, model.memory, [indices[n] for n in names if n in indices])
+    replayed = add_replay(features, rows.memory, [indices[n] for n in names if n in indices])
     replayed = replayed._replace(embeds=replayed.embeds[branch:], anchors=replayed.anchors[branch:])
-    few_shot_method = "mean" if model.prior_strength == math.inf else "fit"
-    methods, left_out = choose_methods(
-        replayed, labels, counts, method, few_shot_method, head.banks[branch], nms=not branch
-    )
+    few_shot_method = "mean" if getattr(model, "prior_strength", None) == math.inf else "fit"
+    methods, left_out = choose_methods(replayed, labels, counts, method, few_shot_method, spaces[branch], nms=with_nms)
     conf = thresholds(left_out)
-    features = add_replay(features, model.memory, [indices[n] for n in names if n in indices and n not in keep])
-    weights = [classifiers(features, labels, methods, counts, i, x) for i, x in enumerate(head.banks)]
-    classes = {}
+    features = add_replay(features, rows.memory, [indices[n] for n in names if n in indices and n not in keep])
+    weights = [classifiers(features, labels, methods, counts, i, x) for i, x in enumerate(spaces)]
+    enrolled, classes = rows.enrolled, {}
     for c, name in enumerate(names):
         if name in keep:
             continue
         index = indices.setdefault(name, len(indices))
-        replaced = model.enrolled.get(name, {}).get("replaced")
-        if name not in model.enrolled and index < head.nc:
-            replaced = head.get_class(index)
-        head.set_class(index, [(vectors[c], offsets[c]) for vectors, offsets in weights])
+        replaced = enrolled.get(name, {}).get("replaced")
+        if name not in enrolled and index < rows.head.nc:
+            replaced = rows.get(index)
+        rows.set(index, [(vectors[c], offsets[c]) for vectors, offsets in weights])
         model.names[index] = name
         classes[name] = {"shots": int(counts[c]), "method": methods[c], "conf": conf[c], "replaced": replaced}
-    model.enrolled.update(classes)
-    model.nc = model.yaml["nc"] = head.nc
+    model.enrolled = {**enrolled, **classes}
+    model.nc = model.yaml["nc"] = rows.head.nc
     objects = _objects(support, replayed, labels, names)
     return Shots(classes, {name: objects[name] for name in classes})
 
@@ -137,23 +138,24 @@ def forget(model: nn.Module, name: str) -> None:
     """Undo the enrollment of a class: remove a new class, or restore the trained classifier of a base class.
 
     Args:
-        model (nn.Module): Few-shot model, changed in place. The indices of classes after a removed one decrease by one.
+        model (nn.Module): Model, changed in place. The indices of classes after a removed one decrease by one.
         name (str): Class name.
 
     Raises:
         ValueError: If the class is not enrolled.
     """
-    if name not in model.enrolled:
-        known = f"Enrolled are {', '.join(model.enrolled)}." if model.enrolled else "No class is enrolled."
+    rows = class_rows(model)
+    if name not in rows.enrolled:
+        known = f"Enrolled are {', '.join(rows.enrolled)}." if rows.enrolled else "No class is enrolled."
         raise ValueError(f"'{name}' was not enrolled, so it cannot be forgotten. {known}")
     index = next(i for i, n in model.names.items() if str(n) == name)
     replaced = model.enrolled.pop(name)["replaced"]
     if replaced is not None:
-        model.model[-1].set_class(index, replaced)
+        rows.restore(index, replaced)
         return
-    model.model[-1].remove_class(index)
+    rows.remove(index)
     model.names = dict(enumerate(n for i, n in model.names.items() if i != index))
-    model.nc = model.yaml["nc"] = model.model[-1].nc
+    model.nc = model.yaml["nc"] = rows.head.nc
 
 
 def compact(features: Features, names: dict[int, str]) -> tuple[list[str], torch.Tensor]:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from ultralytics.data.build import build_dataloader
 from ultralytics.utils import TQDM, ops
 from ultralytics.utils.checks import check_imgsz
@@ -14,12 +13,11 @@ from ultralytics.utils.tal import make_anchors
 
 from yolo_fewshot.data.ignore import MaskedDataset
 from yolo_fewshot.data.support import Support, SupportDataset
-from yolo_fewshot.nn.assign import BoxAssignment
 from yolo_fewshot.nn.ignore import outside, without_ignored
-from yolo_fewshot.nn.predictions import branch_predictions
-from yolo_fewshot.nn.prototypes import object_index, pool_objects
+from yolo_fewshot.nn.prototypes import object_index, pool_rows
+from yolo_fewshot.nn.rows import ClassRows
 
-ROWS = 200_000  # anchors to keep of a support set, about 100 MB with D = 128
+NUMBERS = 25_600_000  # of the embeddings of all anchors to keep of a support set, about 100 MB
 
 
 class View(NamedTuple):
@@ -67,7 +65,8 @@ class Features(NamedTuple):
         image (torch.Tensor): Index of the image of every object, (N,) int64.
         files (list[str]): Image files.
         embeds (list[torch.Tensor]): Mean embedding of every object over the views, per branch, (N, D) float32 of unit
-            length; rows of zeros for objects without an anchor.
+            length, or (N, nl * D) with a part for each level where levels have embeddings of their own; rows of zeros
+            for objects without an anchor.
         anchors (list[Anchors]): Anchors, per branch.
         views (int): Number of views.
     """
@@ -141,12 +140,12 @@ def make_view(batch: dict[str, Any], view: View, stride: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def extract(
-    model: nn.Module,
+    rows: ClassRows,
     support: Support,
     imgsz: int,
     batch: int = 16,
     views: list[View] | None = None,
-    rows: int = ROWS,
+    numbers: int = NUMBERS,
     desc: str = "Enrolling",
 ) -> Features:
     """Extract the features of a support set, with one forward pass per view of an image.
@@ -154,43 +153,45 @@ def extract(
     Anchors are assigned to objects as in training, but by IoU alone, since a class that is not enrolled has no score.
 
     Args:
-        model (nn.Module): Few-shot model in eval mode.
+        rows (ClassRows): Class rows of a model in eval mode.
         support (Support): The support set.
         imgsz (int): Image size in pixels.
         batch (int): Images per forward pass.
         views (list[View], optional): Views of the images, those of `support_views` if not given.
-        rows (int): Approximate number of anchors to keep, which bounds the memory.
+        numbers (int): Approximate size of the embeddings of the anchors to keep, which bounds the memory.
         desc (str): Text of the progress bar.
 
     Returns:
         (Features): The features, on the CPU.
     """
+    model: Any = rows.model
     device, stride = next(model.parameters()).device, int(model.stride.max())
     views = views or support_views(getattr(model, "args", None) or {}, support.crops)
     imgsz = check_imgsz(imgsz, stride=stride)
-    trained = [i for i, n in model.names.items() if str(n) not in model.enrolled]
-    keep = min(max(rows // (len(support.labels) * len(views)), 32), 512)  # background anchors per view of an image
-    assign = BoxAssignment.of_branches(model)
+    trained = [i for i, n in model.names.items() if str(n) not in rows.enrolled]
+    assign = rows.assignments
     cls, boxes, images = [], [], []
-    branches = [([], []) for _ in model.model[-1].branches]  # embeddings of objects and anchors, per branch
+    branches = [([], []) for _ in rows.branches]  # embeddings of objects and anchors, per branch
     n_images = n_objects = 0
     dataset = SupportDataset(support, imgsz)
     dataset = MaskedDataset.of(dataset, support.ignore) if support.ignore else dataset
     loader = build_dataloader(dataset, batch=batch, workers=0, shuffle=False, device=device)
+    rows.standardize(make_view(_plain(item, device), views[0], stride)["img"] for item in loader)
     for item in TQDM(loader, desc=desc, total=len(loader)):
-        item = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
-        item["img"] = item["img"].float() / 255
+        item = _plain(item, device)
         sums = [0.0] * len(branches)
         for v, view in enumerate(views):
             viewed, ignored = without_ignored(make_view(item, view, stride))
             size = viewed["bboxes"].new_tensor(viewed["img"].shape[:1:-1])  # width, height
             if v == 0:
                 boxes.append(ops.xywh2xyxy(viewed["bboxes"]) * size.repeat(2))
-            for b, preds in enumerate(branch_predictions(model, viewed["img"])):
+            for b, preds in enumerate(rows.predict(viewed["img"])):
+                keep = max(numbers // (preds["embeds"].shape[1] * len(support.labels) * len(views)), 32)
+                keep = min(keep, rows.anchors_per_view)  # background anchors of an image in a view
                 centers, strides = make_anchors(preds["feats"], model.stride, 0.5)
                 valid = outside(ignored, centers * strides, size, len(viewed["img"]))
                 assigned, image = assign[b](preds, viewed), viewed["batch_idx"].long()
-                embeds, anchors = _features(preds, assigned, image, valid, keep, trained)
+                embeds, anchors = _features(preds, assigned, image, valid, keep, trained, rows.per_level)
                 sums[b] = sums[b] + embeds
                 anchors = anchors._replace(
                     objects=torch.where(anchors.objects < 0, -1, anchors.objects + n_objects),
@@ -215,6 +216,12 @@ def extract(
     )
 
 
+def _plain(item: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch of the loader on a device, with images in 0..1."""
+    item = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
+    return {**item, "img": item["img"].float() / 255}
+
+
 def _features(
     preds: dict[str, torch.Tensor],
     assigned: tuple,
@@ -222,6 +229,7 @@ def _features(
     valid: torch.Tensor,
     keep: int,
     trained: list[int],
+    per_level: bool,
 ) -> tuple[torch.Tensor, Anchors]:
     """Return the embeddings of the objects and the anchors to keep of one batch in one branch.
 
@@ -232,32 +240,41 @@ def _features(
         valid (torch.Tensor): Whether the anchor is outside all ignore regions, (B, A) bool.
         keep (int): Background anchors to keep per image.
         trained (list[int]): Classes that are not enrolled, so that the selection does not depend on enrolled ones.
+        per_level (bool): Whether embeddings of different levels do not compare, see `Features.embeds`.
 
     Returns:
-        embeds (torch.Tensor): Embeddings of the objects, (N, D) float32.
+        embeds (torch.Tensor): Embeddings of the objects, as `Features.embeds`.
         anchors (Anchors): The anchors, with images and objects counted from 0, and `view` empty.
     """
     fg, gt_idx, weight, n_max, boxes = assigned
     embeds = preds["embeds"].transpose(1, 2).float()  # (B, A, D)
+    level = torch.cat([torch.full((f.shape[2] * f.shape[3],), i) for i, f in enumerate(preds["feats"])]).to(
+        fg[1].device
+    )
+    part, parts = (level, len(preds["feats"])) if per_level else (torch.zeros_like(level), 1)
     index = object_index(image, n_max)
-    objects = pool_objects(embeds, fg, gt_idx, weight, n_max)[0][index]
+    owner_index = fg[0] * n_max + gt_idx.long()
+    assigned_rows = embeds.new_zeros(len(fg[0]), parts, embeds.shape[2])
+    assigned_rows[torch.arange(len(fg[0])), part[fg[1]]] = embeds[fg]
+    objects = pool_rows(assigned_rows.flatten(1), owner_index, weight, len(embeds) * n_max)[0][index]
     number = torch.full((len(embeds) * n_max,), -1, device=embeds.device)  # of the object at an index
     number[index] = torch.arange(len(index), device=embeds.device)
     owner, weights = torch.full(embeds.shape[:2], -1, device=embeds.device), embeds.new_ones(embeds.shape[:2])  # (B, A)
-    owner[fg], weights[fg] = number[fg[0] * n_max + gt_idx.long()], weight.float()
+    owner[fg], weights[fg] = number[owner_index], weight.float()
     # The hardest background anchors are those most similar to an object of the image or with the largest score of a
     # trained class: keep / 2 of either ranking, so at most keep of both.
     similarity = embeds.new_zeros(embeds.shape[:2])
     for b in image.unique().tolist():
-        similarity[b] = (F.normalize(embeds[b], dim=1) @ objects[image == b].t()).amax(1)
+        for i, of_part in enumerate(objects[image == b].chunk(parts, dim=1)):
+            here = part == i
+            similarity[b, here] = (F.normalize(embeds[b, here], dim=1) @ of_part.t()).amax(1)
     scores = preds["scores"][:, trained].float().amax(1) if len(trained) else similarity
     background = (owner < 0) & valid
     rank = torch.maximum(*(_rank(x.masked_fill(~background, -torch.inf)) for x in (similarity, scores)))
     chosen = ((owner >= 0) | background & (rank >= rank.shape[1] - keep / 2)).nonzero(as_tuple=True)
-    level = torch.cat([torch.full((f.shape[2] * f.shape[3],), i) for i, f in enumerate(preds["feats"])])
     return objects, Anchors(
         embeds[chosen],
-        level.to(chosen[1].device)[chosen[1]],
+        level[chosen[1]],
         boxes[chosen],
         owner[chosen],
         weights[chosen],

@@ -1,4 +1,4 @@
-"""Logistic regression with an L2 prior: the objective of the enrollment method `fit`."""
+"""Logistic regression with an L2 prior: the objective of the enrollment methods."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import torch.nn.functional as F
 
 from yolo_fewshot.enroll.features import Anchors
 from yolo_fewshot.nn.head import Prototypes
+from yolo_fewshot.nn.rows import LevelSpace
 
 NEGATIVES = 20_000  # maximum number of anchors without an object of the classes, the hardest ones
 CLASSES = 64  # fitted at once, which bounds the memory
+ITERATIONS, PILOT = 100, 30  # of L-BFGS at most, for a fit and for the one that ranks its negatives
+MASS_MIN = 1e-3  # minimum sum of the targets of a class
 
 
 def fit_classes(
@@ -53,6 +56,123 @@ def fit_classes(
     return vectors, offsets
 
 
+def fit_levels(
+    anchors: Anchors, targets: torch.Tensor, prior_strength: torch.Tensor, space: LevelSpace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit the classifiers of some classes with a vector and an offset at each level, with an L2 prior around zero.
+
+    The objective is that of `fit_classes` with a prior mean of zero, and vectors v_l and offsets o_l at each level l.
+    The prior logits b_l are those of a detector at the start of training. A level without a shot of a class keeps a
+    low score there, since all its anchors are negatives.
+
+    Args:
+        anchors (Anchors): Anchors of the support set, M of them.
+        targets (torch.Tensor): Class of every anchor, (M,) int64 in 0..n-1, or negative for none of them.
+        prior_strength (torch.Tensor): Prior strength of every class, (n,) float32, finite and greater than 0.
+        space (LevelSpace): Embedding space of the branch.
+
+    Returns:
+        vectors (torch.Tensor): v_l of every class, (n, nl, D) float32.
+        offsets (torch.Tensor): o_l of every class, (n, nl) float32.
+    """
+    n = len(prior_strength)
+    vectors, offsets = space.zeros(n)
+    mass = _mass(anchors, targets, n)
+    for level, prior in enumerate(space.bias):
+        at_level = (anchors.level == level).nonzero()[:, 0]
+        for classes in torch.arange(n).split(CLASSES):
+            index = torch.full((n + 1,), -1)
+            index[classes] = torch.arange(len(classes))
+            target = index[targets[at_level]]
+            problem = (
+                anchors,
+                at_level,
+                target,
+                prior,
+                vectors[classes, level],
+                prior_strength[classes],
+                mass[classes],
+            )
+            rows, share = _spread(target)
+            v, o = _fit_rows(*problem, rows, share, PILOT)
+            logits = anchors.embeds[at_level] @ v.t() + o
+            rows = _hardest(logits, torch.ones(len(logits)), logits.new_zeros(len(logits)), target)
+            vectors[classes, level], offsets[classes, level] = _fit_rows(*problem, rows, 1.0, ITERATIONS)
+    return vectors, offsets
+
+
+def _fit_rows(
+    anchors: Anchors,
+    at_level: torch.Tensor,
+    target: torch.Tensor,
+    prior: torch.Tensor,
+    means: torch.Tensor,
+    prior_strength: torch.Tensor,
+    mass: torch.Tensor,
+    rows: torch.Tensor,
+    share: torch.Tensor | float,
+    iterations: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit some classes on some of the anchors of a level, each of which counts `share` times."""
+    y = F.one_hot(target[rows] + 1, len(means) + 1)[:, 1:] * anchors.weight[at_level[rows], None]
+    w = torch.where(anchors.objects[at_level[rows]] < 0, anchors.weight[at_level[rows]], 1.0) * share
+    x = anchors.embeds[at_level[rows]]
+    return _minimize(x, prior.expand(len(x)), y, w, means, prior_strength, mass, iterations)
+
+
+def fit_scale(
+    anchors: Anchors, targets: torch.Tensor, prior_strength: torch.Tensor, space: LevelSpace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit the classifiers of some classes along their mean embeddings: only scale and offset are free.
+
+    The vectors are those of `fit_levels` in the limit of an infinite prior strength, i.e. proportional to the weighted
+    mean of the embeddings of the anchors of a class at each level.
+
+    Args:
+        anchors (Anchors): Anchors of the support set, M of them.
+        targets (torch.Tensor): Class of every anchor, (M,) int64 in 0..n-1, or negative for none of them.
+        prior_strength (torch.Tensor): Prior strength of every class, (n,) float32, finite and greater than 0.
+        space (LevelSpace): Embedding space of the branch.
+
+    Returns:
+        vectors (torch.Tensor): (n, nl, D) float32.
+        offsets (torch.Tensor): (n, nl) float32, the same at all levels.
+    """
+    n = len(prior_strength)
+    vectors, offsets = space.zeros(n)
+    shown = targets >= 0
+    weighted = anchors.embeds[shown] * anchors.weight[shown, None]
+    vectors.view(-1, space.embed).index_add_(0, targets[shown] * len(space.bias) + anchors.level[shown], weighted)
+    vectors /= vectors.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
+    mass, prior = _mass(anchors, targets, n), space.bias[anchors.level]
+    for c in range(n):
+        x = space.logits(anchors.embeds, anchors.level, vectors[c : c + 1], offsets[c : c + 1]) - prior[:, None]
+        target = torch.where(targets == c, 0, -1)
+        rows = _hardest(x, torch.ones(len(x)), prior, target)
+        y = (target[rows, None] + 1) * anchors.weight[rows, None]
+        w = torch.where(anchors.objects[rows] < 0, anchors.weight[rows], 1.0)
+        zero, one = torch.zeros(1, 1), slice(c, c + 1)
+        scale, offset = _minimize(x[rows], prior[rows], y, w, zero, prior_strength[one], mass[one])
+        vectors[c] *= scale[0, 0]
+        offsets[c] = offset[0]
+    return vectors, offsets
+
+
+def _mass(anchors: Anchors, targets: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the sum of the targets of every class, (n,)."""
+    shown = targets >= 0
+    return torch.zeros(n).index_add(0, targets[shown], anchors.weight[shown]).clamp(min=MASS_MIN)
+
+
+def _spread(target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all anchors of the classes and negatives at equal distances, and how often each of them counts."""
+    positive = target >= 0
+    negatives = (~positive).nonzero()[:, 0]
+    step = max(-(-len(negatives) // NEGATIVES), 1)
+    rows = torch.cat([positive.nonzero()[:, 0], negatives[::step]])
+    return rows, torch.where(positive[rows], 1.0, float(step))
+
+
 def _hardest(cosine: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return the indices of all anchors of the classes and of the negatives with the maximum logits, ascending."""
     logit = (cosine * scale[:, None]).amax(1) + bias
@@ -69,13 +189,15 @@ def _minimize(
     weight: torch.Tensor,
     means: torch.Tensor,
     prior_strength: torch.Tensor,
+    mass: torch.Tensor | None = None,
+    iterations: int = ITERATIONS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimize the objective of `fit_classes` by L-BFGS; the minimum of a class does not depend on the others."""
     vectors, offsets = means.clone().requires_grad_(), torch.zeros(len(means), requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [vectors, offsets], max_iter=100, history_size=20, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+        [vectors, offsets], max_iter=iterations, history_size=20, tolerance_change=1e-7, line_search_fn="strong_wolfe"
     )
-    mass = y.sum(0).clamp(min=1e-3)
+    mass = y.sum(0).clamp(min=MASS_MIN) if mass is None else mass
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from yolo_fewshot.enroll.features import Anchors, Features, select
-from yolo_fewshot.enroll.fit import fit_classes
-from yolo_fewshot.nn.head import Prototypes
+from yolo_fewshot.enroll.fit import fit_classes, fit_levels, fit_scale
 from yolo_fewshot.nn.prototypes import class_means
+from yolo_fewshot.nn.rows import LevelSpace, Space
 
 PRIOR_STRENGTH = 3.0  # of `fit` with one shot; K shots divide it by K
 MARGIN = 0.01  # AP50 by which `mean` must beat `fit` under 'auto', since known classes and fewer shots favor it
@@ -23,15 +23,16 @@ MARGIN = 0.01  # AP50 by which `mean` must beat `fit` under 'auto', since known 
 class Examples(NamedTuple):
     """What n classes are learned from, in one branch of the head.
 
-    The logit of a class at an anchor with embedding e and level l is scale_l <e, vector> + bias_l + offset.
+    The logit of a class at an anchor with embedding e and level l is scale_l <e, vector> + bias_l + offset in the
+    prototype space of a few-shot head, and <e, vector_l> + bias_l + offset_l in the space of a stock head.
 
     Attributes:
-        embeds (torch.Tensor): Embeddings of the shots, (N, D) float32 of unit length.
+        embeds (torch.Tensor): Embeddings of the shots, as `Features.embeds`.
         labels (torch.Tensor): Class of every shot, (N,) int64 in 0..n-1.
         anchors (Anchors): Anchors of the support images and of the replay buffer, M of them.
         targets (torch.Tensor): Class of every anchor, (M,) int64 in 0..n-1, or -1 for none of these classes.
         shots (torch.Tensor): Number of shots of every class, (n,); in cross-validation those of all folds.
-        prototypes (Prototypes): Level scales and biases of the branch.
+        space (Space): Embedding space of the branch.
     """
 
     embeds: torch.Tensor
@@ -39,7 +40,7 @@ class Examples(NamedTuple):
     anchors: Anchors
     targets: torch.Tensor
     shots: torch.Tensor
-    prototypes: Prototypes
+    space: Space
 
     @property
     def means(self) -> torch.Tensor:
@@ -50,13 +51,17 @@ class Examples(NamedTuple):
 def mean(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
     """Take the mean embedding of the shots of a class as its prototype (Snell et al. 2017).
 
+    A stock head has not learned the scale of its logits, so that scale and offset are fitted.
+
     Args:
         examples (Examples): Shots and anchors of n classes.
 
     Returns:
-        vectors (torch.Tensor): (n, D) float32.
-        offsets (torch.Tensor): (n,) float32.
+        vectors (torch.Tensor): Vectors of the classes, as in `space`.
+        offsets (torch.Tensor): Offsets of the classes, as in `space`.
     """
+    if isinstance(examples.space, LevelSpace):
+        return fit_scale(examples.anchors, examples.targets, PRIOR_STRENGTH / examples.shots, examples.space)
     means = examples.means
     return means, means.new_zeros(len(means))
 
@@ -64,15 +69,19 @@ def mean(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
 def fit(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit the classifiers on all anchors of the support images, with an L2 prior around the mean prototypes.
 
+    In the space of a stock head the prior is around zero.
+
     Args:
         examples (Examples): Shots and anchors of n classes.
 
     Returns:
-        vectors (torch.Tensor): (n, D) float32.
-        offsets (torch.Tensor): (n,) float32.
+        vectors (torch.Tensor): Vectors of the classes, as in `space`.
+        offsets (torch.Tensor): Offsets of the classes, as in `space`.
     """
     prior_strength = PRIOR_STRENGTH / examples.shots
-    return fit_classes(examples.anchors, examples.targets, examples.means, prior_strength, examples.prototypes)
+    if isinstance(examples.space, LevelSpace):
+        return fit_levels(examples.anchors, examples.targets, prior_strength, examples.space)
+    return fit_classes(examples.anchors, examples.targets, examples.means, prior_strength, examples.space)
 
 
 METHODS: dict[str, Callable[[Examples], tuple[torch.Tensor, torch.Tensor]]] = {"mean": mean, "fit": fit}
@@ -84,7 +93,7 @@ def classifiers(
     methods: Sequence[str],
     shots: torch.Tensor,
     branch: int,
-    prototypes: Prototypes,
+    space: Space,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the classifiers of the classes of a support set in one branch, each made by its method.
 
@@ -94,11 +103,11 @@ def classifiers(
         methods (Sequence[str]): Method of every class.
         shots (torch.Tensor): Number of shots of every class, (n,).
         branch (int): Index of the branch.
-        prototypes (Prototypes): Level scales and biases of the branch.
+        space (Space): Embedding space of the branch.
 
     Returns:
-        vectors (torch.Tensor): Prototype times gain of every class, (n, D) float32; zeros without an object.
-        offsets (torch.Tensor): Offset of every class, (n,) float32.
+        vectors (torch.Tensor): Vectors of the classes, as in `space`; zeros without an object.
+        offsets (torch.Tensor): Offsets of the classes, as in `space`.
     """
     embeds, anchors, n = features.embeds[branch], features.anchors[branch], len(methods)
     labels = labels.clamp(min=-1)
@@ -106,7 +115,7 @@ def classifiers(
     keep = (anchors.objects < 0) | (targets >= 0)  # an object that is left out is not background either
     anchors, targets = select(anchors, keep), targets[keep]
     present = torch.bincount(labels[labels >= 0], minlength=n) > 0
-    vectors, offsets = embeds.new_zeros(n, embeds.shape[1]), embeds.new_zeros(n)
+    vectors, offsets = space.zeros(n)
     for name in dict.fromkeys(methods):
         classes = torch.tensor([m == name for m in methods]).logical_and(present).nonzero()[:, 0]
         if not len(classes):
@@ -114,6 +123,6 @@ def classifiers(
         index = torch.full((n + 1,), -1)  # of every class among those of this method; the last entry is for none
         index[classes] = torch.arange(len(classes))
         shown = index[labels] >= 0
-        examples = Examples(embeds[shown], index[labels[shown]], anchors, index[targets], shots[classes], prototypes)
+        examples = Examples(embeds[shown], index[labels[shown]], anchors, index[targets], shots[classes], space)
         vectors[classes], offsets[classes] = METHODS[name](examples)
     return vectors, offsets

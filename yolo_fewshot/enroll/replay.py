@@ -11,6 +11,7 @@ from torch import nn
 
 from yolo_fewshot.data.support import Support
 from yolo_fewshot.enroll.features import Anchors, Features, View, extract
+from yolo_fewshot.nn.rows import class_rows
 
 IMAGES = 200  # maximum number of images
 ROWS = 4096  # maximum number of anchors, about 1 MB with D = 128
@@ -48,7 +49,7 @@ def fill_replay_buffer(model: nn.Module, train: list[dict[str, Any]], imgsz: int
     """
     rng = np.random.default_rng(seed)
     support = base_support(model, [train[i] for i in np.sort(rng.permutation(len(train))[:IMAGES])])
-    features = extract(model, support, imgsz, views=[View()], rows=0, desc="Filling the replay buffer")
+    features = extract(class_rows(model), support, imgsz, views=[View()], numbers=0, desc="Filling the replay buffer")
     buffer = []
     for anchors in features.anchors:
         chosen = []

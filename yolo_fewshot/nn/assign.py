@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
-from ultralytics.utils.tal import TaskAlignedAssigner
+from ultralytics.utils.tal import TaskAlignedAssigner, dist2rbox
 
 from yolo_fewshot.nn.passes import Assignment, Pass
 
@@ -53,30 +54,33 @@ class RecordingAssigner(TaskAlignedAssigner):
 class BoxAssignment(v8DetectionLoss):
     """Assignment by the IoU of the boxes alone, for classes that have no score yet.
 
+    Boxes of OBB models are compared by the upright boxes that enclose them.
+
     Examples:
-        >>> fg, gt_idx, weight, n_max, boxes = BoxAssignment.of_branches(model)[0](preds, batch)
+        >>> fg, gt_idx, weight, n_max, boxes = BoxAssignment(model)(preds, batch)
     """
 
+    angle: torch.Tensor | None = None  # of the predicted boxes of an OBB model, (B, A, 1)
+
     @classmethod
-    def of_branches(cls, model: nn.Module) -> list[BoxAssignment]:
-        """Return the assignment of every branch of a model, each with as many anchors per object as in training.
+    def of_branches(cls, model: nn.Module, branches: Sequence[str]) -> list[BoxAssignment]:
+        """Return the assignment of some branches of a head, each with as many anchors per object as in training.
 
         Args:
-            model (nn.Module): Few-shot model.
+            model (nn.Module): Detection, segmentation, pose or OBB model.
+            branches (Sequence[str]): Prefixes of the branches: '' for one-to-many, 'one2one_'.
 
         Returns:
-            (list[BoxAssignment]): In the order of `FewShotDetect.branches`.
+            (list[BoxAssignment]): In the order of `branches`.
         """
-        if len(model.model[-1].branches) == 1:
-            return [cls(model)]
         dual = E2ELoss(model, cls)
-        return [dual.one2many, dual.one2one]
+        return [dual.one2one if branch else dual.one2many for branch in branches]
 
     def __init__(self, model: nn.Module, tal_topk: int = 10, tal_topk2: int | None = None):
         """Initialize the assignment.
 
         Args:
-            model (nn.Module): Detection model.
+            model (nn.Module): Detection, segmentation, pose or OBB model.
             tal_topk (int): Anchors per object, see `TaskAlignedAssigner`.
             tal_topk2 (int, optional): Number of them to keep, in one-to-one branches.
         """
@@ -104,6 +108,7 @@ class BoxAssignment(v8DetectionLoss):
         certain = {**preds, "scores": torch.full_like(preds["boxes"][:, :1], 20.0)}  # sigmoid(20) is 1
         one_class = {**batch, "cls": torch.zeros_like(batch["cls"])}
         self.assigner.current = this = Pass(certain, one_class)
+        self.angle = preds["angle"].transpose(1, 2) if "angle" in preds else None
         try:
             self.get_assigned_targets_and_loss(certain, one_class)
         finally:
@@ -111,3 +116,21 @@ class BoxAssignment(v8DetectionLoss):
         found = this.assignment
         fg = found.fg_mask.nonzero(as_tuple=True)
         return fg, found.gt_idx[fg], found.scores[fg][:, 0], found.n_max, found.decoded
+
+    def bbox_decode(self, anchor_points: torch.Tensor, pred_dist: torch.Tensor) -> torch.Tensor:
+        """Decode predicted boxes; rotated ones become the upright boxes that enclose them.
+
+        Args:
+            anchor_points (torch.Tensor): Centers of the anchors in strides, (A, 2).
+            pred_dist (torch.Tensor): Predicted distances to the sides, (B, A, 4 * reg_max).
+
+        Returns:
+            (torch.Tensor): x1, y1, x2, y2 in strides, (B, A, 4).
+        """
+        boxes = super().bbox_decode(anchor_points, pred_dist)
+        if self.angle is None:
+            return boxes
+        sides = torch.cat([anchor_points - boxes[..., :2], boxes[..., 2:] - anchor_points], -1)
+        center, size = dist2rbox(sides, self.angle, anchor_points).split(2, -1)
+        half = (size * self.angle.cos().abs() + size.flip(-1) * self.angle.sin().abs()) / 2
+        return torch.cat([center - half, center + half], -1)

@@ -129,6 +129,31 @@ class Prototypes(nn.Module):
         scale = self.logit_scale[level].float() * self.gain.float()
         return F.normalize(self.weight.float(), dim=1)[..., 0] * scale[:, None], self.bias[level] + self.offset.float()
 
+    def zeros(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return vectors (n, D) and offsets (n,) of zeros on the CPU.
+
+        Args:
+            n (int): Number of classes.
+        """
+        return torch.zeros(n, self.weight.shape[1]), torch.zeros(n)
+
+    def logits(
+        self, embeds: torch.Tensor, level: torch.Tensor, vectors: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the logits of other classes at anchors, with the scales and biases of the levels.
+
+        Args:
+            embeds (torch.Tensor): Embeddings of the anchors, (M, D) float32 on the CPU.
+            level (torch.Tensor): Levels of the anchors, (M,) int64.
+            vectors (torch.Tensor): Vectors of the classes, (n, D) float32.
+            offsets (torch.Tensor): Offsets of the classes, (n,) float32.
+
+        Returns:
+            (torch.Tensor): Logits, (M, n) float32.
+        """
+        scale, bias = (x.detach().float().cpu()[level, None] for x in (self.logit_scale, self.bias))
+        return scale * (embeds @ vectors.t()) + bias + offsets
+
     def forward(self, e: torch.Tensor, level: int) -> torch.Tensor:
         """Return the class logits of one level.
 

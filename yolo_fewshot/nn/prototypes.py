@@ -24,10 +24,27 @@ def pool_objects(
         valid (torch.Tensor): Objects that have an anchor, (B * n_max,) bool.
     """
     index = fg[0] * n_max + gt_idx.long()  # a float where there are no objects
-    weight = weight.float().clamp(min=1e-3)  # weights of untrained models are close to zero
-    rows = embeds[fg].float() * weight[:, None]
-    pooled = rows.new_zeros(len(embeds) * n_max, rows.shape[1]).index_add(0, index, rows)
-    valid = torch.zeros(len(pooled), dtype=torch.bool, device=pooled.device).index_fill(0, index, True)
+    return pool_rows(embeds[fg].float(), index, weight, len(embeds) * n_max)
+
+
+def pool_rows(
+    rows: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pool embeddings by their object.
+
+    Args:
+        rows (torch.Tensor): Embeddings, (M, D) float32.
+        index (torch.Tensor): Object of each embedding, (M,) int64 in 0..n-1.
+        weight (torch.Tensor): Weight of each embedding, (M,).
+        n (int): Number of objects.
+
+    Returns:
+        pooled (torch.Tensor): Weighted means of unit length, (n, D) float32; rows of zeros for objects without one.
+        valid (torch.Tensor): Objects that have an embedding, (n,) bool.
+    """
+    rows = rows * weight.float().clamp(min=1e-3)[:, None]  # weights of untrained models are close to zero
+    pooled = rows.new_zeros(n, rows.shape[1]).index_add(0, index, rows)
+    valid = torch.zeros(n, dtype=torch.bool, device=rows.device).index_fill(0, index, True)
     return F.normalize(pooled, dim=1), valid
 
 

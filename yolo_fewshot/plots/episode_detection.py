@@ -29,18 +29,19 @@ def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, 
     """
     layers: Any = model.model
     head = layers[-1]
-    preds, bank = branch_predictions(model, batch["img"])[0], head.banks[0]
-    fg, gt_idx, weight, n_max, boxes = BoxAssignment.of_branches(model)[0](preds, batch)
+    preds, prototypes = branch_predictions(model, batch["img"])[0], head.banks[0]
+    fg, gt_idx, weight, n_max, boxes = BoxAssignment(model)(preds, batch)
     embeds, support = preds["embeds"].transpose(1, 2).float(), batch["support"]
     objects, valid = pool_objects(embeds, fg, gt_idx, weight, n_max)
     cls = batch["cls"].long().view(-1)
     y = cls.new_full((len(objects),), -1)
     y[object_index(batch["batch_idx"], n_max)] = cls
     y = torch.where(valid & support.repeat_interleave(n_max), y, -1)
-    prototypes, counts = class_means(objects, y, head.nc)
+    means, counts = class_means(objects, y, head.nc)
     ways = counts.nonzero()[:, 0]
     sizes = [x.shape[2] * x.shape[3] for x in preds["feats"]]
-    scale, bias = (torch.cat([v.expand(n) for v, n in zip(x.float(), sizes)]) for x in (bank.logit_scale, bank.bias))
-    scores = (embeds[~support] @ prototypes[ways].t() * scale[:, None] + bias[:, None]).sigmoid()
+    levels = (prototypes.logit_scale, prototypes.bias)
+    scale, bias = (torch.cat([v.expand(n) for v, n in zip(x.float(), sizes)]) for x in levels)
+    scores = (embeds[~support] @ means[ways].t() * scale[:, None] + bias[:, None]).sigmoid()
     detections = non_max_suppression(torch.cat([xyxy2xywh(boxes[~support]), scores], 2).transpose(1, 2), conf, iou)
     return [torch.cat([x[:, :5], ways[x[:, 5:6].long()].float()], 1) for x in detections]

@@ -31,6 +31,7 @@ from yolo_fewshot.enroll.replay import fill_replay_buffer
 from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.nn.criterion import branch_losses
 from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.nn.rows import class_rows
 from yolo_fewshot.train.retention import Teacher, replay_targets, unlabeled_classes
 from yolo_fewshot.train.run_plots import plot_enrolled_shots
 from yolo_fewshot.train.stage import Stage
@@ -110,7 +111,7 @@ def support_ap50(model: FewShotDetectionModel, support: Support, imgsz: int) -> 
         (float): Mean AP50 of the classes of the support set, 0 to 1.
     """
     head, index = model.model[-1], match_classes(support.names, model.names)
-    features = extract(model, support, imgsz, views=[View()], desc="Checking shots")
+    features = extract(class_rows(model), support, imgsz, views=[View()], desc="Checking shots")
     labels = torch.tensor([index[c] for c in features.cls.tolist()])
     vectors, offsets = zip(*(head.get_class(i)[0] for i in range(head.nc)))
     rows, images = (

@@ -18,6 +18,7 @@ from yolo_fewshot.enroll.features import View, extract
 from yolo_fewshot.enroll.replay import base_support
 from yolo_fewshot.nn.criterion import gain_of
 from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.nn.rows import class_rows
 from yolo_fewshot.plots.embedding import plot_embedding
 from yolo_fewshot.plots.episode import plot_episode
 from yolo_fewshot.plots.episode_detection import detect_queries
@@ -76,7 +77,7 @@ def plot_object_embeddings(trainer: DetectionTrainer, model: FewShotDetectionMod
     if not labels:
         return
     support = base_support(model, labels)
-    features = extract(model, support, trainer.args.imgsz, views=[View()], desc="Embedding objects")
+    features = extract(class_rows(model), support, trainer.args.imgsz, views=[View()], desc="Embedding objects")
     file, prototypes = trainer.save_dir / "embedding.png", model.model[-1].prototypes.weight.detach()[..., 0]
     LOGGER.info(f"Plotting embedding to {file}... ")
     found = features.embeds[0].any(1)  # an object without an anchor has an embedding of zeros

@@ -1,0 +1,410 @@
+"""The class rows of a head, which enrollment reads and writes: one interface for few-shot and for stock heads.
+
+A class is a row of each branch of the head. In a few-shot head it is a prototype, shared by all levels. In a stock head
+it is a row of the last layer of the class branch, a 1x1 conv, at each level. Rows of other classes are never touched,
+so their logits stay the same bit by bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from ultralytics.nn.modules.head import Detect
+
+from yolo_fewshot.nn.assign import BoxAssignment
+from yolo_fewshot.nn.head import FewShotDetect, Prototypes, class_prior
+from yolo_fewshot.nn.predictions import branch_predictions
+
+OPEN_VOCABULARY = {"WorldDetect", "YOLOEDetect"}  # heads whose classes are embeddings of texts or prompts
+STD_MIN = 1e-3  # minimum standard deviation of a feature
+
+
+class LevelSpace(NamedTuple):
+    """Embedding space of one branch of a stock head: a class has one vector and one offset at each level.
+
+    The logit of a class at an anchor with embedding e and level l is <e, vector_l> + bias_l + offset_l.
+
+    Attributes:
+        bias (torch.Tensor): Prior logit of every level, (nl,) float32.
+        embed (int): Size D of an embedding.
+    """
+
+    bias: torch.Tensor
+    embed: int
+
+    def zeros(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return vectors (n, nl, D) and offsets (n, nl) of zeros.
+
+        Args:
+            n (int): Number of classes.
+        """
+        return torch.zeros(n, len(self.bias), self.embed), torch.zeros(n, len(self.bias))
+
+    def logits(
+        self, embeds: torch.Tensor, level: torch.Tensor, vectors: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the logits of classes at anchors.
+
+        Args:
+            embeds (torch.Tensor): Embeddings of the anchors, (M, D) float32.
+            level (torch.Tensor): Levels of the anchors, (M,) int64.
+            vectors (torch.Tensor): Vectors of the classes, (n, nl, D) float32.
+            offsets (torch.Tensor): Offsets of the classes, (n, nl) float32.
+
+        Returns:
+            (torch.Tensor): Logits, (M, n) float32.
+        """
+        logits = embeds.new_zeros(len(embeds), len(vectors))
+        for i, bias in enumerate(self.bias):
+            rows = (level == i).nonzero()[:, 0]
+            logits[rows] = embeds[rows] @ vectors[:, i].t() + bias + offsets[:, i]
+        return logits
+
+
+Space = Prototypes | LevelSpace  # what enrollment methods learn in: vectors, offsets, and their logits at anchors
+
+
+class ClassRows(ABC):
+    """The class rows of a model's head.
+
+    Attributes:
+        model (nn.Module): The model.
+        branches (tuple[str, ...]): Prefixes of the names of the head's branches: '' for one-to-many, 'one2one_'.
+        anchors_per_view (float): Maximum number of background anchors to keep of a view of an image.
+        per_level (bool): Whether every level has a row and an embedding space of its own.
+    """
+
+    branches: tuple[str, ...]
+    anchors_per_view: float = float("inf")
+    per_level = False
+
+    def __init__(self, model: nn.Module):
+        """Initialize the rows.
+
+        Args:
+            model (nn.Module): The model.
+        """
+        self.model = model
+
+    @property
+    def head(self) -> Any:
+        """Head of the model."""
+        layers: Any = self.model.model
+        return layers[-1]
+
+    @property
+    def assignments(self) -> list[BoxAssignment]:
+        """Assignment of anchors to objects in every branch, each with as many anchors per object as in training."""
+        return BoxAssignment.of_branches(self.model, self.branches)
+
+    @property
+    def memory(self) -> list:
+        """Replay buffer of base anchors, see `yolo_fewshot.enroll.replay`; empty if there is none."""
+        return getattr(self.model, "memory", [])
+
+    @property
+    def enrolled(self) -> dict[str, dict[str, Any]]:
+        """Record of every enrolled class by name; empty if no class was enrolled."""
+        return enrolled_classes(self.model)
+
+    @abstractmethod
+    def standardize(self, images: Iterable[torch.Tensor]) -> None:
+        """Learn the statistics of the features, if the embedding depends on them.
+
+        Args:
+            images (Iterable[torch.Tensor]): Batches of support images, (B, C, H, W) float in 0..1 each.
+        """
+
+    @abstractmethod
+    def predict(self, img: torch.Tensor) -> list[dict[str, Any]]:
+        """Return the raw predictions of every branch in eval mode, with the embeddings of the anchors.
+
+        Args:
+            img (torch.Tensor): Images, (B, C, H, W) float in 0..1.
+
+        Returns:
+            (list[dict[str, Any]]): Ultralytics' raw predictions and `embeds`, (B, D, A).
+        """
+
+    @abstractmethod
+    def spaces(self) -> list[Space]:
+        """Return the embedding space of every branch."""
+
+    @abstractmethod
+    def get(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the row of one class in every branch, as `restore` takes it.
+
+        Args:
+            index (int): Class index.
+        """
+
+    @abstractmethod
+    def restore(self, index: int, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Write the row of one class back.
+
+        Args:
+            index (int): Class index.
+            rows (list[tuple[torch.Tensor, torch.Tensor]]): What `get` returned.
+        """
+
+    @abstractmethod
+    def set(self, index: int, weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Set the row of one class from a vector and an offset, or append it if `index` is the number of classes.
+
+        Args:
+            index (int): Class index, 0 to nc.
+            weights (list[tuple[torch.Tensor, torch.Tensor]]): Vector and offset of every branch, in its space.
+        """
+
+    @abstractmethod
+    def remove(self, index: int) -> None:
+        """Remove one class; the indices after it decrease by one.
+
+        Args:
+            index (int): Class index.
+        """
+
+
+class FewShotRows(ClassRows):
+    """Rows of a few-shot head: the prototypes of its branches."""
+
+    anchors_per_view = 512
+
+    def __init__(self, model: nn.Module):
+        """Initialize the rows.
+
+        Args:
+            model (nn.Module): Few-shot model.
+        """
+        super().__init__(model)
+        self.branches = self.head.branches
+
+    def standardize(self, images: Iterable[torch.Tensor]) -> None:
+        """Do nothing: the embedding is learned, see `ClassRows.standardize`."""
+
+    def predict(self, img: torch.Tensor) -> list[dict[str, Any]]:
+        """Return the raw predictions of every branch, see `ClassRows.predict`."""
+        return branch_predictions(self.model, img)
+
+    def spaces(self) -> list[Space]:
+        """Return the prototypes of every branch."""
+        return list(self.head.banks)
+
+    def get(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the prototype of one class in every branch, see `ClassRows.get`."""
+        return self.head.get_class(index)
+
+    def restore(self, index: int, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Write the prototype of one class back, see `ClassRows.restore`."""
+        self.head.set_class(index, rows)
+
+    set = restore
+
+    def remove(self, index: int) -> None:
+        """Remove one class, see `ClassRows.remove`."""
+        self.head.remove_class(index)
+
+
+class StockRows(ClassRows):
+    """Rows of a stock head: those of the 1x1 conv that ends its class branch at each level.
+
+    The embedding of an anchor is the input of that conv, standardized with the mean and the standard deviation that
+    each of its channels has in the support images at that level, since the channels of a level differ in scale, and
+    those of different levels are not aligned.
+    """
+
+    per_level = True
+
+    def __init__(self, model: nn.Module):
+        """Initialize the rows.
+
+        Args:
+            model (nn.Module): Stock model whose head is a `Detect` or a subclass with the same class branch.
+
+        Raises:
+            TypeError: If the head has another class branch; the text names the layer.
+        """
+        super().__init__(model)
+        self.branches = tuple(p for p in ("", "one2one_") if getattr(self.head, f"{p}cv3", None) is not None)
+        for branch in self.branches:
+            widths = set()
+            for i, last in enumerate(self._convs(branch)):
+                pointwise = isinstance(last, nn.Conv2d) and last.kernel_size == (1, 1) and last.groups == 1
+                if not pointwise or last.bias is None or last.out_channels != self.head.nc:
+                    raise TypeError(
+                        f"Layer 'model.{len(model.model) - 1}.{branch}cv3.{i}.{len(self._stem(branch, i))}' of the "
+                        f"{type(self.head).__name__} head is {last}, and enrollment needs a 1x1 Conv2d of "
+                        f"{self.head.nc} classes with a bias there, as in a stock YOLO head."
+                    )
+                widths.add(last.in_channels)
+            if len(widths) > 1:
+                raise TypeError(
+                    f"The class branch '{branch}cv3' of the {type(self.head).__name__} head has {sorted(widths)} "
+                    "channels, and enrollment needs as many at every level, as in a stock YOLO head."
+                )
+        self.mean: list[torch.Tensor] | None = None  # of the features, (nl, D) per branch
+        self.std: list[torch.Tensor] = []
+
+    def _stem(self, branch: str, level: int) -> nn.Sequential:
+        """Return the class branch of one level without its last layer."""
+        return getattr(self.head, f"{branch}cv3")[level][:-1]
+
+    def _convs(self, branch: str) -> list[Any]:
+        """Return the last layer of the class branch of every level."""
+        return [stem[-1] for stem in getattr(self.head, f"{branch}cv3")]
+
+    def _raw(self, img: torch.Tensor) -> list[dict[str, Any]]:
+        """Return the raw predictions of every branch, with the features before the last layer as `embeds`."""
+        head, shallow, layers = copy(self.head), copy(self.model), list(self.model.model)
+        head._modules = dict(head._modules)  # of this copy alone, so that other threads see no change
+        width = self._convs(self.branches[0])[0].in_channels
+        for branch in self.branches:
+            stems = getattr(head, f"{branch}cv3")
+            head._modules[f"{branch}cv3"] = nn.ModuleList(nn.Sequential(*s[:-1], _WithInput(s[-1])) for s in stems)
+        head.training, head.nc = True, head.nc + width
+        shallow._modules = {**self.model._modules, "model": nn.Sequential(*layers[:-1], head)}
+        preds = shallow.predict(img)
+        preds = [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]
+        found = [x for x in preds if x]  # fusing leaves one branch of a dual head
+        for x in found:
+            x["embeds"], x["scores"] = x["scores"][:, :width], x["scores"][:, width:]
+        return found
+
+    @torch.no_grad()
+    def standardize(self, images: Iterable[torch.Tensor]) -> None:
+        """Learn mean and standard deviation of the features, see `ClassRows.standardize`."""
+        sums: list[torch.Tensor] = []
+        for img in images:
+            for b, preds in enumerate(self._raw(img)):
+                sizes = [f.shape[2] * f.shape[3] for f in preds["feats"]]
+                for i, f in enumerate(preds["embeds"].double().cpu().split(sizes, dim=2)):
+                    count = torch.full_like(f[0, :, 0], f.shape[0] * f.shape[2])
+                    part = torch.stack([count, f.sum((0, 2)), f.square().sum((0, 2))])
+                    k = b * len(sizes) + i
+                    if k < len(sums):
+                        sums[k] += part
+                    else:
+                        sums.append(part)
+        count, first, second = torch.stack(sums).view(len(self.branches), -1, *sums[0].shape).unbind(2)
+        mean = first / count
+        std = (second / count - mean.square()).clamp(min=0).sqrt().clamp(min=STD_MIN)
+        self.mean, self.std = list(mean), list(std)
+
+    def predict(self, img: torch.Tensor) -> list[dict[str, Any]]:
+        """Return the raw predictions of every branch, see `ClassRows.predict`; `standardize` must be called before."""
+        assert self.mean is not None, "standardize() must be called first"
+        predictions = self._raw(img)
+        for preds, mean, std in zip(predictions, self.mean, self.std):
+            level = torch.cat([torch.full((f.shape[2] * f.shape[3],), i) for i, f in enumerate(preds["feats"])])
+            mean, std = (x.float()[level].t().to(preds["embeds"].device) for x in (mean, std))
+            preds["embeds"] = (preds["embeds"].float() - mean) / std
+        return predictions
+
+    def spaces(self) -> list[Space]:
+        """Return the space of every branch; the prior logits are those of a detector with one class."""
+        return [LevelSpace(class_prior(1, self.head.stride), self._convs(b)[0].in_channels) for b in self.branches]
+
+    def get(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return weight (nl, D) and bias (nl,) of one class in every branch, see `ClassRows.get`."""
+        convs = [self._convs(b) for b in self.branches]
+        return [
+            (
+                torch.stack([c.weight.detach()[index, :, 0, 0].clone() for c in x]),
+                torch.stack([c.bias.detach()[index].clone() for c in x]),
+            )
+            for x in convs
+        ]
+
+    def restore(self, index: int, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Write weight and bias of one class back, see `ClassRows.restore`."""
+        for branch, (weights, biases) in zip(self.branches, rows):
+            self._replace(branch, index, weights, biases)
+        self._count_classes()
+
+    def set(self, index: int, weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Set the row of one class from vectors (nl, D) and offsets (nl,), see `ClassRows.set`."""
+        assert self.mean is not None, "standardize() must be called first"
+        rows = []
+        for space, (vectors, offsets), mean, std in zip(self.spaces(), weights, self.mean, self.std):
+            raw = vectors.double().cpu() / std  # e = (f - mean) / std
+            rows.append((raw, space.bias.double() + offsets.double().cpu() - (raw * mean).sum(1)))
+        self.restore(index, rows)
+
+    def remove(self, index: int) -> None:
+        """Remove one class, see `ClassRows.remove`."""
+        for branch in self.branches:
+            self._replace(branch, index)
+        self._count_classes()
+
+    @torch.no_grad()
+    def _replace(
+        self, branch: str, index: int, weights: torch.Tensor | None = None, biases: torch.Tensor | None = None
+    ) -> None:
+        """Replace the row of one class at every level, append it, or remove it if no weights are given."""
+        for i, stem in enumerate(getattr(self.head, f"{branch}cv3")):
+            old = stem[-1]
+            new: list[torch.Tensor] = []
+            for x, row in ((old.weight, weights), (old.bias, biases)):
+                row = x[:0] if row is None else row[i].to(x).view(1, *x.shape[1:])
+                new.append(torch.cat([x[:index], row, x[index + 1 :]]))
+            conv = nn.Conv2d(old.in_channels, len(new[0]), 1, device=old.weight.device, dtype=old.weight.dtype)
+            for name, value in zip(("weight", "bias"), new):
+                setattr(conv, name, nn.Parameter(value, old.weight.requires_grad))
+            stem[-1] = conv.train(old.training)
+
+    def _count_classes(self) -> None:
+        """Set the class count to the number of rows."""
+        self.head.nc = self._convs(self.branches[0])[0].out_channels
+        self.head.no = self.head.nc + self.head.reg_max * 4
+
+
+class _WithInput(nn.Module):
+    """A layer that returns its input in front of its output."""
+
+    def __init__(self, layer: nn.Module):
+        """Initialize the layer."""
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return input and output, (B, c1 + c2, H, W)."""
+        return torch.cat([x, self.layer(x)], 1)
+
+
+def class_rows(model: nn.Module) -> ClassRows:
+    """Return the class rows of a model.
+
+    Args:
+        model (nn.Module): Detection, segmentation, pose or OBB model, few-shot or stock.
+
+    Returns:
+        (ClassRows): The rows.
+
+    Raises:
+        TypeError: If the model has another head; the text says why.
+    """
+    layers: Any = getattr(model, "model", [None])
+    head = layers[-1]
+    if isinstance(head, FewShotDetect):
+        return FewShotRows(model)
+    kinds = {x.__name__ for x in type(head).__mro__}
+    if not isinstance(head, Detect) or kinds & OPEN_VOCABULARY:
+        raise TypeError(f"A {type(head).__name__} head has no class rows.")
+    return StockRows(model)
+
+
+def enrolled_classes(model: Any) -> dict[str, dict[str, Any]]:
+    """Return the record of every enrolled class of a model by name, see `yolo_fewshot.enroll.enroll.Shots`.
+
+    Args:
+        model (Any): Any network.
+
+    Returns:
+        (dict[str, dict]): The records; empty if no class was enrolled.
+    """
+    return getattr(model, "enrolled", None) or {}

@@ -20,22 +20,22 @@ def few(items: list[str], sep: str = ", ", n: int = 5) -> str:
     return sep.join(items[:n]) + (f" and {len(items) - n} more" if len(items) > n else "")
 
 
-def no_head(model: Any, what: str) -> str:
-    """Return the error message for a model without a few-shot head.
+def no_rows(model: Any, what: str, reason: str = "") -> str:
+    """Return the error message for a model that cannot enroll classes.
 
     Args:
         model (ultralytics.engine.model.Model): The model.
-        what (str): Feature that needs the head.
+        what (str): Feature that enrolls.
+        reason (str): What is wrong with the head.
 
     Returns:
         (str): The problem and its remedy.
     """
     name = model.model_name
     if isinstance(model.model, (str, Path)):
-        return f"model='{name}' is an exported model, and {what} needs a few-shot checkpoint. Enroll, then export."
-    if getattr(model.model, "enrolled", None) is not None:
-        return f"model='{name}' is folded, and {what} needs the few-shot checkpoint that it was folded from."
+        return f"model='{name}' is an exported model, and {what} needs a *.pt checkpoint. Enroll, then export."
+    reason = reason or f"model='{name}' is a {type(model).__name__} model for task '{model.task}'."
     return (
-        f"model='{name}' has no few-shot head, which {what} needs. Train or upgrade it with cfg=stage1.yaml first, "
-        f"i.e. 'yolo train model={name} cfg=stage1.yaml data=base.yaml'."
+        f"{reason} {what} needs a YOLO model for detection, segmentation, pose or OBB, i.e. 'yolo predict "
+        "model=yolo11n.pt support=shots.yaml source=street.jpg'."
     )

@@ -2,8 +2,8 @@
 
 A few small changes make the stock `yolo` command drive few-shot models: configuration keys and their types are added
 (default None, so a stock run is unchanged), bare names like `fewshot.yaml` resolve to the files of the plugin, models
-with a `fewshot` section get the classes of this package, other models refuse `support=`, tuning starts from the
-defaults of the plugin, and the restricted loader accepts few-shot checkpoints. Each change is made when Ultralytics
+with a `fewshot` section, with enrolled classes or with `support=` get the classes of this package, tuning starts from
+the defaults of the plugin, and the restricted loader accepts few-shot checkpoints. Each change is made when Ultralytics
 imports the module concerned, so registering imports nothing.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from yolo_fewshot import args as table
 from yolo_fewshot.compat import TESTED
-from yolo_fewshot.errors import no_head
+from yolo_fewshot.errors import no_rows
 from yolo_fewshot.paths import cfg_dir
 
 # Symbols that the plugin uses of each Ultralytics module, checked on its import; a missing one switches the plugin off.
@@ -254,7 +254,7 @@ def _route_models(engine: Any) -> None:
 
     _replace(engine.Model, "train", _adopting(train))
     for mode in ("predict", "val", "export"):  # `track` predicts
-        _replace(engine.Model, mode, _refusing_support(getattr(engine.Model, mode)))
+        _replace(engine.Model, mode, _taking_support(getattr(engine.Model, mode)))
     _allow_loading()
 
 
@@ -264,7 +264,7 @@ def _adopt_models(yolo: Any) -> None:
 
 
 def _adopting(stock: Callable) -> Callable:
-    """Wrap a method after which a stock `YOLO` may hold a few-shot model."""
+    """Wrap a method after which a stock `YOLO` may hold a few-shot model, or one with enrolled classes."""
 
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -275,11 +275,17 @@ def _adopting(stock: Callable) -> Callable:
     return method
 
 
-def _adopt(model: Any) -> bool:
-    """Turn a stock `YOLO` that holds a few-shot model into a `FewShotYOLO`, and return whether it was one."""
+def _adopt(model: Any, support: bool = False) -> bool:
+    """Turn a stock `YOLO` that needs the methods of a `FewShotYOLO` into one, and return whether it did.
+
+    Args:
+        model (ultralytics.engine.model.Model): The model.
+        support (bool): Whether classes are to be enrolled now, which any network can try.
+    """
     from ultralytics import YOLO
 
-    adopted = type(model) is YOLO and is_fewshot(model)
+    ours = is_fewshot(model) or is_enrolled(model) or (support and not isinstance(model.model, (str, Path)))
+    adopted = type(model) is YOLO and ours
     if adopted:
         from yolo_fewshot.yolo import FewShotYOLO
 
@@ -287,18 +293,19 @@ def _adopt(model: Any) -> bool:
     return adopted
 
 
-def _refusing_support(stock: Callable) -> Callable:
-    """Wrap a mode of Ultralytics, which would ignore `support=`; `FewShotYOLO` handles it before.
+def _taking_support(stock: Callable) -> Callable:
+    """Wrap a mode of Ultralytics, which would ignore `support=`: `FewShotYOLO` takes it.
 
     A few-shot model is still a stock `YOLO` here if this package was imported by loading it.
     """
 
     @functools.wraps(stock)
     def mode(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _adopt(self):
+        support = kwargs.get("support")
+        if _adopt(self, support is not None):
             return getattr(self, stock.__name__)(*args, **kwargs)
-        if kwargs.get("support") is not None:
-            raise TypeError(no_head(self, f"'support={kwargs['support']}'"))
+        if support is not None:
+            raise TypeError(no_rows(self, f"'support={support}'"))
         return stock(self, *args, **kwargs)
 
     return mode
@@ -344,8 +351,22 @@ def is_fewshot(model: Any) -> bool:
     return isinstance(yaml, dict) and "fewshot" in yaml
 
 
+def is_enrolled(model: Any) -> bool:
+    """Return whether an Ultralytics `Model` holds a stock network with enrolled classes.
+
+    Args:
+        model (ultralytics.engine.model.Model): Any of Ultralytics' model wrappers.
+
+    Returns:
+        (bool): True if classes were enrolled into it.
+    """
+    return bool(getattr(model.model, "enrolled", None))
+
+
 def route(model: Any, key: str, stock: type) -> Any:
     """Return the class for one mode of a model: that of this package for few-shot models, else the stock one.
+
+    A stock model with enrolled classes predicts and validates with classes of this package that know of them.
 
     Args:
         model (ultralytics.engine.model.Model): The model.
@@ -355,20 +376,20 @@ def route(model: Any, key: str, stock: type) -> Any:
     Returns:
         (type): The class.
     """
+    if key == "validator" and (is_fewshot(model) or is_enrolled(model)):
+        from yolo_fewshot.evaluate.validator import validator_like
+
+        return validator_like(stock)
+    if key == "predictor" and (is_fewshot(model) or is_enrolled(model)):
+        from yolo_fewshot.plots.results import predictor_like
+
+        return predictor_like(stock)
     if not is_fewshot(model):
         return stock
     if key == "model":
         from yolo_fewshot.nn.model import FewShotDetectionModel
 
         return FewShotDetectionModel
-    if key == "validator":
-        from yolo_fewshot.evaluate.validator import FewShotValidator
-
-        return FewShotValidator
-    if key == "predictor":
-        from yolo_fewshot.plots.results import FewShotPredictor
-
-        return FewShotPredictor
     if key == "trainer":
         from yolo_fewshot.train.trainer import FewShotTrainer
 

@@ -16,14 +16,17 @@ from yolo_fewshot import args as keys
 from yolo_fewshot.data.support import Support, fingerprint, incidental_classes, read_support
 from yolo_fewshot.enroll import enroll as enrollment
 from yolo_fewshot.enroll.features import support_views
-from yolo_fewshot.errors import few, no_head
+from yolo_fewshot.errors import few, no_rows
 from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.nn.rows import class_rows, enrolled_classes
 from yolo_fewshot.plots.support import FILE, plot_support
 
 
 class FewShotYOLO(YOLO):
-    """YOLO model with a few-shot head; `YOLO(...)` of a few-shot checkpoint returns one, too.
+    """YOLO model that enrolls classes: any detection, segmentation, pose or OBB model, stock or few-shot.
+
+    `YOLO(...)` of a few-shot checkpoint, or of one with enrolled classes, returns one, too.
 
     `predict`, `track`, `val` and `export` take Ultralytics' arguments and two more: `support`, a support set to enroll
     first, and `enroll`, the method. All but `export` also plot the shots if Ultralytics writes a run folder.
@@ -35,14 +38,15 @@ class FewShotYOLO(YOLO):
 
     Examples:
         >>> from yolo_fewshot import FewShotYOLO
-        >>> model = FewShotYOLO("best.pt")
+        >>> model = FewShotYOLO("yolo11n.pt")
         >>> model.enroll("shots.yaml")
         {'scooter': 5}
         >>> model.predict("street.jpg")
-        >>> model.save("site-a.pt")
+        >>> model.save("site-a.pt")  # a stock checkpoint of 81 classes
         >>> model.export(format="onnx")
     """
 
+    model: Any
     predictor: Any
     shots: enrollment.Shots | None = None
     _last_source: tuple[Any, ...] | None = None  # model, support set and arguments of the last enrollment by `support`
@@ -81,12 +85,12 @@ class FewShotYOLO(YOLO):
             (dict[str, int]): Number of shots per enrolled class.
 
         Raises:
-            TypeError: If the model has no few-shot head.
+            TypeError: If the model cannot enroll classes, see `yolo_fewshot.nn.rows.class_rows`.
             FileNotFoundError: If the support set, or an image that it lists, does not exist.
             ValueError: If the support set is unusable, or an argument is invalid; the text says what to change.
         """
         with self._lock:
-            model = self._few_shot_model("enroll")
+            model = self._network("enroll()")
             keys.check({"enroll": method})  # before the support set is read
             channels = model.yaml.get("channels") or 3
             shots = read_support(str(support), model.names, channels)  # the command line turns digits into an int
@@ -116,11 +120,11 @@ class FewShotYOLO(YOLO):
             (FewShotYOLO): The model.
 
         Raises:
-            TypeError: If the model has no few-shot head.
+            TypeError: If the model cannot enroll classes.
             ValueError: If the class was not enrolled.
         """
         with self._lock:
-            enrollment.forget(self._few_shot_model("forget"), name)
+            enrollment.forget(self._network("forget()"), name)
             self._changed()
         return self
 
@@ -128,7 +132,7 @@ class FewShotYOLO(YOLO):
         """Turn the model into a stock one with the same outputs: a stock `Detect` in a `DetectionModel`.
 
         A folded model is an ordinary YOLO model, which loads without this package. Folding cannot be undone, and a
-        folded model cannot enroll, so keep the checkpoint. Exports are always folded.
+        folded model cannot train in stages 2 and 3, so keep the checkpoint. Exports are always folded.
 
         Returns:
             (FewShotYOLO): The model.
@@ -137,7 +141,9 @@ class FewShotYOLO(YOLO):
             TypeError: If the model has no few-shot head.
         """
         with self._lock:
-            self.model = self._few_shot_model("fold").fold()
+            if not isinstance(self.model, FewShotDetectionModel):
+                raise TypeError(f"model='{self.model_name}' has no few-shot head, so that there is nothing to fold.")
+            self.model = self.model.fold()
             self._changed()
         return self
 
@@ -169,7 +175,7 @@ class FewShotYOLO(YOLO):
         """
         with self._lock:
             support, kwargs = kwargs.get("support"), self._enroll_from(kwargs)
-            enrolled = getattr(self.model, "enrolled", None)
+            enrolled = enrolled_classes(self.model)
             if enrolled and not (self.predictor or support) and kwargs.get("verbose", True):
                 LOGGER.info(enrollment.table_of(enrolled))
             results = super().predict(source, True, predictor, **kwargs)  # a generator; the predictor has its own lock
@@ -215,10 +221,11 @@ class FewShotYOLO(YOLO):
                 self.model = model
 
     @staticmethod
-    def _classes_to_keep(model: FewShotDetectionModel, shots: Support) -> list[str]:
+    def _classes_to_keep(model: Any, shots: Support) -> list[str]:
         """Return the known classes of a support set that are not enrolled, and log what happens to all known ones."""
         known = [str(n) for n in model.names.values()]
-        trained, enrolled = ([n for n in known if (n in model.enrolled) is x] for x in (False, True))
+        records = enrolled_classes(model)
+        trained, enrolled = ([n for n in known if (n in records) is x] for x in (False, True))
         incidental = incidental_classes(shots, known)
         groups = {
             "trained": (trained, incidental_classes(shots, trained)),
@@ -244,8 +251,9 @@ class FewShotYOLO(YOLO):
 
         An unchanged support set is not enrolled twice in a row, so `support` may be passed with every frame.
         """
-        if kwargs.get("support") is None or not isinstance(self.model, FewShotDetectionModel):
-            return {k: v for k, v in kwargs.items() if k != "enroll"}  # Ultralytics refuses `support` here
+        if kwargs.get("support") is None:
+            return {k: v for k, v in kwargs.items() if k not in keys.ENROLL_KEYS}
+        self._network(f"'support={kwargs['support']}'")
         kwargs = dict(kwargs)
         support, method = str(kwargs.pop("support")), kwargs.pop("enroll", None) or "auto"
         keys.check({"enroll": method})  # before the support set is read
@@ -279,8 +287,10 @@ class FewShotYOLO(YOLO):
         """Return the state for copies and pickles."""
         return {k: v for k, v in self.__dict__.items() if k != "_own_lock"}
 
-    def _few_shot_model(self, what: str) -> FewShotDetectionModel:
-        """Return the network, or raise a TypeError that says how to get one with a few-shot head."""
-        if not isinstance(self.model, FewShotDetectionModel):
-            raise TypeError(no_head(self, f"{what}()"))
+    def _network(self, what: str) -> Any:
+        """Return the network, or raise a TypeError if it cannot enroll classes."""
+        try:
+            class_rows(self.model)
+        except TypeError as e:
+            raise TypeError(no_rows(self, what, str(e))) from e
         return self.model

@@ -31,7 +31,7 @@ from yolo_fewshot import args as table
 from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.splits import shot_counts
 from yolo_fewshot.data.support import list_images
-from yolo_fewshot.errors import few, no_head
+from yolo_fewshot.errors import few
 from yolo_fewshot.evaluate.metrics import harmonic_mean
 from yolo_fewshot.evaluate.report import FIGURES, FILES, LEAKAGE, Row, add_row, read_rows, report
 from yolo_fewshot.files import AtomicPath
@@ -259,7 +259,10 @@ def _check_models(files: dict[str, Path]) -> None:
         yolo = YOLO(file)
         few_shot = isinstance(yolo.model, FewShotDetectionModel)
         if key != "stock" and not few_shot:
-            raise TypeError(no_head(yolo, "yolo-fewshot benchmark"))
+            raise TypeError(
+                f"model='{yolo.model_name}' has no few-shot head, which yolo-fewshot benchmark needs. Train or upgrade "
+                "it with cfg=stage1.yaml first."
+            )
         if key == "stock" and (few_shot or yolo.task != "detect"):
             raise TypeError(f"stock={file} must be a stock detector. Without stock= it is model=, folded.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,85 @@ from yolo_fewshot.errors import few
 from yolo_fewshot.evaluate.metrics import COCO, RESULTS, FewShotMetrics
 
 
-class FewShotValidator(DetectionValidator):
-    """Ultralytics' validator with the labels matched to the model's classes by name.
+class MatchesByName:
+    """Mixin of Ultralytics' validators that matches the labels to the model's classes by name.
 
     Enrolled classes are appended to the base classes, so a data set of shots numbers its classes differently. A name
     that several classes have is matched by index, see `match_classes`.
+    """
+
+    args: Any
+    class_map: Any
+    data: Any
+    dataloader: Any
+    device: Any
+    is_coco: Any
+    is_lvis: Any
+    names: Any
+    class_index: torch.Tensor
+
+    def get_dataloader(self, dataset_path: str, batch_size: int) -> DataLoader:
+        """Return Ultralytics' loader with all labels of the data.
+
+        Args:
+            dataset_path (str): Path to the images.
+            batch_size (int): Images per batch.
+
+        Returns:
+            (DataLoader): The loader.
+        """
+        names, self.names = self.names, None  # with names, Ultralytics drops labels by their id in the data
+        stock: Any = super()
+        loader = stock.get_dataloader(dataset_path, batch_size)
+        self.names = names
+        return loader
+
+    def init_metrics(self, model: nn.Module) -> None:
+        """Match the classes by name before the first batch.
+
+        Args:
+            model (nn.Module): Model to validate.
+
+        Raises:
+            ValueError: If the images show a class that is unknown to the model or whose name is ambiguous.
+        """
+        stock: Any = super()
+        stock.init_metrics(model)
+        names = self.data["names"]
+        index = match_classes(names, self.names)
+        if self.is_coco or self.is_lvis:  # their annotations number the classes as the data does
+            ids = self.class_map if self.is_coco else range(1, len(names) + 1)
+            order = {i: j for j, i in index.items()}
+            self.class_map = [ids[order[i]] if i in order else 0 for i in self.names]
+        if self.args.single_cls:  # every label is 0, and so is every prediction
+            index = dict.fromkeys(names, 0)
+        labeled = np.unique(np.concatenate([x["cls"].reshape(-1) for x in self.dataloader.dataset.labels])).astype(int)
+        check_unambiguous(names, index, labeled, self.args.data)
+        unknown = [names[i] for i in labeled if index[i] == UNKNOWN]
+        if unknown:
+            raise ValueError(
+                f"The images of '{self.args.data}' show {', '.join(unknown)}, which the model does not know. Enroll "
+                "these classes first, i.e. FewShotYOLO(...).enroll('shots.yaml'), or validate on other data."
+            )
+        self.class_index = torch.tensor([index[i] for i in range(len(names))], device=self.device)
+
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Preprocess as Ultralytics does, with the model's class indices in `cls`.
+
+        Args:
+            batch (dict): Batch.
+
+        Returns:
+            (dict): Batch.
+        """
+        stock: Any = super()
+        batch = stock.preprocess(batch)
+        batch["cls"] = self.class_index[batch["cls"].long()].to(batch["cls"])
+        return batch
+
+
+class FewShotValidator(MatchesByName, DetectionValidator):
+    """Ultralytics' validator with the labels matched to the model's classes by name, see `MatchesByName`.
 
     Outside of training it also reports the AP of base and novel classes and their harmonic mean, and saves them to
     `base_novel.csv`. Novel classes are those in the data.yaml's `fewshot: {novel: [...]}`, or else the enrolled ones.
@@ -35,8 +110,6 @@ class FewShotValidator(DetectionValidator):
     """
 
     metrics: FewShotMetrics
-    names: Any
-    class_map: Any
 
     def __init__(
         self,
@@ -56,21 +129,6 @@ class FewShotValidator(DetectionValidator):
         super().__init__(dataloader, save_dir, args, _callbacks)
         self.metrics = FewShotMetrics()
 
-    def get_dataloader(self, dataset_path: str, batch_size: int) -> DataLoader:
-        """Return Ultralytics' loader with all labels of the data.
-
-        Args:
-            dataset_path (str): Path to the images.
-            batch_size (int): Images per batch.
-
-        Returns:
-            (DataLoader): The loader.
-        """
-        names, self.names = self.names, None  # with names, Ultralytics drops labels by their id in the data
-        loader = super().get_dataloader(dataset_path, batch_size)
-        self.names = names
-        return loader
-
     def init_metrics(self, model: nn.Module) -> None:
         """Match the classes by name, and divide them into base and novel, before the first batch.
 
@@ -82,24 +140,8 @@ class FewShotValidator(DetectionValidator):
                 data's section `fewshot` is malformed.
         """
         super().init_metrics(model)
-        names = self.data["names"]
-        index = match_classes(names, self.names)
-        if self.is_coco or self.is_lvis:  # their annotations number the classes as the data does
-            ids = self.class_map if self.is_coco else range(1, len(names) + 1)
-            order = {i: j for j, i in index.items()}
-            self.class_map = [ids[order[i]] if i in order else 0 for i in self.names]
-        if self.args.single_cls:  # every label is 0, and so is every prediction
-            index = dict.fromkeys(names, 0)
-        labeled = np.unique(np.concatenate([x["cls"].reshape(-1) for x in self.dataloader.dataset.labels])).astype(int)
-        check_unambiguous(names, index, labeled, self.args.data)
-        unknown = [names[i] for i in labeled if index[i] == UNKNOWN]
-        if unknown:
-            raise ValueError(
-                f"The images of '{self.args.data}' show {', '.join(unknown)}, which the model does not know. Enroll "
-                "these classes first, i.e. FewShotYOLO(...).enroll('shots.yaml'), or validate on other data."
-            )
-        self.metrics.novel = set() if self.training or self.args.single_cls else self._novel_classes(model, index)
-        self.class_index = torch.tensor([index[i] for i in range(len(names))], device=self.device)
+        matched = dict(enumerate(self.class_index.tolist()))
+        self.metrics.novel = set() if self.training or self.args.single_cls else self._novel_classes(model, matched)
 
     def _novel_classes(self, model: nn.Module, index: dict[int, int]) -> set[int]:
         """Return the novel classes as class indices of the model; `index` maps those of the data to them."""
@@ -128,19 +170,6 @@ class FewShotValidator(DetectionValidator):
                 f"their ids, from 0 to {len(names) - 1}."
             )
         return {i for i in (index[ids[x]] for x in novel) if i >= 0}
-
-    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Preprocess as Ultralytics does, with the model's class indices in `cls`.
-
-        Args:
-            batch (dict): Batch.
-
-        Returns:
-            (dict): Batch.
-        """
-        batch = super().preprocess(batch)
-        batch["cls"] = self.class_index[batch["cls"].long()].to(batch["cls"])
-        return batch
 
     def finalize_metrics(self) -> None:
         """Finalize the metrics as Ultralytics does, and save those of base and novel classes."""
@@ -217,3 +246,16 @@ class FewShotValidator(DetectionValidator):
             if val.stats_as_dict["AP_all"] >= 0:  # -1 where none of the classes has a box
                 figures[name] = val.stats_as_dict["AP_50"], val.stats_as_dict["AP_all"]
         return figures
+
+
+@functools.cache
+def validator_like(stock: type) -> type:
+    """Return the validator of a task that matches classes by name.
+
+    Args:
+        stock (type): Ultralytics' validator of the task.
+
+    Returns:
+        (type): `FewShotValidator` for detection, else a subclass of `stock`.
+    """
+    return FewShotValidator if stock is DetectionValidator else type(stock.__name__, (MatchesByName, stock), {})

@@ -321,7 +321,16 @@ class StockRows(ClassRows):
         ]
 
     def restore(self, index: int, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Write weight and bias of one class back, see `ClassRows.restore`."""
+        """Write weight and bias of one class back, see `ClassRows.restore`.
+
+        Raises:
+            ValueError: If the row is of a few-shot head, i.e. if the class was enrolled before the model was folded.
+        """
+        if any(weights.ndim == 1 for weights, _ in rows):
+            raise ValueError(
+                "The class was enrolled before the model was folded, and what it was trained with is in the few-shot "
+                "checkpoint only. Forget it there, then fold."
+            )
         for branch, (weights, biases) in zip(self.branches, rows):
             self._replace(branch, index, weights, biases)
         self._count_classes()
@@ -394,7 +403,7 @@ def class_rows(model: nn.Module) -> ClassRows:
         return FewShotRows(model)
     kinds = {x.__name__ for x in type(head).__mro__}
     if not isinstance(head, Detect) or kinds & OPEN_VOCABULARY:
-        raise TypeError(f"A {type(head).__name__} head has no class rows.")
+        raise TypeError(f"A {type(head).__name__} head has no row for each class.")
     return StockRows(model)
 
 

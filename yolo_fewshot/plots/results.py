@@ -106,12 +106,10 @@ class FewShotResults(Results):
         return Results.plot(self.new(), img=image, **last)
 
 
-class FewShotPredictor(DetectionPredictor):
-    """Ultralytics' predictor, whose results know which classes were enrolled.
+class KnowsEnrolled:
+    """Mixin of Ultralytics' predictors, whose results know which classes were enrolled."""
 
-    Examples:
-        >>> FewShotYOLO("best.pt").predict("street.jpg", support="shots.yaml")
-    """
+    model: Any
 
     def construct_result(self, *args: Any) -> FewShotResults:
         """Return the results of one image.
@@ -122,8 +120,30 @@ class FewShotPredictor(DetectionPredictor):
         Returns:
             (FewShotResults): The results.
         """
-        enrolled = getattr(self.model.model, "enrolled", {})  # the folded copy that predicts keeps it
-        return FewShotResults.of(super().construct_result(*args), {n: x["shots"] for n, x in enrolled.items()})
+        enrolled = getattr(self.model.model, "enrolled", {})  # the copy that predicts keeps it
+        stock: Any = super()
+        return FewShotResults.of(stock.construct_result(*args), {n: x["shots"] for n, x in enrolled.items()})
+
+
+class FewShotPredictor(KnowsEnrolled, DetectionPredictor):
+    """Ultralytics' predictor, whose results know which classes were enrolled.
+
+    Examples:
+        >>> FewShotYOLO("best.pt").predict("street.jpg", support="shots.yaml")
+    """
+
+
+@functools.cache
+def predictor_like(stock: type) -> type:
+    """Return the predictor of a task whose results know which classes were enrolled.
+
+    Args:
+        stock (type): Ultralytics' predictor of the task.
+
+    Returns:
+        (type): `FewShotPredictor` for detection, else a subclass of `stock`.
+    """
+    return FewShotPredictor if stock is DetectionPredictor else type(stock.__name__, (KnowsEnrolled, stock), {})
 
 
 def _spans(start: int, end: int, lw: float) -> list[tuple[int, int]]:

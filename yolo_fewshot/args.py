@@ -76,8 +76,14 @@ ADAPTING = ("base_replay", "blend", "teacher", "memory", "steps")
 
 # Keys of predict, track, val and export.
 ENROLL_KEYS: dict[str, Key] = {
-    "support": Key(str, None, "support set to enroll: data.yaml, .txt list, or folder of crops by class"),
+    "support": Key(str, None, "support set to enroll: data.yaml, .txt list, folder of crops by class, or an image"),
     "enroll": Key(str, None, "how: auto (default), mean or fit", choices=("auto", "mean", "fit")),
+    "background": Key(
+        str, None, "images without the classes to enroll, whose anchors are negatives: folder or .txt list"
+    ),
+    "objects": Key(
+        str, None, "objects in the image of support=, i.e. 'scooter 10 20 200 300', corners in pixels; by ';'"
+    ),
 }
 
 ALL_KEYS = {**KEYS, **ENROLL_KEYS}

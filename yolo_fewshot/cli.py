@@ -34,11 +34,11 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
     """Enroll the classes of a support set, save the model, and plot the shots beside it.
 
     Args:
-        model (str): Few-shot checkpoint.
+        model (str): Checkpoint.
         support (str): Support set.
         save (str): Checkpoint to write.
         enroll (str): Method.
-        **kwargs (Any): `imgsz`, `batch`, `device` and `nms` of `FewShotYOLO.enroll`.
+        **kwargs (Any): `imgsz`, `batch`, `device`, `nms`, `background` and `objects` of `FewShotYOLO.enroll`.
 
     Raises:
         ValueError: If `save` is not a .pt file in a folder that exists.
@@ -130,20 +130,22 @@ COMMANDS = {
     ),
     "enroll": Command(
         enroll,
-        "teach a few-shot model new classes from a few labeled examples, and save it",
+        "teach a model new classes from a few labeled examples, and save it",
         {
-            "model": "few-shot checkpoint, i.e. best.pt",
-            "support": "support set: data.yaml, .txt list of images, or folder of crops by class",
+            "model": "checkpoint, i.e. yolo11n.pt",
+            "support": "support set: data.yaml, .txt list of images, folder of crops by class, or an image",
             "save": "checkpoint to write",
         },
         {
+            "objects": "objects in the image, i.e. 'scooter 10 20 200 300', corners in pixels; separated by ';'",
+            "background": "folder or .txt list of images that show none of the classes, against false alarms",
             "enroll": "auto (default), mean or fit",
             "imgsz": "image size (that of training)",
             "batch": "images per forward pass (16)",
             "device": "device, i.e. 0 or cpu",
             "nms": "False if YOLO26 will predict with nms=False, for the suggested thresholds",
         },
-        "yolo-fewshot enroll model=best.pt support=shots.yaml save=site-a.pt",
+        "yolo-fewshot enroll model=yolo11n.pt support=shots.yaml background=images save=site-a.pt",
     ),
     "split": Command(
         split,

@@ -13,7 +13,14 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import select_device
 
 from yolo_fewshot import args as keys
-from yolo_fewshot.data.support import Support, fingerprint, incidental_classes, read_support
+from yolo_fewshot.data.support import (
+    Support,
+    background_fingerprint,
+    fingerprint,
+    incidental_classes,
+    read_background,
+    read_support,
+)
 from yolo_fewshot.enroll import enroll as enrollment
 from yolo_fewshot.enroll.features import support_views
 from yolo_fewshot.errors import few, no_rows
@@ -61,6 +68,8 @@ class FewShotYOLO(YOLO):
         device: str | None = None,
         plot: str | Path | None = None,
         nms: bool | None = None,
+        background: str | Path | None = None,
+        objects: str | None = None,
     ) -> dict[str, int]:
         """Enroll the classes of a support set, without training; all other classes stay unchanged.
 
@@ -70,7 +79,7 @@ class FewShotYOLO(YOLO):
 
         Args:
             support (str | Path): YOLO data.yaml, whose train split is used; .txt list of images with YOLO label files;
-                or folder with one sub-folder of cropped images per class.
+                folder with one sub-folder of cropped images per class; or an image, see `objects`.
             imgsz (int, optional): Image size in pixels, that of training if not given.
             batch (int): Images per forward pass.
             method (str): 'mean': the mean embedding of the shots (Snell et al. 2017). 'fit': a classifier fitted on all
@@ -80,6 +89,10 @@ class FewShotYOLO(YOLO):
             plot (str | Path, optional): File of a plot of the shots, i.e. 'support_check.png'; no plot if not given.
             nms (bool, optional): As in `predict`. If it is False and the head is dual, thresholds and `auto` are for
                 the NMS-free branch. Both branches are enrolled anyway.
+            background (str | Path, optional): Folder or .txt list of images that show none of the classes, whose
+                anchors are negatives. They need no labels, and lower the number of false alarms.
+            objects (str, optional): Objects in the image that `support` is: class name and corners x1, y1, x2, y2 in
+                pixels, several separated by ';', i.e. 'scooter 10 20 200 300'.
 
         Returns:
             (dict[str, int]): Number of shots per enrolled class.
@@ -93,14 +106,16 @@ class FewShotYOLO(YOLO):
             model = self._network("enroll()")
             keys.check({"enroll": method})  # before the support set is read
             channels = model.yaml.get("channels") or 3
-            shots = read_support(str(support), model.names, channels)  # the command line turns digits into an int
+            # The command line turns a name of digits into an int.
+            shots = read_support(str(support), model.names, channels, objects)
+            others = None if background is None else read_background(str(background), channels)
             kept = self._classes_to_keep(model, shots)
             views = support_views((self.ckpt or {}).get("train_args") or {}, shots.crops)
             home, training = next(model.parameters()).device, model.training
             model.eval().to(home if device in (None, "") else select_device(device, verbose=False))
             try:
                 size = imgsz or self.overrides.get("imgsz", 640)
-                result = enrollment.enroll(model, shots, size, batch, method, views, kept, nms)
+                result = enrollment.enroll(model, shots, size, batch, method, views, kept, nms, others)
             finally:
                 model.train(training).to(home)
             self._changed()
@@ -256,14 +271,17 @@ class FewShotYOLO(YOLO):
         self._network(f"'support={kwargs['support']}'")
         kwargs = dict(kwargs)
         support, method = str(kwargs.pop("support")), kwargs.pop("enroll", None) or "auto"
+        background, objects = kwargs.pop("background", None), kwargs.pop("objects", None)
         keys.check({"enroll": method})  # before the support set is read
         imgsz = kwargs.get("imgsz")
         imgsz = max(imgsz) if isinstance(imgsz, (list, tuple)) else imgsz
         merged = {**self.overrides, **kwargs}
         nms = False if merged.get("end2end") else merged.get("nms")  # end2end is Ultralytics' old name of nms=False
-        source = (id(self.model), fingerprint(support), method, imgsz, nms is False)
+        others = None if background is None else background_fingerprint(str(background))
+        source = (id(self.model), fingerprint(support), others, objects, method, imgsz, nms is False)
         if self._last_source != source:
-            self.enroll(support, imgsz=imgsz, method=method, device=kwargs.get("device"), nms=nms)
+            given = {"background": background, "objects": objects, "device": kwargs.get("device"), "nms": nms}
+            self.enroll(support, imgsz=imgsz, method=method, **given)
             self._last_source, self._plot_pending = source, True
         return kwargs
 

@@ -23,8 +23,12 @@ from yolo_fewshot.errors import few
 
 MIN_SIDE = 0.99  # minimum side of a box in pixels: 1, minus the rounding of label files
 LAYOUTS = (
-    "A support set is a data.yaml, a .txt list of images with YOLO label files, or a folder with one sub-folder of "
-    "cropped images per class, i.e. 'shots/scooter/1.jpg'."
+    "A support set is a data.yaml, a .txt list of images with YOLO label files, a folder with one sub-folder of "
+    "cropped images per class, i.e. 'shots/scooter/1.jpg', or an image with objects='scooter 10 20 200 300'."
+)
+OBJECTS = (
+    "Objects are a class name and the corners x1 y1 x2 y2 in pixels, several of them separated by ';', i.e. "
+    "objects='scooter 10 20 200 300; traffic cone 220 80 250 130'."
 )
 
 
@@ -80,7 +84,9 @@ class SupportDataset(YOLODataset):
         return list(self.support.labels)
 
 
-def read_support(support: str | Path, names: dict[int, str] | None = None, channels: int = 3) -> Support:
+def read_support(
+    support: str | Path, names: dict[int, str] | None = None, channels: int = 3, objects: str | None = None
+) -> Support:
     """Read and check a support set.
 
     The class names of a list are those of `classes.txt` beside it, one per line, or else of a data.yaml beside it whose
@@ -88,9 +94,11 @@ def read_support(support: str | Path, names: dict[int, str] | None = None, chann
 
     Args:
         support (str | Path): A data.yaml, whose train split is used, or a folder with one; a .txt list of images with
-            YOLO label files; or a folder with one sub-folder of cropped images per class.
+            YOLO label files; a folder with one sub-folder of cropped images per class; or an image.
         names (dict[int, str], optional): Class names of the model.
         channels (int): Channels of the images if the support set does not set them.
+        objects (str, optional): Objects in the image that `support` is: class name and corners x1, y1, x2, y2 in pixels
+            of each, separated by ';'.
 
     Returns:
         (Support): Images in the order of the list, or sorted by folder, without duplicates.
@@ -102,8 +110,12 @@ def read_support(support: str | Path, names: dict[int, str] | None = None, chann
     """
     known = {int(i): str(n) for i, n in (names or {}).items()}
     source = _find(support)
+    if objects is not None:
+        return _read_objects(source, str(objects), channels)
     if source.is_dir():
         return _read_crops(source, channels)
+    if _is_image(source.name):
+        raise ValueError(f"support='{support}' is an image, and there is no objects=. {OBJECTS}")
     data, files = _listed(source)
     if not files:
         raise ValueError(f"{source} lists no images. List at least one labeled image per class.")
@@ -136,6 +148,51 @@ def read_support(support: str | Path, names: dict[int, str] | None = None, chann
     return Support(names, labels, False, source, data.get("channels") or channels, ignore_folder(data))
 
 
+def read_background(source: str | Path, channels: int = 3) -> Support:
+    """Read images without an object of the classes to enroll; label files are not read.
+
+    Args:
+        source (str | Path): Folder, .txt list of images, or image.
+        channels (int): Channels of the images.
+
+    Returns:
+        (Support): The images, as a support set without boxes.
+
+    Raises:
+        FileNotFoundError: If the source, or an image that it lists, does not exist.
+        ValueError: If there are no images, or one is corrupt.
+    """
+    files = _background_images(source)
+    return Support({}, _verify(files, [""] * len(files), sys.maxsize, (0, 0)), False, Path(source), channels)
+
+
+def _background_images(source: str | Path) -> list[str]:
+    """Return the images of `background=`."""
+    path = Path(os.path.abspath(source))
+    if not path.exists():
+        raise FileNotFoundError(f"background='{source}' does not exist. It is a folder or a .txt list of images.")
+    files = list_images(path) if path.is_dir() or path.suffix.lower() == ".txt" or _is_image(path.name) else []
+    if not files:
+        raise ValueError(f"background='{source}' has no images. It is a folder or a .txt list of images.")
+    return list(dict.fromkeys(files))
+
+
+def background_fingerprint(source: str | Path) -> tuple[tuple[str, int, int], ...]:
+    """Return a fingerprint of `background=`, as `fingerprint` does of a support set.
+
+    Args:
+        source (str | Path): As for `read_background`.
+
+    Returns:
+        (tuple[tuple[str, int, int], ...]): Path, size and time of last change in ns of every image.
+
+    Raises:
+        FileNotFoundError: If the source does not exist.
+        ValueError: If it has no images.
+    """
+    return tuple(_stat(f) for f in _background_images(source))
+
+
 def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
     """Return a fingerprint of a support set, which changes with its files, without reading images or labels.
 
@@ -153,6 +210,8 @@ def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
     source = _find(support)
     if source.is_dir():
         files: list[str | Path] = [f for x in _crop_files(source).values() for f in x]
+    elif _is_image(source.name):
+        files = [source]
     else:
         data, images = _listed(source)
         ignore, is_list = ignore_folder(data), source.suffix.lower() == ".txt"
@@ -203,7 +262,7 @@ def _find(support: str | Path) -> Path:
             return utils.find_dataset_yaml(path)
         except AssertionError as e:
             raise ValueError(f"{path} has several YAML files. Name the one to use, i.e. support='{yamls[0]}'.") from e
-    if path.is_file() and path.suffix.lower() not in {".yaml", ".yml", ".txt"}:
+    if path.is_file() and path.suffix.lower() not in {".yaml", ".yml", ".txt"} and not _is_image(path.name):
         raise ValueError(f"support='{support}' is of an unknown type. {LAYOUTS}")
     return path
 
@@ -414,3 +473,33 @@ def _read_crops(folder: Path, channels: int) -> Support:
     whole = np.array([[0.5, 0.5, 1, 1]], dtype=np.float32)
     labels = [x | {"cls": i.reshape(1, 1), "bboxes": whole.copy()} for x, i in zip(labels, ids)]
     return Support(dict(enumerate(classes)), labels, True, folder, channels)
+
+
+def _read_objects(image: Path, objects: str, channels: int) -> Support:
+    """Read the objects of an image from a text of class names and corners."""
+    if not _is_image(image.name):
+        raise ValueError(f"objects='{objects}' needs an image, and support='{image}' is none. {OBJECTS}")
+    (label,) = _verify([str(image)], [""], sys.maxsize, (0, 0))
+    height, width = label["shape"]
+    names, boxes = [], []
+    for text in filter(None, map(str.strip, objects.split(";"))):
+        words = text.replace(",", " ").split()
+        try:
+            x1, y1, x2, y2 = (float(x) for x in words[-4:])
+        except ValueError:
+            words = []
+        if len(words) < 5:
+            raise ValueError(f"'{text}' in objects= is not a class name and four numbers. {OBJECTS}")
+        if not (-1 <= x1 < x2 <= width + 1 and -1 <= y1 < y2 <= height + 1):
+            raise ValueError(
+                f"The box of '{text}' in objects= is not within {image}, which is {width} x {height} pixels. {OBJECTS}"
+            )
+        names.append(" ".join(words[:-4]))
+        boxes.append([(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height])
+    if not boxes:
+        raise ValueError(f"objects='{objects}' is empty. {OBJECTS}")
+    classes = list(dict.fromkeys(names))
+    cls = np.array([[classes.index(n)] for n in names], dtype=np.float32)
+    labels = [label | {"cls": cls, "bboxes": np.array(boxes, dtype=np.float32)}]
+    _check_boxes(labels, [str(image)], dict(enumerate(classes)))
+    return Support(dict(enumerate(classes)), labels, False, image, channels)

@@ -16,7 +16,7 @@ MIN_SHOTS = 3  # of a class that has a say in the choice of its method
 
 
 def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
-    """Assign the images to folds so that the shots of every class are spread over the folds.
+    """Assign the images to folds so that the shots of every class, and the images without any, are spread over them.
 
     Args:
         features (Features): Features of a support set.
@@ -25,7 +25,7 @@ def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         (torch.Tensor): Fold of every image, (number of images,) int64.
     """
-    n, fold = int(labels.max()) + 1, torch.zeros(len(features.files), dtype=torch.int64)
+    n, fold = int(labels.max()) + 1, torch.arange(len(features.files)) % FOLDS
     held = torch.zeros(FOLDS, n)  # weighted objects of every class in every fold
     rare = 1 / torch.bincount(labels[labels >= 0], minlength=n).clamp(min=1)  # classes of few shots weigh more
     for p in features.image.unique().tolist():
@@ -58,15 +58,17 @@ def detect_left_out(
             image counts no object.
     """
     fold, first, parts = folds(features, labels), features.anchors[0], []
-    for f in fold[features.image].unique().tolist():
+    for f in fold.unique().tolist():
         rest = torch.where(fold[features.image] == f, -1, labels)
         known = torch.bincount(rest[rest >= 0], minlength=len(methods)) > 0
         others = features._replace(anchors=[select(first, (first.image < 0) | (fold[first.image] != f))])
         weights = classifiers(others, rest, methods, shots, 0, space)
         out = detect(features, labels, fold == f, weights, space, nms=nms)
-        parts.append((*(x[known[out.cls]] for x in out[:3]), out.n_gt * known))
-    cls, conf, tp, n_gt = zip(*parts)
-    return Detections(torch.cat(cls), torch.cat(conf), torch.cat(tp), torch.stack(n_gt).sum(0))
+        found = (x[known[out.cls]] for x in (out.cls, out.conf, out.tp, out.background))
+        parts.append((*found, out.n_gt * known, out.n_background))
+    cls, conf, tp, background, n_gt, n_background = zip(*parts)
+    found = map(torch.cat, (cls, conf, tp))
+    return Detections(*found, torch.stack(n_gt).sum(0), torch.cat(background), sum(n_background))
 
 
 def choose_methods(

@@ -25,12 +25,16 @@ class Detections(NamedTuple):
         conf (torch.Tensor): Confidence, (M,) float32.
         tp (torch.Tensor): Whether it is a true positive at IoU 0.5, (M,) bool.
         n_gt (torch.Tensor): Number of objects of every class, (n,) int64.
+        background (torch.Tensor): Whether the detection is in a background image, see `Features`, (M,) bool.
+        n_background (int): Number of background images that were searched.
     """
 
     cls: torch.Tensor
     conf: torch.Tensor
     tp: torch.Tensor
     n_gt: torch.Tensor
+    background: torch.Tensor = torch.zeros(0, dtype=torch.bool)
+    n_background: int = 0
 
 
 def detect(
@@ -78,7 +82,9 @@ def detect(
     kept, tp = torch.cat(kept), torch.cat(tp)
     order = s[kept].argsort(descending=True, stable=True)
     n_gt = torch.bincount(labels[(labels >= 0) & images[features.image]], minlength=n)
-    return Detections(c[kept[order]], s[kept[order]], tp[order], n_gt)
+    first = len(images) - features.n_background
+    kept = kept[order]
+    return Detections(c[kept], s[kept], tp[order], n_gt, image[kept] >= first, int(images[first:].sum()))
 
 
 def _match(iou: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.support import Support
 from yolo_fewshot.enroll.agreement import agreement
 from yolo_fewshot.enroll.cross_validation import choose_methods
-from yolo_fewshot.enroll.features import Features, View, extract
+from yolo_fewshot.enroll.features import Features, View, add_background, extract, standardize, support_views
 from yolo_fewshot.enroll.methods import classifiers
 from yolo_fewshot.enroll.replay import add_replay
 from yolo_fewshot.enroll.thresholds import thresholds
@@ -77,6 +77,7 @@ def enroll(
     views: list[View] | None = None,
     keep: Collection[str] = (),
     nms: bool | None = None,
+    background: Support | None = None,
 ) -> Shots:
     """Set the classifiers of the classes of a support set, and append those of new classes; nothing else changes.
 
@@ -91,6 +92,7 @@ def enroll(
             negatives of the other classes, and take part in the choice of the method.
         nms (bool, optional): As in `predict`. If it is False and the head is dual, thresholds and methods are chosen
             for the one-to-one branch. Both branches are enrolled anyway.
+        background (Support, optional): Images without an object of the classes; their anchors are negatives.
 
     Returns:
         (Shots): Enrolled classes and their shots.
@@ -102,7 +104,12 @@ def enroll(
     keys.check({"enroll": method})
     rows = class_rows(model)
     _check_model(model, support, keep)
+    views = views or support_views(getattr(model, "args", None) or {}, support.crops)
+    standardize(rows, support, imgsz, batch, views)
     features = extract(rows, support, imgsz, batch, views)
+    if background:
+        plain = extract(rows, background, imgsz, batch, [View()], desc="Background")
+        features = add_background(features, plain)
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
     _check_anchors(support, features, names, counts, keep, imgsz)

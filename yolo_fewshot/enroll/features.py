@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,7 @@ class Features(NamedTuple):
             for objects without an anchor.
         anchors (list[Anchors]): Anchors, per branch.
         views (int): Number of views.
+        n_background (int): Number of images without an object of any class that were added at the end of `files`.
     """
 
     cls: torch.Tensor
@@ -78,6 +80,7 @@ class Features(NamedTuple):
     embeds: list[torch.Tensor]
     anchors: list[Anchors]
     views: int
+    n_background: int = 0
 
 
 def select(anchors: Anchors, mask: torch.Tensor) -> Anchors:
@@ -138,6 +141,40 @@ def make_view(batch: dict[str, Any], view: View, stride: int) -> dict[str, Any]:
     return {**batch, "img": (img * view.gain).clamp(0, 1), "bboxes": boxes}
 
 
+def add_background(features: Features, background: Features) -> Features:
+    """Add images without an object of any class to the features of a support set.
+
+    Args:
+        features (Features): Features of a support set.
+        background (Features): Features of the other images.
+
+    Returns:
+        (Features): The features, with the images of the background last.
+    """
+    joined = []
+    for own, other in zip(features.anchors, background.anchors):
+        other = other._replace(image=other.image + len(features.files))
+        joined.append(Anchors(*map(torch.cat, zip(own, other))))
+    files = features.files + background.files
+    return features._replace(files=files, anchors=joined, n_background=len(background.files))
+
+
+def standardize(rows: ClassRows, support: Support, imgsz: int, batch: int, views: list[View]) -> None:
+    """Learn the statistics of the features from the first view of the images of a support set.
+
+    Args:
+        rows (ClassRows): Class rows of a model in eval mode.
+        support (Support): The support set.
+        imgsz (int): Image size in pixels.
+        batch (int): Images per forward pass.
+        views (list[View]): Views of the images.
+    """
+    if rows.per_level:
+        stride = int(rows.model.stride.max())
+        items = _loader(rows, support, check_imgsz(imgsz, stride=stride), batch)
+        rows.standardize(make_view(item, views[0], stride)["img"] for item in items)
+
+
 @torch.no_grad()
 def extract(
     rows: ClassRows,
@@ -165,7 +202,7 @@ def extract(
         (Features): The features, on the CPU.
     """
     model: Any = rows.model
-    device, stride = next(model.parameters()).device, int(model.stride.max())
+    stride = int(model.stride.max())
     views = views or support_views(getattr(model, "args", None) or {}, support.crops)
     imgsz = check_imgsz(imgsz, stride=stride)
     trained = [i for i, n in model.names.items() if str(n) not in rows.enrolled]
@@ -173,12 +210,7 @@ def extract(
     cls, boxes, images = [], [], []
     branches = [([], []) for _ in rows.branches]  # embeddings of objects and anchors, per branch
     n_images = n_objects = 0
-    dataset = SupportDataset(support, imgsz)
-    dataset = MaskedDataset.of(dataset, support.ignore) if support.ignore else dataset
-    loader = build_dataloader(dataset, batch=batch, workers=0, shuffle=False, device=device)
-    rows.standardize(make_view(_plain(item, device), views[0], stride)["img"] for item in loader)
-    for item in TQDM(loader, desc=desc, total=len(loader)):
-        item = _plain(item, device)
+    for item in TQDM(_loader(rows, support, imgsz, batch), desc=desc, total=-(-len(support.labels) // batch)):
         sums = [0.0] * len(branches)
         for v, view in enumerate(views):
             viewed, ignored = without_ignored(make_view(item, view, stride))
@@ -216,10 +248,14 @@ def extract(
     )
 
 
-def _plain(item: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a batch of the loader on a device, with images in 0..1."""
-    item = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
-    return {**item, "img": item["img"].float() / 255}
+def _loader(rows: ClassRows, support: Support, imgsz: int, batch: int) -> Iterator[dict[str, Any]]:
+    """Yield the batches of a support set on the device of the model, with images in 0..1."""
+    device = next(rows.model.parameters()).device
+    dataset = SupportDataset(support, imgsz)
+    dataset = MaskedDataset.of(dataset, support.ignore) if support.ignore else dataset
+    for item in build_dataloader(dataset, batch=batch, workers=0, shuffle=False, device=device):
+        item = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
+        yield {**item, "img": item["img"].float() / 255}
 
 
 def _features(

@@ -1,10 +1,15 @@
-"""Suggested confidence thresholds: those of maximum F1."""
+"""Suggested confidence thresholds: those of maximum F1, with few false alarms in background images."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from yolo_fewshot.enroll.detection import CONF, Detections
+
+FALSE_ALARMS = 0.05  # maximum expected number in a background image, of all classes together
+TAIL = 10  # number of the false alarms of a class that its tail is estimated from
 
 
 def thresholds(detections: Detections) -> list[float | None]:
@@ -14,10 +19,42 @@ def thresholds(detections: Detections) -> list[float | None]:
         detections (Detections): Detections of n classes in images that their classifiers were not made from.
 
     Returns:
-        (list[float | None]): Threshold in 0..1 per class; None for a class without a true positive.
+        (list[float | None]): Threshold in 0..1 per class; None for a class without a true positive, unless there are
+            background images.
     """
-    of_class = [detections.cls == c for c in range(len(detections.n_gt))]
-    return [best_conf(detections.conf[i], detections.tp[i], n) for i, n in zip(of_class, detections.n_gt.tolist())]
+    n, suggested = len(detections.n_gt), []
+    for c, n_gt in enumerate(detections.n_gt.tolist()):
+        i = detections.cls == c
+        conf = best_conf(detections.conf[i], detections.tp[i], n_gt)
+        if detections.n_background:
+            alarms = detections.conf[i & detections.background]
+            conf = max(conf or CONF, quiet_conf(alarms, detections.n_background, FALSE_ALARMS / n))
+        suggested.append(conf)
+    return suggested
+
+
+def quiet_conf(alarms: torch.Tensor, images: int, rate: float) -> float:
+    """Return the confidence threshold at which false alarms have a rate.
+
+    The rate is usually smaller than what so few images can show, so that it is extrapolated: the logits of the most
+    confident false alarms are taken for exponentially distributed beyond a threshold (peaks over threshold, Pickands
+    1975), with their mean excess as the scale.
+
+    Args:
+        alarms (torch.Tensor): Confidence of every false alarm, (M,).
+        images (int): Number of images in which they were found.
+        rate (float): Expected number of false alarms in an image.
+
+    Returns:
+        (float): Threshold in 0..1, at least `CONF`.
+    """
+    if len(alarms) < 2:
+        return CONF if not len(alarms) else max(CONF, round(float(alarms[0]) + 5e-4, 3))
+    logits = torch.logit(alarms.double().sort(descending=True)[0][: TAIL + 1], eps=1e-6)
+    peaks, base = logits[:-1], logits[-1]
+    scale = float((peaks - base).mean())
+    z = float(base) + scale * max(math.log(len(peaks) / images / rate), 0.0)
+    return max(CONF, round(1 / (1 + math.exp(-z)), 3))
 
 
 def best_conf(conf: torch.Tensor, tp: torch.Tensor, n_gt: int) -> float | None:

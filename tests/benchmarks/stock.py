@@ -5,7 +5,7 @@
 `data` is a folder of K-shot lists, as `yolo-fewshot split` writes it: novel_{K}shot_seed{S}.txt, data.yaml and
 images/novel_query. AP50 and AP are Ultralytics' on the query images, cAP50 and cAP are COCO's (faster-coco-eval, 101
 points, 100 detections an image), in %. False alarms are the detections of new classes in an image of the val split of
-`base`, which must not show them, above the suggested thresholds, with and without `background`. Rows are appended as
+`base`, which must not show them, above the suggested thresholds (0.25 if there is none), with and without `background`. Rows are appended as
 they come, and finished ones are skipped. One CPU core by default (threads=1).
 """
 
@@ -97,7 +97,7 @@ def predictions(yolo: FewShotYOLO, folder: Path) -> list[dict[str, Any]]:
 
 def false_alarms(model: FewShotYOLO, images: list[str], imgsz: int) -> float:
     """Return the detections of enrolled classes in an image above their suggested thresholds."""
-    conf = {n: x["conf"] for n, x in model.model.enrolled.items()}
+    conf = {n: x["conf"] or 0.25 for n, x in model.model.enrolled.items()}  # 0.25 is the default of predict
     n = 0
     for result in model.predict(images, stream=True, imgsz=imgsz, conf=0.01, max_det=1000, verbose=False, save=False):
         for c, s in zip(result.boxes.cls.tolist(), result.boxes.conf.tolist()):

@@ -12,7 +12,15 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils import YAML
 
 from yolo_fewshot.data import support as module
-from yolo_fewshot.data.support import Support, SupportDataset, fingerprint, incidental_classes, read_support
+from yolo_fewshot.data.support import (
+    Support,
+    SupportDataset,
+    background_fingerprint,
+    fingerprint,
+    incidental_classes,
+    read_background,
+    read_support,
+)
 
 NAMES = {0: "cat", 1: "dog"}  # of the model
 
@@ -361,8 +369,79 @@ def test_missing_support_set(tmp_path):
 
 
 def test_unknown_type(root):
-    with fails(ValueError, "images/a.png' is of an unknown type", "data.yaml"):
-        read_support(root / "images/a.png")
+    with fails(ValueError, "labels.csv' is of an unknown type", "data.yaml"):
+        label(root / "labels.csv")
+        read_support(root / "labels.csv")
+
+
+# An image with objects ------------------------------------------------------------------------------------------------
+
+
+def test_objects_of_one_image(root):
+    """The image is 80 x 40 pixels; its label file is not read."""
+    found = read_support(
+        root / "images/b.png", NAMES, objects="traffic cone 8 4 24 20; dog,60,0,80,40;traffic cone 0 0 8 8;"
+    )
+    assert found.names == {0: "traffic cone", 1: "dog"} and not found.crops and files(found) == ["b"]
+    (rows,) = boxes(found)
+    expected = [[0, 0.2, 0.3, 0.2, 0.4], [1, 0.875, 0.5, 0.25, 1], [0, 0.05, 0.1, 0.1, 0.2]]
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
+    assert fingerprint(root / "images/b.png") != fingerprint(root / "images/a.png")
+
+
+@pytest.mark.parametrize(
+    "objects, text",
+    [
+        (None, "is an image, and there is no objects="),
+        ("", "is empty"),
+        ("1 2 3 4", "'1 2 3 4' in objects= is not a class name and four numbers"),
+        ("dog 1 2 3", "'dog 1 2 3' in objects= is not a class name and four numbers"),
+        ("dog 1 2 3 4; cat 1 2 x 4", "'cat 1 2 x 4' in objects= is not"),
+        ("dog 0.1 0.1 0.3 90", "within"),
+        ("dog 30 2 20 4", "within"),
+        ("dog nan 2 20 4", "within"),
+        ("dog 3 3 3.5 20", "cover less than a pixel"),
+    ],
+)
+def test_objects_that_cannot_be_read(root, objects, text):
+    with fails(ValueError, text):
+        read_support(root / "images/a.png", NAMES, objects=objects)
+
+
+def test_objects_need_an_image(root, shots):
+    with fails(ValueError, "objects='dog 1 2 20 30' needs an image, and support="):
+        read_support(shots, NAMES, objects="dog 1 2 20 30")
+
+
+# Background -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["images", "list.txt", "images/a.png"])
+def test_background_images_have_no_objects_whatever_their_labels(root, form):
+    found = read_background(root / form)
+    assert sorted(files(found)) == (["a"] if form.endswith("png") else ["a", "b", "c"])
+    assert not any(len(x["cls"]) or len(x["bboxes"]) for x in found.labels)
+
+
+def test_a_change_of_the_background_is_noticed(root):
+    before = background_fingerprint(root / "images")
+    assert background_fingerprint(root / "images") == before
+    image(root / "images/d.png")
+    assert background_fingerprint(root / "images") != before
+
+
+def test_background_that_cannot_be_read(root, shots):
+    with fails(FileNotFoundError, "background='nowhere' does not exist"):
+        read_background("nowhere")
+    for form in ("labels", "shots.yaml"):
+        with fails(ValueError, "has no images. It is a folder or a .txt list"):
+            read_background(root / form)
+    (root / "images/a.png").write_text("no image")
+    with fails(ValueError, "1 of 3 images", "a.png"):
+        read_background(root / "images")
+
+
+# Other support sets ---------------------------------------------------------------------------------------------------
 
 
 def test_no_images(root, shots):

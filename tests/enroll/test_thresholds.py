@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
-from yolo_fewshot.enroll.detection import Detections
-from yolo_fewshot.enroll.thresholds import best_conf, thresholds
+from yolo_fewshot.enroll.detection import CONF, Detections
+from yolo_fewshot.enroll.thresholds import best_conf, quiet_conf, thresholds
 
 
 def f1(conf, tp, n_gt, threshold):
@@ -58,3 +60,38 @@ def test_thresholds_are_those_of_each_class():
     for c, k in ((0, 15), (2, 12)):
         assert found[c] == best_conf(conf[cls == c], tp[cls == c], k)
     assert found[1] is None and found[3] is None and found[0] != found[2]
+
+
+# Background images ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.05, 0.005])
+def test_false_alarms_have_the_rate_asked_for(rate):
+    """In each of many images 20 alarms whose logits exceed -8 by an exponential of mean 1.2: the truth is known."""
+    rng = torch.Generator().manual_seed(0)
+    truth, found = -8 + 1.2 * math.log(20 / rate), []
+    for _ in range(200):
+        logits = -8 - 1.2 * torch.rand(100 * 20, generator=rng).log()
+        found.append(math.log((c := quiet_conf(logits.sigmoid(), 100, rate)) / (1 - c)))
+    assert torch.tensor(found).median() == pytest.approx(truth, abs=0.3)
+
+
+def test_rare_false_alarms_need_a_higher_threshold_than_any_that_was_seen():
+    alarms = torch.tensor([0.02, 0.11, 0.3, 0.05, 0.04])
+    found = [quiet_conf(alarms, 20, rate) for rate in (0.2, 0.05, 0.01, 0.001)]
+    assert found == sorted(found) and found[0] < 0.3 < found[2] < found[3] < 1
+
+
+def test_without_or_with_one_false_alarm_the_threshold_is_above_it():
+    assert quiet_conf(torch.zeros(0), 10, 0.05) == CONF
+    assert 0.4 < quiet_conf(torch.tensor([0.4]), 10, 0.05) < 0.41
+
+
+def test_thresholds_with_background_are_the_larger_of_both():
+    """Class 0 has no alarm, class 1 some above its shots, class 2 was never found."""
+    cls, conf = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0.9, 0.2, 0.3, 0.5, 0.4, 0.35])
+    tp, background = torch.tensor([1, 0, 1, 0, 0, 0]).bool(), torch.tensor([0, 0, 0, 1, 1, 1]).bool()
+    found = thresholds(Detections(cls, conf, tp, torch.tensor([1, 1, 1]), background, 10))
+    assert found[0] == best_conf(conf[:2], tp[:2], 1) == 0.55
+    assert found[1] == quiet_conf(conf[3:], 10, 0.05 / 3) > best_conf(conf[2:], tp[2:], 1)
+    assert found[2] == CONF

@@ -46,15 +46,16 @@ def quiet_conf(alarms: torch.Tensor, images: int, rate: float) -> float:
         rate (float): Expected number of false alarms in an image.
 
     Returns:
-        (float): Threshold in 0..1, at least `CONF`.
+        (float): Threshold, `CONF` to 0.999.
     """
-    if len(alarms) < 2:
-        return CONF if not len(alarms) else max(CONF, round(float(alarms[0]) + 5e-4, 3))
-    logits = torch.logit(alarms.double().sort(descending=True)[0][: TAIL + 1], eps=1e-6)
-    peaks, base = logits[:-1], logits[-1]
-    scale = float((peaks - base).mean())
-    z = float(base) + scale * max(math.log(len(peaks) / images / rate), 0.0)
-    return max(CONF, round(1 / (1 + math.exp(-z)), 3))
+    if len(alarms) <= rate * images:
+        return CONF
+    n = max(TAIL, math.ceil(rate * images)) + 1
+    *peaks, base = torch.logit(alarms.double().sort(descending=True)[0][:n], eps=1e-6).tolist()
+    z = base  # with a single false alarm there is no excess
+    if peaks:
+        z += (sum(peaks) / len(peaks) - base) * math.log(len(peaks) / images / rate)
+    return min(max(CONF, round(1 / (1 + math.exp(-z)) + 5e-4, 3)), 0.999)
 
 
 def best_conf(conf: torch.Tensor, tp: torch.Tensor, n_gt: int) -> float | None:

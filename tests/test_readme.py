@@ -7,12 +7,13 @@ import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
 import pytest
-from ultralytics import YOLO
-from ultralytics.cfg import entrypoint, get_cfg, merge_equals_args, parse_key_value_pair
+from ultralytics import YOLO, cfg
+from ultralytics.cfg import get_cfg, merge_equals_args, parse_key_value_pair
 from ultralytics.utils import DEFAULT_CFG_DICT, ROOT, YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO, args, cli
@@ -67,10 +68,13 @@ def folder(tmp_path, monkeypatch, trained):
     YAML.save("all_5shot.yaml", every)
     for name in ("shots.yaml", "novel_5shot.yaml"):
         YAML.save(name, {**write_data(tmp_path / name[:-5], ["scooter", "bus"], 5)})
-    shutil.copy("base/images/val/0000.png", "street.jpg")
+    cv2.imwrite("street.jpg", cv2.resize(cv2.imread("base/images/val/0000.png"), (160, 120)))
+    shutil.copytree("base/images/val", "images")
     cli.main(["split", "data=data.yaml", "novel=scooter,bus", "shots=1", "seeds=1", "out=characters"])
     FewShotYOLO("best.pt").fold().save("stock.pt")
-    YOLO("yolo11n.yaml").save("yolo11n.pt")  # stands for pretrained weights
+    stock = YOLO("yolo11n.yaml")  # stands for pretrained weights
+    stock.model.names = {**stock.model.names, 0: "star", 1: "plus", 2: "arrow", 3: "ring"}
+    stock.save("yolo11n.pt")
     return tmp_path
 
 
@@ -94,7 +98,8 @@ def run(words, folder):
         more = {"train": [*quick, *steps], "val": quick[:1] + quick[2:], "export": quick[:1], "predict": quick[:1]}
         stage2 = any("stage2" in x for x in words)
         more = [*more[words[1]], *(f"{k}={v}" for k, v in EPISODES.items() if stage2), f"project={folder}/runs/detect"]
-        entrypoint(shlex.join([*words, *more]))
+        with mock.patch.object(cfg, "ARGV", [*words, *more]):  # entrypoint(text) would split quoted words
+            cfg.entrypoint("")
     elif words[0] == "yolo-fewshot":
         short = {"shots=1", "seeds=1", "methods=stock-0,auto,adapt", "imgsz=64", "workers=0", "steps=2"}
         more = {"benchmark": sorted(short), "doctor": [*quick, "episodes=2", "n_way=2"]}.get(words[1], [])

@@ -9,9 +9,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from filelock import FileLock
 
 # Ultralytics reads these when it is first imported, and so do the processes that the tests start.
 HOME = Path(tempfile.mkdtemp(prefix="yolo-fewshot-tests-"))
@@ -84,13 +85,18 @@ def draw_tiny() -> Callable[[Path, int], Path]:
     return draw
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The trainers of short runs of stages 1 and 2 on the demo data; the best.pt of stage 2 detects objects."""
+class Run(NamedTuple):
+    """The files of a training that are read later."""
+
+    best: Path
+    csv: Path
+
+
+def train_on_the_demo(root: Path) -> None:
+    """Train stages 1 and 2, shortly."""
     from yolo_fewshot import FewShotTrainer
     from yolo_fewshot.paths import cfg_dir
 
-    root = tmp_path_factory.mktemp("trained")
     model = (cfg_dir() / "fewshot.yaml").read_text().replace("width_multiple: 0.25", "width_multiple: 0.125")
     (root / "small.yaml").write_text(model)
     common = {
@@ -101,9 +107,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     stage1 = FewShotTrainer("stage1.yaml", {**common, **first})
     stage1.train()
     second = {"model": str(stage1.best), "name": "stage2", "episodes": 40, "n_way": 8, "lrf": 0.3}
-    stage2 = FewShotTrainer("stage2.yaml", {**common, **second})
-    stage2.train()
-    return stage1, stage2
+    FewShotTrainer("stage2.yaml", {**common, **second}).train()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """Short runs of stages 1 and 2 on the demo data; the best.pt of stage 2 detects objects.
+
+    One of the test processes trains, the others wait for it, and all read the same files.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with FileLock(f"{root}.lock"):
+        if not (root / "done").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir()
+            train_on_the_demo(root)
+            (root / "done").touch()
+    return [Run(root / stage / "weights" / "best.pt", root / stage / "results.csv") for stage in ("stage1", "stage2")]
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +160,7 @@ def demo() -> Path:
 
 
 @pytest.fixture(scope="session")
-def enrolled(trained: tuple[Any, Any], demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def enrolled(trained: list[Run], demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of stage 2 with the novel classes of the demo data enrolled from five shots each."""
     from yolo_fewshot import FewShotYOLO
 

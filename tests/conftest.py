@@ -31,10 +31,21 @@ for name in ("Arial.ttf", "Arial.Unicode.ttf"):
 
 SLOW_FIXTURES = {"trained", "enrolled", "stages", "wheel"}  # which train models or build the package
 
+# Files that take longest, in this order, so that no test process waits for another at the end. The first one trains the
+# models that others need, while another process runs the second and the third, which need none.
+FIRST = [
+    "train/test_adaptation.py", "train/test_processes.py", "train/test_trainer.py", "test_yolo.py", "test_readme.py",
+    "test_examples.py", "test_install.py", "train/test_guarded.py", "evaluate/test_benchmark.py",
+    "enroll/test_dual_head.py", "train/test_channels.py", "evaluate/test_benchmark_gpu.py", "train/test_resume.py",
+    "test_deploy.py", "test_plugin.py", "train/test_learning.py",
+]  # fmt: skip
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a slow fixture."""
+    """Mark the tests that need a slow fixture, and order the files."""
+    places = {Path(__file__).parent / file: place for place, file in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(FIRST)))
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
@@ -46,7 +57,9 @@ def ultralytics_home() -> Iterator[Path]:
     import torch
     from ultralytics import settings
     from ultralytics.data import utils
+    from ultralytics.utils import torch_utils
 
+    torch_utils.get_flops = lambda *_: 0.0  # a figure of the log that costs a tenth of a small training
     torch.set_num_threads(1)  # in each of the two test processes
     utils.DATASETS_DIR = HOME / "datasets"  # read from the settings at import
     settings.update({f"{k}_dir": str(HOME / k) for k in ("datasets", "weights", "runs")} | {"sync": False})
@@ -60,6 +73,7 @@ def young_heap(ultralytics_home: Path) -> None:
     """Let the garbage collector, which Ultralytics calls in every training, pass over what was imported before."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # copies of models and checkpoints allocate much and leave little
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -9,9 +10,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from filelock import FileLock
 
 # Ultralytics reads these when it is first imported, and so do the processes that the tests start.
 HOME = Path(tempfile.mkdtemp(prefix="yolo-fewshot-tests-"))
@@ -29,10 +31,21 @@ for name in ("Arial.ttf", "Arial.Unicode.ttf"):
 
 SLOW_FIXTURES = {"trained", "enrolled", "stages", "wheel"}  # which train models or build the package
 
+# Files that take longest, in this order, so that no test process waits for another at the end. The first one trains the
+# models that others need, while another process runs the second and the third, which need none.
+FIRST = [
+    "train/test_adaptation.py", "train/test_processes.py", "train/test_trainer.py", "test_yolo.py", "test_readme.py",
+    "test_examples.py", "test_install.py", "train/test_guarded.py", "evaluate/test_benchmark.py",
+    "enroll/test_dual_head.py", "train/test_channels.py", "evaluate/test_benchmark_gpu.py", "train/test_resume.py",
+    "test_deploy.py", "test_plugin.py", "train/test_learning.py",
+]  # fmt: skip
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a slow fixture."""
+    """Mark the tests that need a slow fixture, and order the files."""
+    places = {Path(__file__).parent / file: place for place, file in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(FIRST)))
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
@@ -44,13 +57,23 @@ def ultralytics_home() -> Iterator[Path]:
     import torch
     from ultralytics import settings
     from ultralytics.data import utils
+    from ultralytics.utils import torch_utils
 
+    torch_utils.get_flops = lambda *_: 0.0  # a figure of the log that costs a tenth of a small training
     torch.set_num_threads(1)  # in each of the two test processes
     utils.DATASETS_DIR = HOME / "datasets"  # read from the settings at import
     settings.update({f"{k}_dir": str(HOME / k) for k in ("datasets", "weights", "runs")} | {"sync": False})
     assert json.loads((HOME / "Ultralytics" / "settings.json").read_text())["runs_dir"] == str(HOME / "runs")
     yield HOME
     shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def young_heap(ultralytics_home: Path) -> None:
+    """Let the garbage collector, which Ultralytics calls in every training, pass over what was imported before."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)  # copies of models and checkpoints allocate much and leave little
 
 
 @pytest.fixture(scope="session")
@@ -84,13 +107,18 @@ def draw_tiny() -> Callable[[Path, int], Path]:
     return draw
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The trainers of short runs of stages 1 and 2 on the demo data; the best.pt of stage 2 detects objects."""
+class Run(NamedTuple):
+    """The files of a training that are read later."""
+
+    best: Path
+    csv: Path
+
+
+def train_on_the_demo(root: Path) -> None:
+    """Train stages 1 and 2, shortly."""
     from yolo_fewshot import FewShotTrainer
     from yolo_fewshot.paths import cfg_dir
 
-    root = tmp_path_factory.mktemp("trained")
     model = (cfg_dir() / "fewshot.yaml").read_text().replace("width_multiple: 0.25", "width_multiple: 0.125")
     (root / "small.yaml").write_text(model)
     common = {
@@ -101,9 +129,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     stage1 = FewShotTrainer("stage1.yaml", {**common, **first})
     stage1.train()
     second = {"model": str(stage1.best), "name": "stage2", "episodes": 40, "n_way": 8, "lrf": 0.3}
-    stage2 = FewShotTrainer("stage2.yaml", {**common, **second})
-    stage2.train()
-    return stage1, stage2
+    FewShotTrainer("stage2.yaml", {**common, **second}).train()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """Short runs of stages 1 and 2 on the demo data; the best.pt of stage 2 detects objects.
+
+    One of the test processes trains, the others wait for it, and all read the same files.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with FileLock(f"{root}.lock"):
+        if not (root / "done").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir()
+            train_on_the_demo(root)
+            (root / "done").touch()
+    return [Run(root / stage / "weights" / "best.pt", root / stage / "results.csv") for stage in ("stage1", "stage2")]
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +182,7 @@ def demo() -> Path:
 
 
 @pytest.fixture(scope="session")
-def enrolled(trained: tuple[Any, Any], demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def enrolled(trained: list[Run], demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of stage 2 with the novel classes of the demo data enrolled from five shots each."""
     from yolo_fewshot import FewShotYOLO
 

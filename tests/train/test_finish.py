@@ -14,7 +14,7 @@ from yolo_fewshot import FewShotTrainer
 from yolo_fewshot.train import finish as module
 from yolo_fewshot.train.finish import strip
 
-pytestmark = pytest.mark.oldest
+pytestmark = [pytest.mark.oldest, pytest.mark.slow]
 
 SETTINGS = {
     "imgsz": 64, "workers": 0, "plots": False, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0, "verbose": False,

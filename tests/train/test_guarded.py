@@ -12,6 +12,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import YAML
 from ultralytics.utils.loss import v8DetectionLoss
 
@@ -34,9 +35,11 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder of runs, and a tiny data set for each task."""
+    """A folder of runs and tiny models, and a tiny data set for each task."""
     root, rng, found = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0), {}
-    for task in TASKS:
+    for task, model in TASKS.items():
+        stock = yaml_model_load(model)
+        YAML.save(root / model, {**stock, "scales": {"n": [0.5, 0.125, 1024]}})
         kind = root / task
         for split in ("train", "val"):
             for i in range(8):
@@ -63,7 +66,7 @@ def train(data, task, name, **settings):
     """Train; returns the trainer, the losses of every batch, and the random states at the end."""
     root, files = data
     losses = []
-    model = YOLO(TASKS[task])
+    model = YOLO(root / TASKS[task])
     model.add_callback("on_train_batch_end", lambda t: losses.append({k: float(v) for k, v in t.loss_items.items()}))
     model.train(data=files[task], project=str(root), name=name, **{**QUICK, **settings})
     state = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()[1])
@@ -151,7 +154,7 @@ def test_the_clip_is_on_the_loss_itself(data, task):
 
         trainer.optimizer.register_step_post_hook(moved)
 
-    model = YOLO(TASKS[task])
+    model = YOLO(root / TASKS[task])
     model.add_callback("on_train_start", begin)
     settings = {**QUICK, "momentum": 0.0, "warmup_momentum": 0.0, "weight_decay": 0.0, "lr0": lr, "lrf": 1.0}
     model.train(data=sources[task], project=str(root), name=f"clip-{task}", grad_clip=limit, **settings)

@@ -5,8 +5,8 @@
 `data` is a folder of K-shot lists, as `yolo-fewshot split` writes it: novel_{K}shot_seed{S}.txt, data.yaml and
 images/novel_query. AP50 and AP are Ultralytics' on the query images, cAP50 and cAP are COCO's (faster-coco-eval, 101
 points, 100 detections an image), in %. False alarms are the detections of new classes in an image of the val split of
-`base`, which must not show them, above the suggested thresholds (0.25 if there is none), with and without `background`. Rows are appended as
-they come, and finished ones are skipped. One CPU core by default (threads=1).
+`base`, which must not show them, above the suggested thresholds (0.25 without one), with and without `background`. Rows
+are appended as they come, and finished ones are skipped. One CPU core by default (threads=1).
 """
 
 from __future__ import annotations

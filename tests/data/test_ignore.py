@@ -21,7 +21,7 @@ from yolo_fewshot.data.shots_and_base import ShotsAndBase
 from yolo_fewshot.nn import criterion
 from yolo_fewshot.nn import terms as episode_terms
 from yolo_fewshot.nn.criterion import Retention, branch_losses
-from yolo_fewshot.nn.ignore import IGNORED, blank_ignored, outside, without_ignored
+from yolo_fewshot.nn.ignore import IGNORED, blank_ignored, outside_regions, without_ignored
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
 from yolo_fewshot.train.diagnosis import describe_batch
@@ -326,7 +326,9 @@ def test_blanked_objects_are_padding_to_the_loss_and_ignore_regions_to_the_mask(
         assert fg.any() and torch.equal(found[1][3], fg), name
         assert all(torch.equal(a[fg], b[fg]) for a, b in zip(*found)) and torch.equal(found[0][2], found[1][2])
     anchors = torch.rand(50, 2) * torch.tensor([WIDTH, HEIGHT])
-    assert torch.equal(outside(every, anchors, (WIDTH, HEIGHT), B), outside(ignored, anchors, (WIDTH, HEIGHT), B))
+    assert torch.equal(
+        outside_regions(every, anchors, (WIDTH, HEIGHT), B), outside_regions(ignored, anchors, (WIDTH, HEIGHT), B)
+    )
     assert IGNORED in batch["cls"] and IGNORED not in blanked["cls"] and blanked["img"] is batch["img"]
 
 
@@ -342,7 +344,7 @@ def test_outside_equals_a_loop(n):
         for a, (ax, ay) in enumerate(anchors.tolist()):
             if (x - bw / 2) * w < ax < (x + bw / 2) * w and (y - bh / 2) * h < ay < (y + bh / 2) * h:
                 expected[int(b), a] = False
-    found = outside(ignored, anchors, torch.tensor([w, h]), images)
+    found = outside_regions(ignored, anchors, torch.tensor([w, h]), images)
     assert found.dtype == torch.bool and torch.equal(found, expected)
     assert bool(found[-1].all()) and (n < 40 or 20 < int((~found).sum()) < 280)
 
@@ -589,9 +591,9 @@ def train(root, name, cfg, **overrides):
     }  # fmt: skip
     trainer = FewShotTrainer(cfg, {**common, "epochs": 2, "data": str(root / "part/data.yaml"), **overrides})
     trainer.add_callback("on_train_epoch_end", stop_plotting)  # after the batches that are wanted
-    inside, original = [], criterion.outside
+    inside, original = [], criterion.outside_regions
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(criterion, "outside", lambda *a: inside.append(int((~(x := original(*a))).sum())) or x)
+        m.setattr(criterion, "outside_regions", lambda *a: inside.append(int((~(x := original(*a))).sum())) or x)
         trainer.train()
     return trainer, inside
 

@@ -74,7 +74,7 @@ class Model:
     def __init__(self):
         self.names = {i: f"class{i}" for i in range(8)}
         self.memory, self.yaml = [], {}
-        self.model = [type("Head", (), {"banks": (Prototypes(8, 4, 3),)})()]
+        self.model = [type("Head", (), {"branch_prototypes": (Prototypes(8, 4, 3),)})()]
 
 
 def choose(train=TRAIN, val=VAL, **kwargs):

@@ -113,8 +113,8 @@ def test_the_mean_prototype_is_the_mean_of_the_shots_embeddings(models, shots, c
     model = deepcopy(models[cfg])
     features = extract(class_rows(model), shots, SIZE)
     enroll(model, shots, SIZE, method="mean", batch=2)
-    assert len(features.embeds) == len(model.model[-1].banks)
-    for bank, embeds in zip(model.model[-1].banks, features.embeds):
+    assert len(features.embeds) == len(model.model[-1].branch_prototypes)
+    for bank, embeds in zip(model.model[-1].branch_prototypes, features.embeds):
         for row, c in ((2, 1), (3, 3)):
             mean = embeds[features.cls == c].sum(0)
             torch.testing.assert_close(bank.weight[row, :, 0], mean / mean.norm(), rtol=0, atol=1e-4)
@@ -137,7 +137,7 @@ def test_a_fit_has_gain_and_offset_and_tells_the_anchors_of_a_class_better(model
     enroll(mean, shots, SIZE, method="mean")
     enroll(fit, shots, SIZE, method="fit")
     for b, anchors in enumerate(features.anchors):
-        ours, theirs = fit.model[-1].banks[b], mean.model[-1].banks[b]
+        ours, theirs = fit.model[-1].branch_prototypes[b], mean.model[-1].branch_prototypes[b]
         assert torch.equal(ours.gain[:2], torch.ones(2)) and not ours.offset[:2].any()
         assert ((ours.gain[2:] - 1).abs() > 1e-3).all() and (ours.offset[2:].abs() > 1e-3).all()
         torch.testing.assert_close(ours.weight[2:].norm(dim=1), torch.ones(2, 1))
@@ -164,7 +164,7 @@ def test_enrollment_is_deterministic(model, shots, method):
 def test_enrolling_again_replaces_the_class(model, shots, method):
     first = enroll(model, shots, SIZE, method=method)
     before = state(model)
-    for bank in model.model[-1].banks:
+    for bank in model.model[-1].branch_prototypes:
         bank.weight.data[2] += 1
         bank.offset[3] = 5
     second = enroll(model, shots, SIZE, method=method)
@@ -211,7 +211,7 @@ def test_confidences_come_from_the_shots(model, shots, monkeypatch, method):
     features = extract(class_rows(model), shots, SIZE)
     names, labels = compact(features, shots.names)
     result = enroll(model, shots, SIZE, method=method)
-    found = detect_left_out(features, labels, [method] * 2, torch.tensor([4, 2]), model.model[-1].banks[0])
+    found = detect_left_out(features, labels, [method] * 2, torch.tensor([4, 2]), model.model[-1].branch_prototypes[0])
     assert len(asked) == 1 and equal(asked[0], found) and len(found.conf) > 50
     assert [r["conf"] for r in result.classes.values()] == [0.25, None] and names == ["square", "disc"]
 
@@ -282,7 +282,7 @@ def test_a_class_of_one_image_has_no_suggested_confidence(model, shots):
 def test_detections_from_features_are_those_of_the_enrolled_model(model, shots):
     """All anchors of small images are kept; against Ultralytics' forward pass and NMS."""
     enroll(model, shots, SIZE, method="mean")
-    bank, conf, seen = model.model[-1].banks[0], 0.02, 0
+    bank, conf, seen = model.model[-1].branch_prototypes[0], 0.02, 0
     features = extract(class_rows(model), shots, SIZE, views=[View()])
     rows = F.normalize(bank.weight.detach()[..., 0], dim=1), bank.offset
     for i, label in enumerate(shots.labels):
@@ -327,7 +327,7 @@ def test_thresholds_are_those_of_the_branch_that_predicts(shots, monkeypatch, nm
     labels = compact(features, shots.names)[1]
     enroll(model, shots, SIZE, method="mean", nms=nms)
     own = features._replace(anchors=features.anchors[branch:], embeds=features.embeds[branch:])
-    asked_of = own, labels, ["mean"] * 2, torch.tensor([4, 2]), model.model[-1].banks[branch]
+    asked_of = own, labels, ["mean"] * 2, torch.tensor([4, 2]), model.model[-1].branch_prototypes[branch]
     expected, other = (detect_left_out(*asked_of, x) for x in (nms is not False, nms is False))
     assert equal(asked[0], expected) and len(expected.conf) != len(other.conf)
 
@@ -501,7 +501,7 @@ def test_a_forgotten_class_can_be_enrolled_again_and_comes_last(model, shots):
 @pytest.mark.parametrize("cfg", FAMILIES)
 def test_a_base_class_gets_its_classifier_back(models, shots, cfg):
     model = deepcopy(models[cfg])
-    for bank in model.model[-1].banks:
+    for bank in model.model[-1].branch_prototypes:
         bank.weight.data *= torch.tensor([1.7, 0.6]).view(2, 1, 1)  # learned prototypes have any length
         bank.gain[0], bank.offset[0] = 1.3, -0.4
     before = logits(model, shots)

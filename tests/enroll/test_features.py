@@ -68,7 +68,7 @@ def model_of(cfg="yolo11n-fewshot.yaml", **args):
         m.momentum = 1.0  # the statistics of these images
     with torch.no_grad():
         model.predict(torch.cat(views))
-        for branch, bank in zip(model.model[-1].branches, model.model[-1].banks):
+        for branch, bank in zip(model.model[-1].branches, model.model[-1].branch_prototypes):
             for box in getattr(model.model[-1], f"{branch}cv2"):
                 nn.init.normal_(box[-1].weight, std=0.1)
                 if len(box[-1].bias) > 4:  # sides of about four strides, as without DFL
@@ -326,8 +326,8 @@ def test_rows_bound_the_anchors_and_the_hardest_are_kept(shots):
     model, keep = model_of(), 80
     every = extract(class_rows(model), shots, 96, views=[View()])
     few = extract(class_rows(model), shots, 96, views=[View()], numbers=128 * keep * len(shots.labels))
-    scores = torch.stack([model.model[-1].banks[0].rows(i)[0] for i in range(3)])
-    biases = torch.stack([model.model[-1].banks[0].rows(i)[1] for i in range(3)])
+    scores = torch.stack([model.model[-1].branch_prototypes[0].rows(i)[0] for i in range(3)])
+    biases = torch.stack([model.model[-1].branch_prototypes[0].rows(i)[1] for i in range(3)])
     full, kept = every.anchors[0], few.anchors[0]
     assert len(full.embeds) == 5 * 189 and (full.objects >= 0).sum() == (kept.objects >= 0).sum()
     for p in range(5):

@@ -466,7 +466,7 @@ def trained(**values):
     model = make(values.pop("cfg", "yolo11n-fewshot.yaml"), **values)
     g = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for bank in model.model[-1].banks:
+        for bank in model.model[-1].branch_prototypes:
             bank.bias.copy_(torch.tensor([-1.0, 0.5, 2.0]))
             bank.logit_scale.copy_(torch.tensor([0.5, 1.0, 1.5]))
         for name, p in model.model[-1].named_parameters():
@@ -671,7 +671,7 @@ def retaining(batch, cfg="yolo11n-fewshot.yaml", silent=(4, 1), **values):
     """The losses of stage 3 with classes to retain, their predictions, and the batch with a teacher's scores."""
     model, g = trained(cfg=cfg, stage=3, **values), torch.Generator().manual_seed(11)
     found, teacher = branches(model, batch), []
-    for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].banks)):
+    for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].branch_prototypes)):
         with torch.no_grad():
             bank.gain.copy_(torch.rand(NC, generator=g) + 0.5)
             bank.offset.copy_(torch.randn(NC, generator=g))
@@ -686,7 +686,7 @@ def retaining(batch, cfg="yolo11n-fewshot.yaml", silent=(4, 1), **values):
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
 def test_the_terms_that_retain_classes_equal_loops(batch, cfg):
     model, found, taught = retaining(batch, cfg, teacher=0.7, memory=0.3)
-    for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].banks)):
+    for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].branch_prototypes)):
         _, _, scores, fg, _ = run(loss, preds, batch)[0].assignment[:5]
         x, cls, tea = preds["scores"].detach().double(), 0.0, 0.0
         for b in range(B):

@@ -97,5 +97,5 @@ def test_enrollment(device, tmp_path, monkeypatch, cfg, method):
     to_device(model)
     for m in (model, here):
         assert set(enroll(m, support, 64, method=method, views=[View()]).classes) == {"square", "disc"}
-    for a, b in zip(model.model[-1].banks, here.model[-1].banks):
+    for a, b in zip(model.model[-1].branch_prototypes, here.model[-1].branch_prototypes):
         torch.testing.assert_close(a.weight.cpu(), b.weight, rtol=1e-3, atol=1e-3)

@@ -35,13 +35,13 @@ def test_logits_are_scaled_products_with_unit_prototypes(model):
     model = deepcopy(model)
     head, x = model.model[-1], torch.rand(2, 3, 64, 96)
     with torch.no_grad():
-        for bank in head.banks:
+        for bank in head.branch_prototypes:
             bank.weight.mul_(torch.rand(7, 1, 1) + 0.5)  # their length must not matter
             bank.logit_scale.copy_(torch.tensor([0.5, 1.0, 2.0]))
             bank.bias.copy_(torch.tensor([-1.0, -2.0, -3.0]))
         branches = raw(model, x)
     assert len(branches) == len(head.branches) == (2 if head.reg_max == 1 else 1)
-    for bank, preds in zip(head.banks, branches):
+    for bank, preds in zip(head.branch_prototypes, branches):
         sizes = [f.shape[2] * f.shape[3] for f in preds["feats"]]
         assert sum(sizes) == preds["embeds"].shape[2] and preds["embeds"].shape[1] == 128
         a = 0
@@ -65,7 +65,7 @@ def test_every_anchor_starts_near_the_focal_prior():
     torch.manual_seed(0)
     for family in FAMILIES:
         fresh = FewShotDetectionModel(family, nc=7, verbose=False)
-        for bank in fresh.model[-1].banks:
+        for bank in fresh.model[-1].branch_prototypes:
             for i, s in enumerate((8, 16, 32)):
                 assert bank.bias[i].item() == pytest.approx(math.log(5 / 7 / (640 / s) ** 2), abs=1e-4)
         with torch.no_grad():
@@ -112,7 +112,7 @@ def test_other_heads_and_fused_heads_are_refused():
 
 
 def test_prototypes_are_no_matrix_for_muon(model):
-    assert all(bank.weight.ndim == 3 for bank in model.model[-1].banks)
+    assert all(bank.weight.ndim == 3 for bank in model.model[-1].branch_prototypes)
 
 
 def randomize(model, seed):
@@ -134,7 +134,7 @@ def randomize(model, seed):
             (bn.bias, -1, 1),
         ):
             uniform(x, low, high)
-    for bank in head.banks:
+    for bank in head.branch_prototypes:
         bank.weight.data.copy_(torch.randn(bank.weight.shape, generator=g) * 2)
         for x, low, high in ((bank.logit_scale, 0.1, 2), (bank.bias, -8, 1), (bank.gain, 0.2, 3), (bank.offset, -3, 3)):
             uniform(x, low, high)
@@ -221,14 +221,14 @@ def test_set_class_appends_or_replaces_one_row_only(model):
     head, x = changed.model[-1], torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         before = raw(changed, x)
-        old = [{k: v.clone() for k, v in b.state_dict().items()} for b in head.banks]
-        rows = [(torch.randn(128) * 3, torch.tensor(float(i) - 2)) for i, _ in enumerate(head.banks)]
+        old = [{k: v.clone() for k, v in b.state_dict().items()} for b in head.branch_prototypes]
+        rows = [(torch.randn(128) * 3, torch.tensor(float(i) - 2)) for i, _ in enumerate(head.branch_prototypes)]
         head.set_class(7, rows)
         head.set_class(3, rows)
         after = raw(changed, x)
     assert head.nc == 8 and head.no == 8 + 4 * head.reg_max
     others = [0, 1, 2, 4, 5, 6]
-    for bank, was, (vector, offset), b, a in zip(head.banks, old, rows, before, after):
+    for bank, was, (vector, offset), b, a in zip(head.branch_prototypes, old, rows, before, after):
         now = bank.state_dict()
         assert isinstance(bank.weight, nn.Parameter) and bank.weight.requires_grad and now.keys() == was.keys()
         for name in ("weight", "gain", "offset", "frozen"):
@@ -250,25 +250,25 @@ def test_set_class_appends_or_replaces_one_row_only(model):
 
 def test_get_class_returns_what_set_class_sets(model):
     head = randomize(deepcopy(model), 2).model[-1]
-    rows = [(torch.randn(128) * 2, torch.tensor(0.5)) for _ in head.banks]
+    rows = [(torch.randn(128) * 2, torch.tensor(0.5)) for _ in head.branch_prototypes]
     head.set_class(4, rows)
     for (vector, offset), (v, o) in zip(rows, head.get_class(4), strict=True):
         torch.testing.assert_close(v, vector)
         assert o == offset
     taken = head.get_class(4)
-    for bank in head.banks:  # what was taken does not change with the head
+    for bank in head.branch_prototypes:  # what was taken does not change with the head
         bank.offset += 1
-    assert [o for _, o in taken] == [0.5] * len(head.banks)
-    kept = [(w.clone(), b.clone()) for bank in head.banks for w, b in [bank.rows(1)]]
+    assert [o for _, o in taken] == [0.5] * len(head.branch_prototypes)
+    kept = [(w.clone(), b.clone()) for bank in head.branch_prototypes for w, b in [bank.rows(1)]]
     taken = head.get_class(4), head.get_class(6)
     head.set_class(4, taken[1])
     head.set_class(6, taken[0])  # what was taken does not change with the head
-    for bank, (vector, offset) in zip(head.banks, taken[0]):
+    for bank, (vector, offset) in zip(head.branch_prototypes, taken[0]):
         torch.testing.assert_close(bank.weight[6, :, 0] * bank.gain[6], vector)
         assert bank.offset[6] == offset
     head.set_class(4, taken[0])
     head.set_class(6, taken[1])
-    for (w, b), bank in zip(kept, head.banks):
+    for (w, b), bank in zip(kept, head.branch_prototypes):
         torch.testing.assert_close(bank.rows(1)[0], w, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(bank.rows(1)[1], b)
 
@@ -279,12 +279,12 @@ def test_remove_class_moves_the_later_ones_up(model):
     head.freeze_prototypes(list(range(7)))
     with torch.no_grad():
         before = raw(changed, x)
-        old = [{k: v.clone() for k, v in b.state_dict().items()} for b in head.banks]
+        old = [{k: v.clone() for k, v in b.state_dict().items()} for b in head.branch_prototypes]
         head.remove_class(2)
         after, decoded = raw(changed, x), changed(x)[0]
     assert head.nc == 6 and head.no == 6 + 4 * head.reg_max and decoded.shape[1] == 4 + 6
     left = [0, 1, 3, 4, 5, 6]
-    for bank, was, b, a in zip(head.banks, old, before, after):
+    for bank, was, b, a in zip(head.branch_prototypes, old, before, after):
         for name in ("weight", "gain", "offset", "frozen"):
             assert torch.equal(bank.state_dict()[name], was[name][left])
         torch.testing.assert_close(a["scores"], b["scores"][:, left], rtol=1e-5, atol=1e-5)
@@ -295,7 +295,7 @@ def test_a_class_that_is_appended_has_no_frozen_prototype(model):
     head.freeze_prototypes(list(range(7)))
     head.set_class(2, head.get_class(3))
     head.set_class(7, head.get_class(3))
-    for bank in head.banks:
+    for bank in head.branch_prototypes:
         assert bank.frozen.any(1).tolist() == [True] * 7 + [False] and not torch.equal(bank.frozen[2], bank.frozen[3])
 
 

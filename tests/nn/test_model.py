@@ -143,7 +143,7 @@ def enrolled(cfg="yolo11n-fewshot.yaml", names=("cat", "dog", "bus", "car"), see
     model.criterion = model.init_criterion()
     model.criterion.last = torch.ones(1, requires_grad=True) * 2  # a result that cannot be copied
     generator = torch.Generator().manual_seed(seed)
-    rows = [(torch.randn(128, generator=generator) * 2, torch.tensor(-1.5)) for _ in model.model[-1].banks]
+    rows = [(torch.randn(128, generator=generator) * 2, torch.tensor(-1.5)) for _ in model.model[-1].branch_prototypes]
     model.model[-1].set_class(2, rows)
     model.enrolled = {"bus": {"shots": 5, "method": "fit", "conf": 0.3, "replaced": None}}
     model.prior_strength, model.memory = 3.0, [(torch.ones(2, 128).half(), torch.zeros(2), torch.zeros(2))]
@@ -224,11 +224,11 @@ def test_fitted_classes_take_gain_and_offset_along_by_name(cfg):
     source = enrolled(cfg)
     for names in (["bus", "tree", "cat"], ["cat", "Bus ", "dog", "tree"]):  # another count; the same, in another order
         model = build(cfg, nc=len(names), names=names, seed=2)
-        for bank in model.model[-1].banks:  # what must not stay
+        for bank in model.model[-1].branch_prototypes:  # what must not stay
             bank.gain.fill_(9)
             bank.offset.fill_(9)
         model.load(source, verbose=False)
-        for bank, src in zip(model.model[-1].banks, source.model[-1].banks):
+        for bank, src in zip(model.model[-1].branch_prototypes, source.model[-1].branch_prototypes):
             assert src.gain[2] > 2 and src.offset[2] == -1.5
             for i, name in enumerate(names):
                 j = {"cat": 0, "dog": 1, "bus": 2}.get(name.strip().lower())

@@ -294,7 +294,7 @@ def root(tmp_path_factory, draw_tiny):
     video.release()
     for family in ("yolo11", "yolo26"):
         model = FewShotYOLO(root / f"{family}n-tiny.yaml")
-        for bank in model.model.model[-1].banks:
+        for bank in model.model.model[-1].branch_prototypes:
             bank.offset.fill_(-5)  # random weights prefer the enrolled classes then
         model.save(root / f"{family}.pt")
     return root

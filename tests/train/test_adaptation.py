@@ -181,7 +181,7 @@ def test_classes_of_the_shots_are_appended_and_old_ids_are_kept(adapted, start):
     trainer, seen = adapted
     for model in (seen.model, trainer.model, checkpoint(trainer.best), checkpoint(trainer.last)):
         assert model.names == EXPECTED and model.nc == model.model[-1].nc == model.yaml["nc"] == 32
-        assert all(len(bank.weight) == 32 for bank in model.model[-1].banks)
+        assert all(len(bank.weight) == 32 for bank in model.model[-1].branch_prototypes)
 
 
 def test_a_run_begins_with_the_novel_classes_enrolled(adapted, start, site):
@@ -189,7 +189,7 @@ def test_a_run_begins_with_the_novel_classes_enrolled(adapted, start, site):
     model.enroll(str(site / "shots.yaml"), imgsz=96)
     expected, first = model.model.float(), adapted[1].model
     assert expected.names == first.names and len(adapted[1].enrollments) == 1
-    for bank, other in zip(first.model[-1].banks, expected.model[-1].banks):
+    for bank, other in zip(first.model[-1].branch_prototypes, expected.model[-1].branch_prototypes):
         for name in ROWS:
             torch.testing.assert_close(getattr(bank, name).data, getattr(other, name).data, rtol=1e-5, atol=1e-6)
     rows = first.model[-1].prototypes
@@ -293,7 +293,7 @@ def test_enrolled_classes_prior_strength_and_replay_buffer_survive(adapted, star
         assert {k: v["conf"] for k, v in model.enrolled.items()} == {
             k: v["conf"] for k, v in seen.model.enrolled.items()
         }
-        assert len(model.memory) == len(before.memory) == len(model.model[-1].banks)
+        assert len(model.memory) == len(before.memory) == len(model.model[-1].branch_prototypes)
         for embeds, level, cls in model.memory:
             assert len(embeds) == len(level) == len(cls) > 0 and torch.isfinite(embeds.float()).all()
             assert cls.min() == -1 and 0 <= cls.max() < 24  # classes of base images, and background
@@ -370,7 +370,7 @@ def test_a_resumed_run_has_the_same_batches_and_enrolls_only_once(adapted, site,
     assert seen.batches == adapted[1].batches[2:] and len(seen.enrollments) == 1
     # It starts from the trained weights, not from enrolled ones.
     assert seen.model.names == EXPECTED and seen.model.enrolled.keys() == set(NOVEL)
-    for bank, other in zip(seen.model.model[-1].banks, saved.model[-1].banks):
+    for bank, other in zip(seen.model.model[-1].branch_prototypes, saved.model[-1].branch_prototypes):
         torch.testing.assert_close(bank.weight.data, other.weight.data, rtol=1e-3, atol=1e-4)
     final = checkpoint(site / "cut/weights/best.pt")
     assert final.names == EXPECTED and final.enrolled.keys() == set(NOVEL) and final.memory
@@ -407,7 +407,7 @@ def test_classes_that_are_enrolled_already_are_not_enrolled_again(site, start, e
     trainer = built(site, start, model=str(enrolled), data="fewshot-demo-novel.yaml", base_replay=None)
     before = checkpoint(enrolled)
     assert not seen.enrollments and trainer.model.names == before.names and trainer.model.enrolled == before.enrolled
-    for bank, other in zip(trainer.model.model[-1].banks, before.model[-1].banks):
+    for bank, other in zip(trainer.model.model[-1].branch_prototypes, before.model[-1].branch_prototypes):
         assert all(torch.equal(getattr(bank, k), getattr(other, k).float()) for k in ROWS)
 
 

@@ -18,7 +18,7 @@ def model(request):
     torch.manual_seed(0)
     model = FewShotDetectionModel(request.param, nc=4, verbose=False).eval()
     g = torch.Generator().manual_seed(1)
-    for bank in model.model[-1].banks:
+    for bank in model.model[-1].branch_prototypes:
         with torch.no_grad():
             bank.logit_scale.copy_(torch.tensor([0.6, 0.8, 1.0]))
             bank.gain.copy_(torch.rand(4, generator=g) + 0.5)
@@ -43,7 +43,9 @@ def test_unlabeled_classes():
 def test_replay_targets_are_the_scores_at_the_anchors_of_the_buffer(model):
     model.memory = memory_of(model)
     unlabeled = torch.tensor([0, 2])
-    for i, (bank, found) in enumerate(zip(model.model[-1].banks, replay_targets(model, unlabeled), strict=True)):
+    for i, (bank, found) in enumerate(
+        zip(model.model[-1].branch_prototypes, replay_targets(model, unlabeled), strict=True)
+    ):
         assert found.branch == i and found.unlabeled is unlabeled
         rows = []
         for e, lev, c in zip(*model.memory[i]):

@@ -177,8 +177,8 @@ def test_dual_heads_train_both_branches(tiny):
     assert "train/l1_loss" in row and "train/dfl_loss" not in row and row["train/epi_loss"] > 0
     before = FewShotDetectionModel(str(tiny / "yolo26n-tiny.yaml"), nc=4, verbose=False).model[-1]
     after = trainer.model.model[-1]
-    assert len(after.banks) == len(before.banks) == 2
-    assert not torch.equal(*[bank.weight.cpu() for bank in after.banks])
+    assert len(after.branch_prototypes) == len(before.branch_prototypes) == 2
+    assert not torch.equal(*[bank.weight.cpu() for bank in after.branch_prototypes])
 
 
 def test_a_stock_checkpoint_is_upgraded(tiny):

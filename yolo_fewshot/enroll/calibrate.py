@@ -59,7 +59,9 @@ def choose_prior_strength(
     differences = []
     for low, high in zip(ends[:-1], ends[1:]):
         support = _only(features, labels, low, high)
-        mean, fit = (_ap50(support, queries, len(classes), m, model.model[-1].banks[0]) for m in ("mean", "fit"))
+        mean, fit = (
+            _ap50(support, queries, len(classes), m, model.model[-1].branch_prototypes[0]) for m in ("mean", "fit")
+        )
         differences.append(mean - fit)
     return math.inf if np.mean(differences) > MARGIN else PRIOR_STRENGTH
 

@@ -14,7 +14,7 @@ from ultralytics.utils.tal import make_anchors
 
 from yolo_fewshot.data.ignore import MaskedDataset
 from yolo_fewshot.data.support import Support, SupportDataset
-from yolo_fewshot.nn.ignore import outside, without_ignored
+from yolo_fewshot.nn.ignore import outside_regions, without_ignored
 from yolo_fewshot.nn.prototypes import object_index, pool_rows
 from yolo_fewshot.nn.rows import ClassRows
 
@@ -221,7 +221,7 @@ def extract(
                 keep = max(numbers // (preds["embeds"].shape[1] * len(support.labels) * len(views)), 32)
                 keep = min(keep, rows.anchors_per_view)  # background anchors of an image in a view
                 centers, strides = make_anchors(preds["feats"], model.stride, 0.5)
-                valid = outside(ignored, centers * strides, size, len(viewed["img"]))
+                valid = outside_regions(ignored, centers * strides, size, len(viewed["img"]))
                 assigned, image = assign[b](preds, viewed), viewed["batch_idx"].long()
                 embeds, anchors = _features(preds, assigned, image, valid, keep, trained, rows.per_level)
                 sums[b] = sums[b] + embeds

@@ -15,7 +15,7 @@ from ultralytics.utils.tal import make_anchors
 
 from yolo_fewshot.nn.assign import RecordingAssigner
 from yolo_fewshot.nn.head import BOX_PRIOR, class_prior
-from yolo_fewshot.nn.ignore import blank_ignored, outside
+from yolo_fewshot.nn.ignore import blank_ignored, outside_regions
 from yolo_fewshot.nn.losses import ClampedDFLoss, DistillationLoss
 from yolo_fewshot.nn.own_terms import load_terms
 from yolo_fewshot.nn.passes import Pass
@@ -220,7 +220,7 @@ class FewShotLoss(v8DetectionLoss):
         if self.masked:
             this.batch, ignored = blank_ignored(batch)
             centers, size = self._anchor_centers(preds["feats"]), batch["img"].shape[:1:-1]
-            this.keep_mask = outside(ignored.to(self.device), centers, size, len(preds["boxes"]))
+            this.keep_mask = outside_regions(ignored.to(self.device), centers, size, len(preds["boxes"]))
         if self.retention and "teacher" in batch:
             this.distilled = torch.zeros(self.nc, dtype=torch.bool, device=self.device)
             this.distilled[self.retention.unlabeled] = True

@@ -226,7 +226,7 @@ class FewShotDetect(Detect):
         return tuple(p for p in ("", "one2one_") if getattr(self, f"{p}cv3", None) is not None)
 
     @property
-    def banks(self) -> tuple[Prototypes, ...]:
+    def branch_prototypes(self) -> tuple[Prototypes, ...]:
         """Prototypes of every branch, in the order of `branches`."""
         return tuple(getattr(self, f"{p}prototypes") for p in self.branches)
 
@@ -271,7 +271,7 @@ class FewShotDetect(Detect):
 
     def bias_init(self) -> None:
         """Set the biases of box and class branches to Ultralytics' initial values; the strides must be known."""
-        for branch, prototypes in zip(self.branches, self.banks):
+        for branch, prototypes in zip(self.branches, self.branch_prototypes):
             for box in getattr(self, f"{branch}cv2"):
                 box[-1].bias.data[:] = BOX_PRIOR
             prototypes.set_prior(self.stride)
@@ -282,7 +282,7 @@ class FewShotDetect(Detect):
         Args:
             classes (list[int]): Class indices, those with a learned prototype.
         """
-        for prototypes in self.banks:
+        for prototypes in self.branch_prototypes:
             prototypes.frozen.zero_()
             prototypes.frozen[classes] = F.normalize(prototypes.weight.detach()[classes, :, 0], dim=1)
 
@@ -297,7 +297,7 @@ class FewShotDetect(Detect):
         """
         return [
             (F.normalize(p.weight.detach()[index, :, 0].float(), dim=0) * p.gain[index], p.offset[index].clone())
-            for p in self.banks
+            for p in self.branch_prototypes
         ]
 
     def set_class(self, index: int, rows: list[tuple[torch.Tensor, torch.Tensor | float]]) -> None:
@@ -313,7 +313,7 @@ class FewShotDetect(Detect):
         """
         if index > self.nc:
             raise IndexError(f"class index {index} would leave a gap after the {self.nc} classes of the head")
-        for prototypes, (prototype, offset) in zip(self.banks, rows):
+        for prototypes, (prototype, offset) in zip(self.branch_prototypes, rows):
             gain = prototype.float().norm().clamp(min=1e-12)
             prototypes.replace(index, (prototype / gain).view(1, -1, 1), gain, offset)
         self._count_classes()
@@ -324,13 +324,13 @@ class FewShotDetect(Detect):
         Args:
             index (int): Class index.
         """
-        for prototypes in self.banks:
+        for prototypes in self.branch_prototypes:
             prototypes.replace(index)
         self._count_classes()
 
     def _count_classes(self) -> None:
         """Set the class count to the number of prototypes."""
-        self.nc = len(self.banks[0].weight)
+        self.nc = len(self.branch_prototypes[0].weight)
         self.no = self.nc + self.reg_max * 4
 
     def fold(self) -> Detect:
@@ -346,7 +346,7 @@ class FewShotDetect(Detect):
         head.__dict__ = {k: v for k, v in self.__dict__.items() if k != "embed"}
         head._modules = {k: v for k, v in self._modules.items() if "proto" not in k and k != "proj"}
         head.type = f"{Detect.__module__}.{Detect.__name__}"
-        for branch, prototypes in zip(self.branches, self.banks):
+        for branch, prototypes in zip(self.branches, self.branch_prototypes):
             convs = [_fold_level(stem[-1], *prototypes.rows(i)) for i, stem in enumerate(getattr(self, f"{branch}cv3"))]
             stems = (nn.Sequential(*stem[:-1], conv) for stem, conv in zip(getattr(self, f"{branch}cv3"), convs))
             setattr(head, f"{branch}cv3", nn.ModuleList(stems))

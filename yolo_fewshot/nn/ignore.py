@@ -41,7 +41,9 @@ def blank_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
     return {**batch, "bboxes": torch.where(drop, 0, boxes), "cls": cls.masked_fill(drop.view_as(cls), 0)}, ignored
 
 
-def outside(ignored: torch.Tensor, anchors: torch.Tensor, size: torch.Tensor | tuple[int, int], n: int) -> torch.Tensor:
+def outside_regions(
+    ignored: torch.Tensor, anchors: torch.Tensor, size: torch.Tensor | tuple[int, int], n: int
+) -> torch.Tensor:
     """Find the anchors whose center is outside all ignore regions.
 
     Args:

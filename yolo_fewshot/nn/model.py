@@ -143,7 +143,7 @@ class FewShotDetectionModel(DetectionModel):
         if not index:
             return []
         dst, src = list(index), list(index.values())
-        for prototypes, source_prototypes in zip(self.model[-1].banks, src_head.banks):
+        for prototypes, source_prototypes in zip(self.model[-1].branch_prototypes, src_head.branch_prototypes):
             # With equal counts, all rows were copied by index: classes that the source lacks must not inherit them.
             fresh = torch.randn_like(prototypes.weight)
             rest = [i for i in range(len(prototypes.weight)) if i not in index]

@@ -193,7 +193,7 @@ class FewShotRows(ClassRows):
 
     def spaces(self) -> list[Space]:
         """Return the prototypes of every branch."""
-        return list(self.head.banks)
+        return list(self.head.branch_prototypes)
 
     def get(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the prototype of one class in every branch, see `ClassRows.get`."""

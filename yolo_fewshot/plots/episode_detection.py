@@ -29,7 +29,7 @@ def detect_queries(model: nn.Module, batch: dict[str, Any], conf: float = 0.25, 
     """
     layers: Any = model.model
     head = layers[-1]
-    preds, prototypes = branch_predictions(model, batch["img"])[0], head.banks[0]
+    preds, prototypes = branch_predictions(model, batch["img"])[0], head.branch_prototypes[0]
     fg, gt_idx, weight, n_max, boxes = BoxAssignment(model)(preds, batch)
     embeds, support = preds["embeds"].transpose(1, 2).float(), batch["support"]
     objects, valid = pool_objects(embeds, fg, gt_idx, weight, n_max)

@@ -118,7 +118,7 @@ def support_ap50(model: FewShotDetectionModel, support: Support, imgsz: int) -> 
         (torch.stack(vectors).cpu(), torch.stack(offsets).cpu()),
         torch.ones(len(features.files), dtype=torch.bool),
     )
-    return ap50(detect(features, labels, images, rows, head.banks[0]))
+    return ap50(detect(features, labels, images, rows, head.branch_prototypes[0]))
 
 
 class Adaptation(Stage):

@@ -72,7 +72,7 @@ def replay_targets(model: FewShotDetectionModel, unlabeled: torch.Tensor) -> lis
             out.
     """
     head, targets_of_branches = model.model[-1], []
-    for i, bank in enumerate(head.banks):
+    for i, bank in enumerate(head.branch_prototypes):
         empty = bank.frozen[:0], unlabeled[:0], unlabeled[:0]
         embeds, level, cls = model.memory[i] if model.memory else empty
         embeds, level, cls = embeds.to(bank.weight.device).float(), level.to(unlabeled).long(), cls.to(unlabeled)

@@ -757,3 +757,20 @@ def test_parts_and_chance_of_stage_three(batch):
         entropy = torch.distributions.Bernoulli(targets).entropy().sum()
         assert chance[4].item() == pytest.approx(0.5 * float(bce - entropy) / float(targets.amax(1).sum()), rel=1e-4)
         assert chance[3] > items["tea_loss"]
+
+
+@pytest.mark.parametrize(("gain", "term", "bad"), [("teacher", "tea_loss", "scores"), ("memory", "mem_loss", "weight")])
+def test_a_retention_term_with_a_gain_of_zero_is_not_computed(batch, gain, term, bad):
+    kept = {}
+    for value in (0.0, 0.5):
+        _, [(loss, preds)], _ = retaining(batch, **{gain: value})
+        preds = {**preds, bad: preds[bad].detach() * torch.nan}
+        kept[value] = loss.loss(preds, batch)[1][term]
+    assert kept[0.0] == 0 and kept[0.5].isnan()
+
+
+def test_retention_terms_with_a_gain_of_zero_are_connected_to_the_predictions(batch):
+    _, [(loss, preds)], taught = retaining(batch, teacher=0.0, memory=0.0)
+    terms = loss.loss(preds, taught)[0][3:]
+    (grad,) = torch.autograd.grad(terms.sum(), preds["scores"])
+    assert terms.tolist() == [0, 0] and not grad.any()

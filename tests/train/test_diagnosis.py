@@ -8,7 +8,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG
 
-from yolo_fewshot.nn.criterion import branch_losses, gain_of
+from yolo_fewshot.nn.criterion import Retention, branch_losses, gain_of
 from yolo_fewshot.nn.terms import EPISODE_TERMS
 from yolo_fewshot.train.diagnosis import Diagnosis, describe_batch, describe_gradients, diagnose
 
@@ -117,6 +117,24 @@ def test_a_gain_of_zero_is_advised_where_it_makes_the_gradient_finite(model, bat
     advised = "to train without" in ask(model, batch).advice
     monkeypatch.setattr(loss.hyp, gain_of(term, loss.hyp)[0], 0.0)
     assert (ask(model, batch).terms == []) == advised == (term not in STOCK_TERMS)
+
+
+@pytest.mark.parametrize(("term", "key"), [("tea_loss", "teacher"), ("mem_loss", "memory")])
+def test_a_gain_of_zero_is_advised_for_a_term_of_stage_three(batch, monkeypatch, term, key):
+    model = make(stage=3)
+    loss = branch_losses(model)[0]
+    loss.retention = Retention(
+        0, torch.tensor([1]), torch.ones(2, 128), torch.tensor([0, 1]), torch.ones(2, len(NAMES))
+    )
+
+    def distillation(logits, targets, mass, mask=None):  # only the teacher's has a mask
+        return logits.sum() * 0 + (INF if (mask is None) == (term == "mem_loss") else 0)
+
+    monkeypatch.setattr(loss, "distillation", distillation)
+    found = ask(model, batch)
+    assert found.terms == [term] and found.advice == WITHOUT.format(f"{key}=0")
+    monkeypatch.setattr(loss.hyp, key, 0.0)
+    assert ask(model, batch).terms == []
 
 
 def test_the_forward_of_a_custom_term_is_named(batch, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from yolo_fewshot.nn.passes import Pass
 from yolo_fewshot.nn.prototypes import class_means, pool_objects
 from yolo_fewshot.nn.terms import BUILT_IN, CPETerm, Episode, EpisodeBCE, EpisodeTerm, SupConTerm, TripletTerm
 
-RETENTION_TERMS = ("tea_loss", "mem_loss")
+RETENTION_TERMS = {"tea_loss": "teacher", "mem_loss": "memory"}  # names of the terms, and keys of their gains
 
 
 class Retention(NamedTuple):
@@ -261,7 +261,7 @@ class FewShotLoss(v8DetectionLoss):
             if self.episodic and "support" in this.batch and "embeds" in this.preds:
                 this.added = self._weighted_episode_terms(self.episode(this))
             elif self.retention:
-                this.added = self._retention_terms(this)
+                this.added = self._retention_terms(this, self.retention)
         zeros = loss.new_zeros(len(self.loss_names) - len(loss))
         return torch.cat([loss, torch.stack(this.added) if this.added else zeros])
 
@@ -365,19 +365,28 @@ class FewShotLoss(v8DetectionLoss):
             weighted.append(gain * value.float())
         return weighted
 
-    def _retention_terms(self, this: Pass) -> list[torch.Tensor]:
-        """Return the weighted terms of stage 3, 0-dim float32 each, as `RETENTION_TERMS`."""
-        h, preds, batch = self.hyp, this.preds, this.batch
-        branch, unlabeled, embeds, level, targets = self.retention
-        scores = preds["scores"][:, unlabeled].transpose(1, 2)
-        teacher = batch["teacher"][branch] if "teacher" in batch else scores.sigmoid()
-        background = ~this.assignment.fg_mask[..., None]
-        teacher_loss = self.distillation(scores, teacher, this.assignment.scores.sum(), background)
+    def _retention_terms(self, this: Pass, retention: Retention) -> list[torch.Tensor]:
+        """Return the weighted terms of stage 3, 0-dim float32 each, in the order of `RETENTION_TERMS`."""
+        weighted = []
+        for key, term in zip(RETENTION_TERMS.values(), (self._teacher_term, self._memory_term)):
+            gain = getattr(self.hyp, key)
+            weighted.append(gain * term(this, retention) if gain else _zero(this.preds["scores"]))  # 0 times NaN is NaN
+        return weighted
+
+    def _teacher_term(self, this: Pass, retention: Retention) -> torch.Tensor:
+        """Return the distillation loss of the unlabeled classes at background anchors, 0-dim float32."""
+        scores = this.preds["scores"][:, retention.unlabeled].transpose(1, 2)
+        teacher = this.batch["teacher"][retention.branch] if "teacher" in this.batch else scores.sigmoid()
+        background = ~this.assigned.fg_mask[..., None]
+        return self.distillation(scores, teacher, this.assigned.scores.sum(), background)
+
+    def _memory_term(self, this: Pass, retention: Retention) -> torch.Tensor:
+        """Return the distillation loss of all classes at the replayed anchors, 0-dim float32."""
+        preds, level, targets = this.preds, retention.level, retention.targets
         rows = F.normalize(preds["weight"].float(), dim=1) * preds["gain"].float()[:, None]
         scale, bias = preds["logit_scale"].float()[level, None], preds["logit_bias"].float()[level, None]
-        logits = embeds @ rows.t() * scale + bias + preds["offset"].float()
-        memory_loss = self.distillation(logits, targets, targets.amax(1).sum())
-        return [h.teacher * teacher_loss, h.memory * memory_loss]
+        logits = retention.embeds @ rows.t() * scale + bias + preds["offset"].float()
+        return self.distillation(logits, targets, targets.amax(1).sum())
 
 
 def _zero(like: torch.Tensor) -> torch.Tensor:
@@ -412,10 +421,11 @@ def gain_of(term: str, args: Any) -> tuple[str | None, float | None]:
         key (str | None): Name of the key; None for a term of the user's own that has no key.
         gain (float | None): The gain; None where the run has none.
     """
-    name = term.removesuffix("_loss")
-    keys = {"box": "box", "cls": "cls", "dfl": "dfl", "l1": "dfl", "tea": "teacher", "mem": "memory"}
-    own = load_terms(getattr(args, "terms", None))
-    gain = {**keys, **{t.name.removesuffix("_loss"): t.gain for t in (*BUILT_IN, *own)}}.get(name)
+    gains: dict[str, float | str] = {"box_loss": "box", "cls_loss": "cls", "dfl_loss": "dfl", "l1_loss": "dfl"}
+    gains |= RETENTION_TERMS
+    gains |= {t.name: t.gain for t in BUILT_IN}
+    gains |= {t.name: t.gain for t in load_terms(getattr(args, "terms", None))}
+    gain = gains.get(f"{term.removesuffix('_loss')}_loss")
     return (gain, getattr(args, gain, None)) if isinstance(gain, str) else (None, gain)
 
 

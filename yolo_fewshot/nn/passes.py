@@ -60,7 +60,14 @@ class Pass:
         """Start without an object: Ultralytics 8.4.144 does not call the box loss for a batch without anchors."""
         boxes = self.preds["boxes"]
         self.box = self.dfl = boxes[:0].float().sum()  # connected to the predictions
-        self.fg = boxes.new_zeros(2, 0, dtype=torch.long).unbind()
+        none = boxes.new_zeros(0, dtype=torch.long)
+        self.fg = none, none
+
+    @property
+    def assigned(self) -> Assignment:
+        """The assignment, which must have been made."""
+        assert self.assignment is not None, "the assigner has not been called in this pass"
+        return self.assignment
 
     def class_mask(self) -> torch.Tensor | None:
         """Return which scores the class loss counts, (B, A or 1, nc or 1) bool; None for all of them.
@@ -70,4 +77,4 @@ class Pass:
         mask = None if self.keep_mask is None else self.keep_mask.unsqueeze(-1)
         if self.distilled is not None:
             mask = ~self.distilled if mask is None else mask & ~self.distilled
-        return None if mask is None else mask | self.assignment.fg_mask.unsqueeze(-1)
+        return None if mask is None else mask | self.assigned.fg_mask.unsqueeze(-1)

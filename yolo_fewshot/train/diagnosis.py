@@ -14,14 +14,14 @@ from ultralytics.nn.tasks import BaseModel
 
 from yolo_fewshot.args import STOCK_GAINS
 from yolo_fewshot.errors import few
-from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses, gain_of, part_gradients
+from yolo_fewshot.nn.criterion import RETENTION_TERMS, FewShotLoss, branch_losses, gain_of, part_gradients
 from yolo_fewshot.nn.own_terms import load_terms
 from yolo_fewshot.nn.passes import Pass
 from yolo_fewshot.nn.terms import BUILT_IN
 from yolo_fewshot.train.guard import nonfinite
 
 # Keys of terms that are not computed with a gain of 0. All other terms are multiplied by it, and 0 times NaN is NaN.
-SKIPPED = frozenset(t.gain for t in BUILT_IN).difference(STOCK_GAINS)
+SKIPPED = frozenset((*(t.gain for t in BUILT_IN), *RETENTION_TERMS.values())).difference(STOCK_GAINS)
 FAR = 2.0  # a normalized box coordinate beyond this is a corrupt label, not one that an augmentation moved
 
 

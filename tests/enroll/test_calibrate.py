@@ -159,15 +159,15 @@ def test_a_trial_has_the_anchors_of_its_own_images_and_of_the_replay_buffer():
         image,
         image * 0,
     ]
-    features, labels = module._only(every._replace(anchors=[Anchors(*parts)] * 2), every.cls % 3, 2, 4)
+    features, labels = module._features_of(every._replace(anchors=[Anchors(*parts)] * 2), every.cls % 3, 2, 4)
     assert features.anchors[0].image.tolist() == [2, -1, 3, -1, 2]
     assert features.anchors[0].embeds[:, 0].tolist() == [2, 3, 4, 6, 7]
     assert labels.tolist() == [-1, -1, -1, -1, 2, 0, 0, 2, -1, -1]
 
 
 def test_the_number_of_classes_and_queries_is_bounded(extracted, monkeypatch):
-    monkeypatch.setattr(module, "CLASSES", 2)
-    monkeypatch.setattr(module, "QUERIES", 1)
+    monkeypatch.setattr(module, "MAX_CLASSES", 2)
+    monkeypatch.setattr(module, "MAX_QUERIES", 1)
     choose()
     (queries, _), (support, _) = extracted
     assert len(queries.labels) == 1 and len(classes_of(support)) == 2

@@ -325,7 +325,7 @@ def test_all_anchors_of_a_small_image_are_kept_in_the_plain_view(extracted):
 def test_rows_bound_the_anchors_and_the_hardest_are_kept(shots):
     model, keep = model_of(), 80
     every = extract(class_rows(model), shots, 96, views=[View()])
-    few = extract(class_rows(model), shots, 96, views=[View()], numbers=128 * keep * len(shots.labels))
+    few = extract(class_rows(model), shots, 96, views=[View()], max_values=128 * keep * len(shots.labels))
     scores = torch.stack([model.model[-1].branch_prototypes[0].rows(i)[0] for i in range(3)])
     biases = torch.stack([model.model[-1].branch_prototypes[0].rows(i)[1] for i in range(3)])
     full, kept = every.anchors[0], few.anchors[0]
@@ -345,7 +345,7 @@ def test_rows_bound_the_anchors_and_the_hardest_are_kept(shots):
 
 
 def test_a_minimum_of_anchors_is_kept_of_a_large_support_set(shots):
-    features = extract(class_rows(model_of()), shots, 96, views=[View()], numbers=1)
+    features = extract(class_rows(model_of()), shots, 96, views=[View()], max_values=1)
     counts = torch.bincount(features.anchors[0].image[features.anchors[0].objects < 0], minlength=5)
     assert (counts >= 8).all() and (counts <= 32).all()
 

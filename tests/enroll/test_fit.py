@@ -112,7 +112,7 @@ def test_many_classes_are_fitted_in_parts(monkeypatch):
     prior_strength = torch.tensor([3.0, 0.5, 1.0, 2.0, 0.7])
     expected = fit_classes(anchors, targets, means, prior_strength, prototypes)
     sizes, minimize = [], module._minimize
-    monkeypatch.setattr(module, "CLASSES", 2)
+    monkeypatch.setattr(module, "CLASSES_AT_ONCE", 2)
     monkeypatch.setattr(module, "_minimize", lambda *args: sizes.append(args[2].shape[1]) or minimize(*args))
     vectors, offsets = fit_classes(anchors, targets, means, prior_strength, prototypes)
     assert sizes == [2, 2, 1]
@@ -123,7 +123,7 @@ def test_many_classes_are_fitted_in_parts(monkeypatch):
 def test_of_many_negatives_the_hardest_are_used_and_all_positives(monkeypatch):
     (anchors, targets, means), prototypes = anchors_of(), prototypes_of()
     prior_strength = torch.full((3,), 0.5)
-    monkeypatch.setattr(module, "NEGATIVES", 40)
+    monkeypatch.setattr(module, "MAX_NEGATIVES", 40)
     found = fit_classes(anchors, targets, means, prior_strength, prototypes)
     hardness = []
     for e, level in zip(anchors.embeds, anchors.level):
@@ -132,7 +132,7 @@ def test_of_many_negatives_the_hardest_are_used_and_all_positives(monkeypatch):
         )
     negatives = [i for i in range(len(targets)) if targets[i] < 0]
     chosen = sorted(negatives, key=lambda i: -hardness[i])[:40] + (targets >= 0).nonzero()[:, 0].tolist()
-    monkeypatch.setattr(module, "NEGATIVES", 10_000)
+    monkeypatch.setattr(module, "MAX_NEGATIVES", 10_000)
     part = Anchors(*(x[sorted(chosen)] for x in anchors))
     expected = fit_classes(part, targets[sorted(chosen)], means, prior_strength, prototypes)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)

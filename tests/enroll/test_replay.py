@@ -7,7 +7,7 @@ from test_features import BASE, draw_shots, model_of
 from yolo_fewshot.data.support import read_support
 from yolo_fewshot.enroll import replay as module
 from yolo_fewshot.enroll.features import View, extract
-from yolo_fewshot.enroll.replay import WEIGHT, add_replay, fill_replay_buffer
+from yolo_fewshot.enroll.replay import REPLAY_WEIGHT, add_replay, fill_replay_buffer
 from yolo_fewshot.nn.rows import class_rows
 
 SIZE = 96
@@ -30,7 +30,7 @@ def shots(tmp_path_factory):
 def test_it_holds_anchors_of_the_images_with_their_class(model, shots):
     before = deepcopy(model.state_dict())
     ((embeds, level, cls),) = fill_replay_buffer(model, shots.labels, SIZE)
-    features = extract(class_rows(model), shots, SIZE, views=[View()], numbers=0)
+    features = extract(class_rows(model), shots, SIZE, views=[View()], max_values=0)
     known = features.anchors[0]
     assert embeds.dtype == torch.float16 and len(embeds) == len(level) == len(cls) == len(known.embeds)
     for e, lev, c in zip(embeds.float(), level.tolist(), cls.tolist()):
@@ -43,8 +43,8 @@ def test_it_holds_anchors_of_the_images_with_their_class(model, shots):
 
 
 def test_it_is_bounded_and_the_same_for_a_seed(model, shots, monkeypatch):
-    monkeypatch.setattr(module, "ROWS", 8)
-    monkeypatch.setattr(module, "IMAGES", 3)
+    monkeypatch.setattr(module, "MAX_ANCHORS", 8)
+    monkeypatch.setattr(module, "MAX_IMAGES", 3)
     first, again, other = (fill_replay_buffer(model, shots.labels, SIZE, seed)[0] for seed in (0, 0, 1))
     assert len(first[0]) == 8 and int((first[2] < 0).sum()) == 4
     assert all(torch.equal(a, b) for a, b in zip(first, again))
@@ -60,7 +60,7 @@ def test_replayed_anchors_are_weak_negatives_of_no_image(model, shots):
     assert torch.equal(anchors.level[n:], buffer[0][1][~own].long())
     for part in (anchors.objects, anchors.image, anchors.view):
         assert (part[n:] == -1).all() and part.dtype == torch.int64
-    assert (anchors.weight[n:] == WEIGHT).all()
+    assert (anchors.weight[n:] == REPLAY_WEIGHT).all()
     assert all(torch.equal(a[:n], b) for a, b in zip(anchors, features.anchors[0]))
 
 

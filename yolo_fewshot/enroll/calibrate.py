@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from yolo_fewshot.enroll.detection import ap50, detect
 from yolo_fewshot.enroll.features import Features, View, extract, select
@@ -16,19 +15,19 @@ from yolo_fewshot.enroll.replay import add_replay, base_support
 from yolo_fewshot.nn.rows import Space, class_rows
 
 TRIALS = 3  # draws of shots
-CLASSES = 20  # maximum number of pseudo-novel classes, which are at most half of all
-QUERIES = 100  # maximum number of query images
+MAX_CLASSES = 20  # maximum number of pseudo-novel classes, which are at most half of all
+MAX_QUERIES = 100  # maximum number of query images
 
 
 def choose_prior_strength(
-    model: nn.Module, train: list[dict[str, Any]], val: list[dict[str, Any]], imgsz: int, seed: int = 0
+    model: Any, train: list[dict[str, Any]], val: list[dict[str, Any]], imgsz: int, seed: int = 0
 ) -> float:
     """Choose the 1-shot prior strength by the AP50 of base classes that are enrolled from one shot each.
 
     Shots are drawn from training images, and detected in validation images. Deterministic.
 
     Args:
-        model (nn.Module): Few-shot model in eval mode, left unchanged.
+        model (FewShotDetectionModel): Model in eval mode, left unchanged.
         train (list[dict[str, Any]]): Labels of the training images, as in `YOLODataset.labels`.
         val (list[dict[str, Any]]): Labels of the validation images, with the same class indices.
         imgsz (int): Image size in pixels.
@@ -39,16 +38,15 @@ def choose_prior_strength(
             classes are in both splits.
     """
     rng = np.random.default_rng(seed)
-    in_splits = [np.unique(np.concatenate([x["cls"].reshape(-1) for x in labels] or [[]])) for labels in (train, val)]
-    candidates = np.intersect1d(*in_splits).astype(int)
+    candidates = np.intersect1d(_classes(train), _classes(val))
     if len(candidates) < 2:
         return PRIOR_STRENGTH
-    classes = rng.permutation(candidates)[: min(CLASSES, max(len(candidates) // 2, 2))]
-    queries = _features(model, _images(val, classes, rng)[:QUERIES], classes, imgsz, [View()])
+    classes = rng.permutation(candidates)[: min(MAX_CLASSES, max(len(candidates) // 2, 2))]
+    queries = _features(model, _images(val, classes, rng)[:MAX_QUERIES], classes, imgsz, [View()])
     images, drawn, ends = _images(train, classes, rng), [], [0]
     for _ in range(TRIALS):
-        shots = _draw(images, classes)
-        if len(np.unique(np.concatenate([x["cls"].reshape(-1) for x in shots] or [[]]))) < len(classes):
+        shots = _draw_shots(images, classes)
+        if len(_classes(shots)) < len(classes):
             break  # too few images for another draw
         images = [x for x in images if not any(x is y for y in shots)]
         drawn += shots
@@ -58,12 +56,17 @@ def choose_prior_strength(
     features, labels = _features(model, drawn, classes, imgsz)
     differences = []
     for low, high in zip(ends[:-1], ends[1:]):
-        support = _only(features, labels, low, high)
+        support = _features_of(features, labels, low, high)
         mean, fit = (
             _ap50(support, queries, len(classes), m, model.model[-1].branch_prototypes[0]) for m in ("mean", "fit")
         )
         differences.append(mean - fit)
     return math.inf if np.mean(differences) > MARGIN else PRIOR_STRENGTH
+
+
+def _classes(labels: list[dict[str, Any]]) -> np.ndarray:
+    """Return the classes that have an object in some images, ascending."""
+    return np.unique(np.concatenate([np.zeros(0), *(x["cls"].reshape(-1) for x in labels)]).astype(int))
 
 
 def _images(labels: list[dict[str, Any]], classes: np.ndarray, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -76,11 +79,11 @@ def _images(labels: list[dict[str, Any]], classes: np.ndarray, rng: np.random.Ge
     return images
 
 
-def _draw(images: list[dict[str, Any]], classes: np.ndarray) -> list[dict[str, Any]]:
+def _draw_shots(images: list[dict[str, Any]], classes: np.ndarray) -> list[dict[str, Any]]:
     """Return images that together show every class."""
     missing, drawn = set(classes.tolist()), []
     for image in images:
-        present = set(image["cls"].reshape(-1).astype(int).tolist())
+        present = set(_classes([image]).tolist())
         if missing & present:
             drawn.append(image)
             missing -= present
@@ -88,7 +91,7 @@ def _draw(images: list[dict[str, Any]], classes: np.ndarray) -> list[dict[str, A
 
 
 def _features(
-    model: nn.Module, images: list[dict[str, Any]], classes: np.ndarray, imgsz: int, views: list[View] | None = None
+    model: Any, images: list[dict[str, Any]], classes: np.ndarray, imgsz: int, views: list[View] | None = None
 ) -> tuple[Features, torch.Tensor]:
     """Return the features of images, and the index of every object's class among the classes."""
     features = extract(class_rows(model), base_support(model, images), imgsz, views=views, desc="Calibrating")
@@ -98,7 +101,7 @@ def _features(
     return features, torch.where(valid, torch.tensor([index[c] for c in features.cls.tolist()]), -1)
 
 
-def _only(features: Features, labels: torch.Tensor, low: int, high: int) -> tuple[Features, torch.Tensor]:
+def _features_of(features: Features, labels: torch.Tensor, low: int, high: int) -> tuple[Features, torch.Tensor]:
     """Return the features and labels of images low to high - 1, with the replay buffer."""
     anchors, inside = features.anchors[0], (features.image >= low) & (features.image < high)
     part = select(anchors, (anchors.image < 0) | (anchors.image >= low) & (anchors.image < high))

@@ -64,11 +64,17 @@ def detect_left_out(
         others = features._replace(anchors=[select(first, (first.image < 0) | (fold[first.image] != f))])
         weights = classifiers(others, rest, methods, shots, 0, space)
         out = detect(features, labels, fold == f, weights, space, nms=nms)
-        found = (x[known[out.cls]] for x in (out.cls, out.conf, out.tp, out.background))
-        parts.append((*found, out.n_gt * known, out.n_background))
-    cls, conf, tp, background, n_gt, n_background = zip(*parts)
-    found = map(torch.cat, (cls, conf, tp))
-    return Detections(*found, torch.stack(n_gt).sum(0), torch.cat(background), sum(n_background))
+        valid = known[out.cls]
+        cls, conf, tp, background = (x[valid] for x in (out.cls, out.conf, out.tp, out.background))
+        parts.append(Detections(cls, conf, tp, out.n_gt * known, background, out.n_background))
+    return Detections(
+        torch.cat([x.cls for x in parts]),
+        torch.cat([x.conf for x in parts]),
+        torch.cat([x.tp for x in parts]),
+        torch.stack([x.n_gt for x in parts]).sum(0),
+        torch.cat([x.background for x in parts]),
+        sum(x.n_background for x in parts),
+    )
 
 
 def choose_methods(

@@ -14,7 +14,7 @@ from yolo_fewshot.nn.rows import Space
 IOU_NMS, IOU_TP = 0.7, 0.5  # Ultralytics' NMS threshold, and that of AP50
 CONF = 0.01  # minimum confidence
 MAX_DET = 300  # per image, as in Ultralytics
-SCORES = 2**24  # computed at once, which bounds the memory
+MAX_SCORES = 2**24  # computed at once, which bounds the memory
 
 
 class Detections(NamedTuple):
@@ -63,14 +63,13 @@ def detect(
     anchors, (vectors, offsets), n = features.anchors[0], weights, len(weights[0])
     anchors = select(anchors, (anchors.view == 0) & images[anchors.image])
     candidates = []
-    for part in torch.arange(len(anchors.embeds)).split(max(SCORES // n, 1)):
+    for part in torch.arange(len(anchors.embeds)).split(max(MAX_SCORES // n, 1)):
         scores = space.logits(anchors.embeds[part], anchors.level[part], vectors, offsets).sigmoid()
         a, c = (scores > conf).nonzero(as_tuple=True)
         candidates.append((part[a], c, scores[a, c]))
-    empty = (torch.zeros(0, dtype=t) for t in (int, int, torch.float))
-    a, c, s = map(torch.cat, zip(*candidates)) if candidates else empty
+    a, c, s = map(torch.cat, zip(*candidates))
     boxes, image = anchors.boxes[a], anchors.image[a]
-    kept, tp = [a[:0]], [torch.zeros(0, dtype=torch.bool)]
+    kept, matched = [a[:0]], [torch.zeros(0, dtype=torch.bool)]
     counts = torch.bincount(image, minlength=len(images)).tolist()
     for p, part in enumerate(image.argsort(stable=True).split(counts)):  # the cost of NMS is quadratic
         best = batched_nms(boxes[part], s[part], c[part], IOU_NMS) if nms else s[part].argsort(descending=True)
@@ -78,13 +77,13 @@ def detect(
         gt = (features.image == p) & (labels >= 0)
         iou = box_iou(features.boxes[gt], boxes[part]) * (labels[gt, None] == c[part])
         kept.append(part)
-        tp.append(_match(iou))
-    kept, tp = torch.cat(kept), torch.cat(tp)
-    order = s[kept].argsort(descending=True, stable=True)
+        matched.append(_match(iou))
+    rows, tp = torch.cat(kept), torch.cat(matched)
+    order = s[rows].argsort(descending=True, stable=True)
+    rows = rows[order]
     n_gt = torch.bincount(labels[(labels >= 0) & images[features.image]], minlength=n)
     first = len(images) - features.n_background
-    kept = kept[order]
-    return Detections(c[kept], s[kept], tp[order], n_gt, image[kept] >= first, int(images[first:].sum()))
+    return Detections(c[rows], s[rows], tp[order], n_gt, image[rows] >= first, int(images[first:].sum()))
 
 
 def _match(iou: torch.Tensor) -> torch.Tensor:

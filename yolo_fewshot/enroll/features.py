@@ -18,7 +18,7 @@ from yolo_fewshot.nn.ignore import outside_regions, without_ignored
 from yolo_fewshot.nn.prototypes import object_index, pool_rows
 from yolo_fewshot.nn.rows import ClassRows
 
-NUMBERS = 25_600_000  # of the embeddings of all anchors to keep of a support set, about 100 MB
+MAX_VALUES = 25_600_000  # in the embeddings of the anchors to keep of a support set, about 100 MB
 
 
 class View(NamedTuple):
@@ -170,7 +170,8 @@ def standardize(rows: ClassRows, support: Support, imgsz: int, batch: int, views
         views (list[View]): Views of the images.
     """
     if rows.per_level:
-        stride = int(rows.model.stride.max())
+        model: Any = rows.model
+        stride = int(model.stride.max())
         items = _loader(rows, support, check_imgsz(imgsz, stride=stride), batch)
         rows.standardize(make_view(item, views[0], stride)["img"] for item in items)
 
@@ -182,7 +183,7 @@ def extract(
     imgsz: int,
     batch: int = 16,
     views: list[View] | None = None,
-    numbers: int = NUMBERS,
+    max_values: int = MAX_VALUES,
     desc: str = "Enrolling",
 ) -> Features:
     """Extract the features of a support set, with one forward pass per view of an image.
@@ -195,7 +196,7 @@ def extract(
         imgsz (int): Image size in pixels.
         batch (int): Images per forward pass.
         views (list[View], optional): Views of the images, those of `support_views` if not given.
-        numbers (int): Approximate size of the embeddings of the anchors to keep, which bounds the memory.
+        max_values (int): Approximate number of values in the embeddings of the anchors to keep; bounds the memory.
         desc (str): Text of the progress bar.
 
     Returns:
@@ -208,31 +209,35 @@ def extract(
     trained = [i for i, n in model.names.items() if str(n) not in rows.enrolled]
     assign = rows.assignments
     cls, boxes, images = [], [], []
-    branches = [([], []) for _ in rows.branches]  # embeddings of objects and anchors, per branch
+    embeds_of: list[list[torch.Tensor]] = [[] for _ in rows.branches]
+    anchors_of: list[list[Anchors]] = [[] for _ in rows.branches]
     n_images = n_objects = 0
     for item in TQDM(_loader(rows, support, imgsz, batch), desc=desc, total=-(-len(support.labels) // batch)):
-        sums = [0.0] * len(branches)
+        sums: list[torch.Tensor] = []  # of the embeddings of the views, per branch
         for v, view in enumerate(views):
             viewed, ignored = without_ignored(make_view(item, view, stride))
             size = viewed["bboxes"].new_tensor(viewed["img"].shape[:1:-1])  # width, height
             if v == 0:
                 boxes.append(ops.xywh2xyxy(viewed["bboxes"]) * size.repeat(2))
             for b, preds in enumerate(rows.predict(viewed["img"])):
-                keep = max(numbers // (preds["embeds"].shape[1] * len(support.labels) * len(views)), 32)
+                keep = max(max_values // (preds["embeds"].shape[1] * len(support.labels) * len(views)), 32)
                 keep = min(keep, rows.anchors_per_view)  # background anchors of an image in a view
                 centers, strides = make_anchors(preds["feats"], model.stride, 0.5)
                 valid = outside_regions(ignored, centers * strides, size, len(viewed["img"]))
                 assigned, image = assign[b](preds, viewed), viewed["batch_idx"].long()
                 embeds, anchors = _features(preds, assigned, image, valid, keep, trained, rows.per_level)
-                sums[b] = sums[b] + embeds
+                if v == 0:
+                    sums.append(embeds)
+                else:
+                    sums[b] += embeds
                 anchors = anchors._replace(
                     objects=torch.where(anchors.objects < 0, -1, anchors.objects + n_objects),
                     image=anchors.image + n_images,
                     view=torch.full_like(anchors.image, v),
                 )
-                branches[b][1].append(Anchors(*(x.cpu() for x in anchors)))
-        for (embeds, _), total in zip(branches, sums):
-            embeds.append(F.normalize(total, dim=1))
+                anchors_of[b].append(Anchors(*(x.cpu() for x in anchors)))
+        for all_embeds, total in zip(embeds_of, sums):
+            all_embeds.append(F.normalize(total, dim=1))
         cls.append(viewed["cls"].view(-1).long())
         images.append(viewed["batch_idx"].long() + n_images)
         n_objects += len(cls[-1])
@@ -242,8 +247,8 @@ def extract(
         torch.cat(boxes).cpu(),
         torch.cat(images).cpu(),
         [x["im_file"] for x in support.labels],
-        [torch.cat(embeds).cpu() for embeds, _ in branches],
-        [Anchors(*map(torch.cat, zip(*anchors))) for _, anchors in branches],
+        [torch.cat(x).cpu() for x in embeds_of],
+        [Anchors(*map(torch.cat, zip(*x))) for x in anchors_of],
         len(views),
     )
 

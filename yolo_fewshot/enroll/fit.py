@@ -9,10 +9,10 @@ from yolo_fewshot.enroll.features import Anchors
 from yolo_fewshot.nn.head import Prototypes
 from yolo_fewshot.nn.rows import LevelSpace
 
-NEGATIVES = 20_000  # maximum number of anchors without an object of the classes, the hardest ones
-CLASSES = 64  # fitted at once, which bounds the memory
-ITERATIONS, PILOT = 100, 30  # of L-BFGS at most, for a fit and for the one that ranks its negatives
-MASS_MIN = 1e-3  # minimum sum of the targets of a class
+MAX_NEGATIVES = 20_000  # maximum number of anchors without an object of the classes, the hardest ones
+CLASSES_AT_ONCE = 64  # fitted at once, which bounds the memory
+MAX_ITERATIONS, PILOT_ITERATIONS = 100, 30  # of L-BFGS, for a fit and for the pilot fit that ranks its negatives
+MIN_MASS = 1e-3  # minimum sum of the targets of a class
 
 
 def fit_classes(
@@ -45,7 +45,7 @@ def fit_classes(
     """
     vectors, offsets = means.clone(), means.new_zeros(len(means))
     scale, bias = (x.detach().float().cpu()[anchors.level] for x in (prototypes.logit_scale, prototypes.bias))
-    for classes in torch.arange(len(means)).split(CLASSES):
+    for classes in torch.arange(len(means)).split(CLASSES_AT_ONCE):
         index = torch.full((len(means) + 1,), -1)
         index[classes] = torch.arange(len(classes))
         rows = _hardest(anchors.embeds @ means[classes].t(), scale, bias, index[targets])
@@ -80,7 +80,7 @@ def fit_levels(
     mass = _mass(anchors, targets, n)
     for level, prior in enumerate(space.bias):
         at_level = (anchors.level == level).nonzero()[:, 0]
-        for classes in torch.arange(n).split(CLASSES):
+        for classes in torch.arange(n).split(CLASSES_AT_ONCE):
             index = torch.full((n + 1,), -1)
             index[classes] = torch.arange(len(classes))
             target = index[targets[at_level]]
@@ -93,11 +93,11 @@ def fit_levels(
                 prior_strength[classes],
                 mass[classes],
             )
-            rows, share = _spread(target)
-            v, o = _fit_rows(*problem, rows, share, PILOT)
+            rows, share = _subsample(target)
+            v, o = _fit_rows(*problem, rows, share, PILOT_ITERATIONS)
             logits = anchors.embeds[at_level] @ v.t() + o
             rows = _hardest(logits, torch.ones(len(logits)), logits.new_zeros(len(logits)), target)
-            vectors[classes, level], offsets[classes, level] = _fit_rows(*problem, rows, 1.0, ITERATIONS)
+            vectors[classes, level], offsets[classes, level] = _fit_rows(*problem, rows, 1.0, MAX_ITERATIONS)
     return vectors, offsets
 
 
@@ -161,14 +161,14 @@ def fit_scale(
 def _mass(anchors: Anchors, targets: torch.Tensor, n: int) -> torch.Tensor:
     """Return the sum of the targets of every class, (n,)."""
     shown = targets >= 0
-    return torch.zeros(n).index_add(0, targets[shown], anchors.weight[shown]).clamp(min=MASS_MIN)
+    return torch.zeros(n).index_add(0, targets[shown], anchors.weight[shown]).clamp(min=MIN_MASS)
 
 
-def _spread(target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _subsample(target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return all anchors of the classes and negatives at equal distances, and how often each of them counts."""
     positive = target >= 0
     negatives = (~positive).nonzero()[:, 0]
-    step = max(-(-len(negatives) // NEGATIVES), 1)
+    step = max(-(-len(negatives) // MAX_NEGATIVES), 1)
     rows = torch.cat([positive.nonzero()[:, 0], negatives[::step]])
     return rows, torch.where(positive[rows], 1.0, float(step))
 
@@ -177,7 +177,7 @@ def _hardest(cosine: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, targ
     """Return the indices of all anchors of the classes and of the negatives with the maximum logits, ascending."""
     logit = (cosine * scale[:, None]).amax(1) + bias
     positive = target >= 0
-    hard = torch.where(positive, float("inf"), logit).topk(min(len(logit), NEGATIVES + int(positive.sum())))[1]
+    hard = torch.where(positive, float("inf"), logit).topk(min(len(logit), MAX_NEGATIVES + int(positive.sum())))[1]
     return hard.sort()[0]
 
 
@@ -190,14 +190,14 @@ def _minimize(
     means: torch.Tensor,
     prior_strength: torch.Tensor,
     mass: torch.Tensor | None = None,
-    iterations: int = ITERATIONS,
+    iterations: int = MAX_ITERATIONS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimize the objective of `fit_classes` by L-BFGS; the minimum of a class does not depend on the others."""
     vectors, offsets = means.clone().requires_grad_(), torch.zeros(len(means), requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [vectors, offsets], max_iter=iterations, history_size=20, tolerance_change=1e-7, line_search_fn="strong_wolfe"
     )
-    mass = y.sum(0).clamp(min=MASS_MIN) if mass is None else mass
+    mass = y.sum(0).clamp(min=MIN_MASS) if mass is None else mass
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()

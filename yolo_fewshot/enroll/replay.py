@@ -7,25 +7,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from yolo_fewshot.data.support import Support
 from yolo_fewshot.enroll.features import Anchors, Features, View, extract
 from yolo_fewshot.nn.rows import class_rows
 
-IMAGES = 200  # maximum number of images
-ROWS = 4096  # maximum number of anchors, about 1 MB with D = 128
-WEIGHT = 0.3  # of an anchor in a fit; an anchor of the support images has 1
+MAX_IMAGES = 200  # maximum number of images
+MAX_ANCHORS = 4096  # maximum number of anchors, about 1 MB with D = 128
+REPLAY_WEIGHT = 0.3  # of an anchor in a fit; an anchor of the support images has 1
 
 # Of each branch: embeddings (M, D) float16, levels (M,) int16 and classes (M,) int16, -1 for background.
 ReplayBuffer = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-def base_support(model: nn.Module, labels: list[dict[str, Any]]) -> Support:
+def base_support(model: Any, labels: list[dict[str, Any]]) -> Support:
     """Return base images as a support set.
 
     Args:
-        model (nn.Module): Few-shot model with the class indices of the labels.
+        model (FewShotDetectionModel): Model with the class indices of the labels.
         labels (list[dict[str, Any]]): Labels of the images, as in `YOLODataset.labels`.
 
     Returns:
@@ -35,11 +34,11 @@ def base_support(model: nn.Module, labels: list[dict[str, Any]]) -> Support:
     return Support(dict(model.names), labels, False, Path("base"), model.yaml.get("channels", 3))
 
 
-def fill_replay_buffer(model: nn.Module, train: list[dict[str, Any]], imgsz: int, seed: int = 0) -> ReplayBuffer:
+def fill_replay_buffer(model: Any, train: list[dict[str, Any]], imgsz: int, seed: int = 0) -> ReplayBuffer:
     """Sample anchors of training images: half of objects, half of hard background. Deterministic.
 
     Args:
-        model (nn.Module): Few-shot model in eval mode, left unchanged.
+        model (FewShotDetectionModel): Model in eval mode, left unchanged.
         train (list[dict[str, Any]]): Labels of the training images, as in `YOLODataset.labels`.
         imgsz (int): Image size in pixels.
         seed (int): Seed of the sample.
@@ -48,13 +47,15 @@ def fill_replay_buffer(model: nn.Module, train: list[dict[str, Any]], imgsz: int
         (ReplayBuffer): The anchors, on the CPU.
     """
     rng = np.random.default_rng(seed)
-    support = base_support(model, [train[i] for i in np.sort(rng.permutation(len(train))[:IMAGES])])
-    features = extract(class_rows(model), support, imgsz, views=[View()], numbers=0, desc="Filling the replay buffer")
+    support = base_support(model, [train[i] for i in np.sort(rng.permutation(len(train))[:MAX_IMAGES])])
+    features = extract(
+        class_rows(model), support, imgsz, views=[View()], max_values=0, desc="Filling the replay buffer"
+    )
     buffer = []
     for anchors in features.anchors:
         chosen = []
         for rows in ((anchors.objects >= 0).nonzero()[:, 0], (anchors.objects < 0).nonzero()[:, 0]):
-            chosen.append(rows[torch.from_numpy(rng.permutation(len(rows))[: ROWS // 2])])
+            chosen.append(rows[torch.from_numpy(rng.permutation(len(rows))[: MAX_ANCHORS // 2])])
         rows = torch.cat(chosen).sort()[0]
         cls = torch.cat([features.cls, features.cls.new_tensor([-1])])[anchors.objects[rows]]
         buffer.append((anchors.embeds[rows].half(), anchors.level[rows].to(torch.int16), cls.to(torch.int16)))
@@ -78,7 +79,7 @@ def add_replay(features: Features, buffer: ReplayBuffer, exclude: list[int]) -> 
     for anchors, (embeds, level, cls) in zip(features.anchors, buffer):
         keep = ~torch.isin(cls, torch.tensor(exclude, dtype=cls.dtype))
         n = int(keep.sum())
-        none, weight = torch.full((n,), -1), torch.full((n,), WEIGHT)
+        none, weight = torch.full((n,), -1), torch.full((n,), REPLAY_WEIGHT)
         extra = Anchors(embeds[keep].float(), level[keep].long(), torch.zeros(n, 4), none, weight, none, none)
         joined.append(Anchors(*map(torch.cat, zip(anchors, extra))))
     return features._replace(anchors=joined)

@@ -128,7 +128,8 @@ class MaskedBCE(nn.BCEWithLogitsLoss):
         Returns:
             (torch.Tensor): (B, A, nc).
         """
-        loss, mask = super().forward(scores, targets), self.current and self.current.class_mask()
+        loss = super().forward(scores, targets)
+        mask = None if self.current is None else self.current.class_mask()
         return loss if mask is None else loss * mask
 
 
@@ -153,11 +154,14 @@ class FewShotLoss(v8DetectionLoss):
             computed, and removed then. What `parts` and `chance` return of the pass is for them.
     """
 
-    def __init__(self, model: nn.Module, tal_topk: int = 10, tal_topk2: int | None = None):
+    loss_names: tuple[str, ...]
+    assigner: RecordingAssigner
+
+    def __init__(self, model: Any, tal_topk: int = 10, tal_topk2: int | None = None):
         """Initialize the loss.
 
         Args:
-            model (nn.Module): Few-shot model with the run's arguments attached as `args`.
+            model (FewShotDetectionModel): Model with the run's arguments attached as `args`.
             tal_topk (int): Anchors per object, see `TaskAlignedAssigner`.
             tal_topk2 (int, optional): Secondary top-k of one-to-one branches.
         """
@@ -167,7 +171,7 @@ class FewShotLoss(v8DetectionLoss):
         self.retention: Retention | None = None
         self.observers: list[Callable[[FewShotLoss, Pass], None]] = []
         self.clamped_dfl: ClampedDFLoss | None = None
-        self._centers: tuple[list, torch.Tensor | None] = [], None
+        self._centers: tuple[list, torch.Tensor] = [], torch.empty(0)  # of the last image size
         if self.episodic and self.use_dfl:
             self.clamped_dfl = ClampedDFLoss(self.reg_max, h.dfl_side_max, h.dfl_mean_max, h.dfl_clamp_mode)
         self.assigner, self.bce = RecordingAssigner.like(self.assigner), MaskedBCE()
@@ -181,14 +185,12 @@ class FewShotLoss(v8DetectionLoss):
             self.episode_terms = [t.to(self.device) for t in terms]
             self.loss_names = (*self.loss_names, *(t.name for t in self.episode_terms))
 
-    def loss(
-        self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, preds: dict[str, Any], batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the weighted terms multiplied by the batch size, and their detached values.
 
         Args:
-            preds (dict[str, torch.Tensor]): Raw predictions of one branch, see `FewShotDetect.forward_head`.
-            batch (dict[str, torch.Tensor]): Labels as collated by Ultralytics; an episode also has `support` (B,) bool
+            preds (dict[str, Any]): Raw predictions of one branch, see `FewShotDetect.forward_head`.
+            batch (dict[str, Any]): Labels as collated by Ultralytics; an episode also has `support` (B,) bool
                 and `way` (B,), the class each image was drawn for, and may have `query` (Q,), the indices of the
                 other images, which saves a wait for the device; `teacher` is what `Teacher` returns for the images.
 
@@ -204,12 +206,12 @@ class FewShotLoss(v8DetectionLoss):
             observe(self, this)
         return terms * len(preds["boxes"]), dict(zip(self.loss_names, terms.detach()))
 
-    def begin(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> Pass:
+    def begin(self, preds: dict[str, Any], batch: dict[str, Any]) -> Pass:
         """Begin a call of the loss.
 
         Args:
-            preds (dict[str, torch.Tensor]): As `loss` takes them.
-            batch (dict[str, torch.Tensor]): As `loss` takes it.
+            preds (dict[str, Any]): As `loss` takes them.
+            batch (dict[str, Any]): As `loss` takes it.
 
         Returns:
             (Pass): The pass, with its masks and without terms.
@@ -307,7 +309,8 @@ class FewShotLoss(v8DetectionLoss):
     def without_side_effects(self) -> Iterator[None]:
         """Restore the random state and the counts of clamps on exit."""
         dfl = self.clamped_dfl
-        counts = (dfl.side_clamped, dfl.mean_clamped) if dfl else ()
+        if dfl:
+            counts = dfl.side_clamped, dfl.mean_clamped
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 yield
@@ -327,7 +330,7 @@ class FewShotLoss(v8DetectionLoss):
         Returns:
             (Episode): What the terms may use.
         """
-        batch, assigned, fg = this.batch, this.assignment, this.fg
+        batch, assigned, fg = this.batch, this.assigned, this.fg
         embeds = this.preds["embeds"].transpose(1, 2)
         # Objects: mean embedding of the anchors assigned to each, weighted by their target scores. Object g of image b
         # has row b * n_max + g.
@@ -429,11 +432,11 @@ def gain_of(term: str, args: Any) -> tuple[str | None, float | None]:
     return (gain, getattr(args, gain, None)) if isinstance(gain, str) else (None, gain)
 
 
-def branch_losses(model: nn.Module) -> list[FewShotLoss]:
+def branch_losses(model: Any) -> list[FewShotLoss]:
     """Return the loss of every branch of the head, the one-to-many branch first; created if there is none yet.
 
     Args:
-        model (nn.Module): Few-shot model, not wrapped for several GPUs.
+        model (FewShotDetectionModel): Model, not wrapped for several GPUs.
 
     Returns:
         (list[FewShotLoss]): The losses that the model uses.

@@ -70,6 +70,10 @@ class Prototypes(nn.Module):
         frozen (torch.Tensor): Prototypes at the start of stage 2, (nc, D) float buffer; a row of zeros is absent.
     """
 
+    gain: torch.Tensor
+    offset: torch.Tensor
+    frozen: torch.Tensor
+
     def __init__(self, nc: int, embed: int, nl: int):
         """Initialize random prototypes of unit length.
 
@@ -96,16 +100,14 @@ class Prototypes(nn.Module):
             offset (float | torch.Tensor): Its bias.
         """
         frozen = self.frozen[index : index + 1] if index < len(self.frozen) else torch.zeros_like(self.frozen[:1])
-        row = {
-            "weight": prototype,
-            "gain": torch.as_tensor([gain]),
-            "offset": torch.as_tensor([offset]),
-            "frozen": frozen,
-        }
-        for name, new in row.items():
+        new: dict[str, torch.Tensor] = {}
+        if prototype is not None:
+            scalars = {"gain": torch.as_tensor([gain]), "offset": torch.as_tensor([offset])}
+            new = {"weight": prototype, "frozen": frozen, **scalars}
+        for name in ("weight", "gain", "offset", "frozen"):
             old = getattr(self, name).data
-            new = old[:0] if prototype is None else new.to(old)
-            rows = torch.cat([old[:index], new, old[index + 1 :]])
+            row = new[name].to(old) if name in new else old[:0]
+            rows = torch.cat([old[:index], row, old[index + 1 :]])
             setattr(self, name, nn.Parameter(rows, self.weight.requires_grad) if name == "weight" else rows)
 
     def set_prior(self, stride: torch.Tensor) -> None:
@@ -242,7 +244,7 @@ class FewShotDetect(Detect):
 
     def forward_head(
         self, x: list[torch.Tensor], box_head: Any = None, cls_head: Any = None, prototypes: Prototypes | None = None
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """Return the predictions of one branch.
 
         Args:
@@ -252,16 +254,16 @@ class FewShotDetect(Detect):
             prototypes (Prototypes, optional): Prototypes of this branch.
 
         Returns:
-            (dict[str, torch.Tensor]): Ultralytics' `boxes` (B, 4 * reg_max, A), `scores` (B, nc, A) and `feats`; in
+            (dict[str, Any]): Ultralytics' `boxes` (B, 4 * reg_max, A), `scores` (B, nc, A) and `feats`; in
                 training also `embeds` (B, D, A), and from the prototypes `weight` (nc, D), `gain` and `offset` (nc,),
                 `logit_scale` and `logit_bias` (nl,), and `frozen` (nc, D).
         """
-        if box_head is None or cls_head is None:
+        if box_head is None or cls_head is None or prototypes is None:
             return {}
         embeds = [cls_head[i](x[i]) for i in range(self.nl)]
         scores = torch.cat([prototypes(e, i).flatten(2) for i, e in enumerate(embeds)], dim=-1)
         boxes = torch.cat([box_head[i](x[i]).flatten(2) for i in range(self.nl)], dim=-1)
-        preds = {"boxes": boxes, "scores": scores, "feats": x}
+        preds: dict[str, Any] = {"boxes": boxes, "scores": scores, "feats": x}
         if self.training:
             preds["embeds"] = torch.cat([e.flatten(2) for e in embeds], dim=-1)
             preds["logit_scale"], preds["logit_bias"] = prototypes.logit_scale, prototypes.bias
@@ -360,6 +362,5 @@ def _fold_level(embedding: Embedding, rows: torch.Tensor, bias: torch.Tensor) ->
     conv = fuse_conv_and_bn(embedding.conv, embedding.bn) if hasattr(embedding, "bn") else embedding.conv
     weight, shift, rows, bias = (x.cpu().double() for x in (conv.weight[..., 0, 0], conv.bias, rows, bias))
     folded = nn.Conv2d(conv.in_channels, len(rows), 1, device=conv.weight.device, dtype=conv.weight.dtype)
-    folded.weight.copy_((rows @ weight)[..., None, None])
-    folded.bias.copy_(rows @ shift + bias)
+    folded.load_state_dict({"weight": (rows @ weight)[..., None, None], "bias": rows @ shift + bias})
     return folded.train(embedding.training)

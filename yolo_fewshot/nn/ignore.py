@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ def without_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor
     """Separate labeled objects and ignore regions.
 
     Args:
-        batch (dict): Collated batch.
+        batch (dict[str, Any]): Collated batch.
 
     Returns:
-        batch (dict): The batch with the labeled objects alone.
+        batch (dict[str, Any]): The batch with the labeled objects alone.
         ignored (torch.Tensor): Image index, x, y, w, h, normalized, of the ignore regions, (n, 5).
     """
     drop = batch["cls"].view(-1) == IGNORED
@@ -28,10 +29,10 @@ def blank_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
     """Separate labeled objects and ignore regions as `without_ignored` does, without waiting for the device.
 
     Args:
-        batch (dict): Collated batch.
+        batch (dict[str, Any]): Collated batch.
 
     Returns:
-        batch (dict): The batch in which ignore regions have boxes of zeros, which the loss takes for padding.
+        batch (dict[str, Any]): The batch in which ignore regions have boxes of zeros, which the loss takes for padding.
         ignored (torch.Tensor): Image index, x, y, w, h, normalized, of all objects, (N, 5); labeled ones have boxes
             of zeros, which contain no anchor.
     """
@@ -42,14 +43,14 @@ def blank_ignored(batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
 
 
 def outside_regions(
-    ignored: torch.Tensor, anchors: torch.Tensor, size: torch.Tensor | tuple[int, int], n: int
+    ignored: torch.Tensor, anchors: torch.Tensor, size: torch.Tensor | Sequence[int], n: int
 ) -> torch.Tensor:
     """Find the anchors whose center is outside all ignore regions.
 
     Args:
         ignored (torch.Tensor): Image index, x, y, w, h, normalized, (n, 5).
         anchors (torch.Tensor): Centers in pixels, (A, 2).
-        size (torch.Tensor | tuple[int, int]): Width and height of the images in pixels.
+        size (torch.Tensor | Sequence[int]): Width and height of the images in pixels.
         n (int): Number of images B.
 
     Returns:

@@ -10,9 +10,9 @@ import sys
 from yolo_fewshot.args import STOCK_GAINS
 from yolo_fewshot.nn.terms import BUILT_IN, EPISODE_TERMS, EpisodeTerm
 
-TAKEN = ("box_loss", "cls_loss", "dfl_loss", "l1_loss", *EPISODE_TERMS, "tea_loss", "mem_loss")
-GAINS = tuple(dict.fromkeys((*STOCK_GAINS, *(t.gain for t in BUILT_IN))))
-MAX_NAME = 10  # characters of a column of the progress bar
+TAKEN_NAMES = ("box_loss", "cls_loss", "dfl_loss", "l1_loss", *EPISODE_TERMS, "tea_loss", "mem_loss")
+GAIN_KEYS = tuple(dict.fromkeys((*STOCK_GAINS, *(t.gain for t in BUILT_IN if isinstance(t.gain, str)))))
+MAX_NAME_LENGTH = 10  # width of a column of the progress bar
 
 
 def load_terms(paths: str | None) -> list[EpisodeTerm]:
@@ -32,7 +32,7 @@ def load_terms(paths: str | None) -> list[EpisodeTerm]:
     for path in filter(None, (p.strip() for p in (paths or "").split(","))):
         try:
             term = _create(path)
-            _check(term, (*TAKEN, *(t.name for t in terms)))
+            _check(term, (*TAKEN_NAMES, *(t.name for t in terms)))
         except ValueError as e:
             raise ValueError(f"'terms={path}' is an invalid value. {e}") from e
         terms.append(term)
@@ -69,17 +69,17 @@ def _check(term: EpisodeTerm, taken: tuple[str, ...]) -> None:
     """Raise ValueError unless a term is well-formed and has a name that is not taken."""
     name, gain = term.name, term.gain
     stem = name.removesuffix("_loss") if isinstance(name, str) else ""
-    if not (stem.isidentifier() and stem != name and len(name) <= MAX_NAME):
+    if not (stem.isidentifier() and stem != name and len(name) <= MAX_NAME_LENGTH):
         raise ValueError(
-            f"name={name!r} must end with '_loss' and have at most {MAX_NAME} characters, i.e. 'spr_loss'."
+            f"name={name!r} must end with '_loss' and have at most {MAX_NAME_LENGTH} characters, i.e. 'spr_loss'."
         )
     if name in taken:
         raise ValueError(f"name='{name}' is taken by another term.")
     if isinstance(gain, str):
-        if gain not in GAINS:
-            raise ValueError(f"gain='{gain}' must be a number or one of the keys {', '.join(GAINS)}.")
+        if gain not in GAIN_KEYS:
+            raise ValueError(f"gain='{gain}' must be a number or one of the keys {', '.join(GAIN_KEYS)}.")
     elif not isinstance(gain, (int, float)) or isinstance(gain, bool) or not 0 <= gain < math.inf:
-        raise ValueError(f"gain={gain!r} must be a finite number >= 0 or one of the keys {', '.join(GAINS)}.")
+        raise ValueError(f"gain={gain!r} must be a finite number >= 0 or one of the keys {', '.join(GAIN_KEYS)}.")
     if type(term).forward is EpisodeTerm.forward:
         raise ValueError(f"'{type(term).__name__}' needs a method forward(self, episode).")
     if parameters := [k for k, _ in term.named_parameters()]:

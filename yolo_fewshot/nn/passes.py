@@ -35,7 +35,7 @@ class Pass:
     """One call of the loss of one branch: its input, and what is computed on the way to the terms.
 
     Attributes:
-        preds (dict[str, torch.Tensor]): Raw predictions of the branch, see `FewShotDetect.forward_head`.
+        preds (dict[str, Any]): Raw predictions of the branch, see `FewShotDetect.forward_head`.
         batch (dict[str, Any]): Labels; boxes to ignore are blanked out.
         keep_mask (torch.Tensor | None): Anchors outside all boxes to ignore, (B, A) bool; None if there are no boxes.
         distilled (torch.Tensor | None): Classes that a teacher scores, (nc,) bool; None without a teacher.
@@ -46,7 +46,7 @@ class Pass:
         added (list[torch.Tensor]): Weighted terms beyond Ultralytics' own.
     """
 
-    preds: dict[str, torch.Tensor]
+    preds: dict[str, Any]
     batch: dict[str, Any]
     keep_mask: torch.Tensor | None = None
     distilled: torch.Tensor | None = None

@@ -27,7 +27,7 @@ class Episode(NamedTuple):
         ways (torch.Tensor): Classes of the prototypes, ascending, (w,) int64.
         anchors (tuple[torch.Tensor, torch.Tensor]): Image and index of the M anchors assigned to objects, (M,) int64.
         query (torch.Tensor): Indices of the query images, (Q,) int64.
-        preds (dict[str, torch.Tensor]): Raw predictions of the branch, see `FewShotDetect.forward_head`; `embeds` are
+        preds (dict[str, Any]): Raw predictions of the branch, see `FewShotDetect.forward_head`; `embeds` are
             the embeddings of all anchors, (B, D, A), in float16 under AMP.
         batch (dict[str, Any]): The images and labels, as Ultralytics collates them; `support` is (B,) bool, and `way`
             the class that each image was drawn for, (B,).
@@ -43,7 +43,7 @@ class Episode(NamedTuple):
     ways: torch.Tensor
     anchors: tuple[torch.Tensor, torch.Tensor]
     query: torch.Tensor
-    preds: dict[str, torch.Tensor]
+    preds: dict[str, Any]
     batch: dict[str, Any]
     assignment: Assignment
     keep_mask: torch.Tensor | None

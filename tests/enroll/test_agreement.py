@@ -38,7 +38,7 @@ def agreement_by_loops(embeds, labels, n):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_agreement_is_that_of_loops(seed):
+def test_agreement_equals_loops(seed):
     features = clouds([6, 3, 2, 1, 4, 2], noise=0.4, seed=seed)
     labels = features.cls.clone()
     labels[features.cls == 5] = -1  # a class without an object, and objects without a class
@@ -87,7 +87,7 @@ def test_classes_of_fewer_than_three_shots_are_not_judged():
     assert suspect(features, swapped, 2) == [0]
 
 
-def test_an_odd_shot_is_no_doubt_unless_it_looks_like_another_class():
+def test_an_outlier_is_suspect_only_if_it_is_similar_to_another_class():
     features = clouds([5, 5], noise=0.05)
     features.embeds[0][2] = torch.eye(D)[4]
     assert suspect(features, features.cls, 2) == []
@@ -95,7 +95,7 @@ def test_an_odd_shot_is_no_doubt_unless_it_looks_like_another_class():
     assert suspect(features, features.cls, 2) == []  # more like another, but like its own too
 
 
-def test_without_another_class_there_is_nothing_to_compare_with():
+def test_a_single_class_is_not_judged():
     features = clouds([5, 5])
     for labels, n in ((features.cls.clamp(max=0), 1), (torch.where(features.cls == 1, -1, 0), 2)):
         found = agreement(features, labels, n)
@@ -103,7 +103,7 @@ def test_without_another_class_there_is_nothing_to_compare_with():
         assert (found.nearest == -1).all() and not found.suspect.any()
 
 
-def test_objects_that_are_left_out_are_neither_judged_nor_compared_with():
+def test_left_out_objects_are_neither_judged_nor_compared():
     features = clouds([5, 5, 5])
     labels = torch.where(features.cls == 1, -1, features.cls)
     labels[0] = -1

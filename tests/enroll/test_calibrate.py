@@ -101,7 +101,7 @@ def classes_of(support):
     return {int(c) for x in support.labels for c in x["cls"].flat}
 
 
-def test_shots_are_training_images_and_are_looked_for_in_validation_images(extracted):
+def test_shots_are_training_images_and_queries_are_validation_images(extracted):
     originals = {x["im_file"]: x for x in TRAIN + VAL}
     for seed in range(4):
         extracted.clear()
@@ -124,7 +124,7 @@ def test_shots_are_training_images_and_are_looked_for_in_validation_images(extra
         assert len({x["im_file"] for x in support.labels}) == len(support.labels)
 
 
-def test_every_trial_has_shots_of_its_own_that_show_every_class(extracted, trials):
+def test_trials_have_disjoint_shots_that_show_every_class(extracted, trials):
     train = labels_of("train", [[c, (c + i) % 4] for i in range(5) for c in range(4)])
     val = labels_of("val", [[0, 1], [2, 3]])
     choose(train, val)
@@ -159,7 +159,7 @@ def test_a_trial_has_the_anchors_of_its_own_images_and_of_the_replay_buffer():
         image,
         image * 0,
     ]
-    features, labels = module._features_of(every._replace(anchors=[Anchors(*parts)] * 2), every.cls % 3, 2, 4)
+    features, labels = module._select_images(every._replace(anchors=[Anchors(*parts)] * 2), every.cls % 3, 2, 4)
     assert features.anchors[0].image.tolist() == [2, -1, 3, -1, 2]
     assert features.anchors[0].embeds[:, 0].tolist() == [2, 3, 4, 6, 7]
     assert labels.tolist() == [-1, -1, -1, -1, 2, 0, 0, 2, -1, -1]
@@ -185,7 +185,7 @@ def test_draws_depend_on_the_seed_alone(extracted):
     assert first == draws(0) and first != draws(1)
 
 
-def test_the_replay_buffer_serves_the_shots_without_the_classes_that_are_pseudo_novel(extracted, monkeypatch):
+def test_anchors_of_pseudo_novel_classes_are_not_replayed(extracted, monkeypatch):
     asked = []
     monkeypatch.setattr(
         module, "add_replay", lambda features, buffer, own: asked.append((buffer, features, own)) or features
@@ -195,7 +195,7 @@ def test_the_replay_buffer_serves_the_shots_without_the_classes_that_are_pseudo_
     assert buffer == [] and features.files[0].startswith("train") and set(own) == classes_of(extracted[1][0])
 
 
-def test_the_labels_stay_as_they_are(extracted):
+def test_labels_are_not_modified(extracted):
     before = [{**x, "cls": x["cls"].copy(), "bboxes": x["bboxes"].copy()} for x in TRAIN + VAL]
     choose()
     for x, y in zip(TRAIN + VAL, before):
@@ -214,7 +214,7 @@ def test_the_better_prior_strength_is_chosen(extracted, monkeypatch):
     assert choose(train) == PRIOR_STRENGTH
 
 
-def test_a_draw_that_cannot_show_every_class_is_no_trial(extracted, trials):
+def test_a_draw_that_lacks_a_class_is_no_trial(extracted, trials):
     choose(labels_of("train", [[0], [1], [0]]), labels_of("val", [[1, 0]]))
     assert len(trials) == 2  # one draw, with both methods
 
@@ -222,7 +222,7 @@ def test_a_draw_that_cannot_show_every_class_is_no_trial(extracted, trials):
 @pytest.mark.parametrize(
     "train, val", [([[0], [1]], [[2], [3]]), ([[0], [1]], [[0], [2]]), ([[0, 0]], [[0]]), ([[]], [[]])]
 )
-def test_without_two_classes_in_both_splits_nothing_is_looked_at(extracted, train, val):
+def test_fewer_than_two_classes_in_both_splits_extract_no_features(extracted, train, val):
     assert choose(labels_of("train", train), labels_of("val", val)) == PRIOR_STRENGTH
     assert not extracted
 
@@ -270,7 +270,7 @@ def drawn(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_real_model_is_left_as_it_was_and_chooses_the_same_again(drawn, monkeypatch):
+def test_the_choice_is_deterministic_and_does_not_modify_the_model(drawn, monkeypatch):
     monkeypatch.setattr(module, "TRIALS", 2)
     values, ap50 = [], module._ap50
     monkeypatch.setattr(module, "_ap50", lambda *args: values.append(ap50(*args)) or values[-1])

@@ -35,7 +35,7 @@ def test_the_shots_of_a_class_are_spread_evenly(shots, expected):
     assert sorted(counts[counts > 0].tolist()) == expected and fold.max() < 5
 
 
-def test_the_classes_of_an_image_decide_its_fold_and_not_how_full_it_is():
+def test_folds_balance_classes_before_the_number_of_objects():
     box = [0, 0, 9, 9]
     objects = [(0, 0, box)] + [(1, p, box) for p in (1, 2, 3, 4) for _ in range(3)] + [(0, 5, box)]
     features = features_of(objects)
@@ -43,7 +43,7 @@ def test_the_classes_of_an_image_decide_its_fold_and_not_how_full_it_is():
     assert fold[5] != fold[0]  # which holds the fewest objects
 
 
-def test_images_with_several_classes_are_spread_as_well_as_they_can():
+def test_shots_of_images_with_several_classes_are_spread():
     """Each of five images shows both classes, the sixth, a seventh and an empty one only one or none."""
     box = [0, 0, 9, 9]
     objects = [(c, p, box) for p in range(5) for c in (0, 1)] + [(0, 5, box), (1, 6, box)]
@@ -53,7 +53,7 @@ def test_images_with_several_classes_are_spread_as_well_as_they_can():
     assert fold[5] != fold[6]
 
 
-def test_objects_that_are_left_out_do_not_fill_a_fold():
+def test_left_out_objects_do_not_count_in_a_fold():
     features = features_of([(0, i, [0, 0, 9, 9]) for i in range(6)])
     labels = torch.tensor([-1, 0, 0, 0, 0, 0])
     assert sorted(folds(features, labels)[1:].tolist()) == [0, 1, 2, 3, 4]
@@ -75,7 +75,7 @@ def by_class(detections, c):
     return [s for s, _ in rows], [h for _, h in rows]
 
 
-def test_left_out_detections_of_the_same_classifiers_are_those_of_one_pass(prototypes, monkeypatch):
+def test_left_out_detections_of_constant_classifiers_equal_detections_in_all_images(prototypes, monkeypatch):
     features, labels = labeled_scene()
     monkeypatch.setattr(module, "classifiers", lambda *args: WEIGHTS)
     found = detect_left_out(features, labels, ["fit"] * 3, SHOTS, prototypes)
@@ -88,7 +88,7 @@ def test_left_out_detections_of_the_same_classifiers_are_those_of_one_pass(proto
     assert not found.tp[found.cls == 2].any()
 
 
-def test_an_image_is_judged_by_classifiers_that_never_saw_it(prototypes, monkeypatch):
+def test_classifiers_of_an_image_are_made_without_its_fold(prototypes, monkeypatch):
     features, labels = labeled_scene()
     fitted, judged, methods = [], [], ["fit", "mean", "fit"]
 
@@ -115,7 +115,7 @@ def test_an_image_is_judged_by_classifiers_that_never_saw_it(prototypes, monkeyp
     assert set(features.anchors[0].image.tolist()) == set(range(12))  # the features themselves stay complete
 
 
-def test_anchors_of_other_images_serve_every_fit_and_are_never_detected(prototypes, monkeypatch):
+def test_replayed_anchors_are_in_every_fit_and_are_never_detected(prototypes, monkeypatch):
     """Those of the replay buffer have the image and view -1."""
     features, labels = labeled_scene()
     expected = detect_by_loops(features, labels, EVERY[:12], WEIGHTS, prototypes, 0.01)[0]
@@ -131,7 +131,7 @@ def test_anchors_of_other_images_serve_every_fit_and_are_never_detected(prototyp
     assert len(given) == 5 and all((x.image < 0).sum() == 40 for x in given)
 
 
-def test_separable_classes_are_found_and_get_a_threshold_between_true_and_false_positives(prototypes):
+def test_separable_classes_get_a_threshold_between_true_and_false_positives(prototypes):
     """Shots along two axes, and weaker anchors beside them: the means of the other shots tell them apart."""
     box, beside, axes = [10, 10, 30, 30], [50, 50, 70, 70], torch.eye(D)
     objects = [(i % 2, i, box) for i in range(10)]
@@ -187,7 +187,7 @@ def test_auto_does_not_compare_where_all_classes_have_few_shots(left_out):
     "mean, fit, best",
     [([5, 0, 3], [2, 2, 3], "mean"), ([2, 2, 3], [5, 0, 3], "fit"), ([3, 0, 2], [3, 2, 2], "fit")],
 )
-def test_auto_takes_what_finds_more_of_the_classes_of_enough_shots(left_out, mean, fit, best):
+def test_auto_chooses_the_method_of_larger_ap50_on_classes_of_enough_shots(left_out, mean, fit, best):
     left_out[1].update(mean=mean, fit=fit)
     for few_shot_method in ("fit", "mean"):
         tp = sum(mean if best == "mean" else fit)

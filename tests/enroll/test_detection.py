@@ -114,7 +114,7 @@ def detect_by_loops(features, labels, images, weights, prototypes, conf):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_detections_are_those_of_loops(prototypes, seed):
+def test_detections_equal_loops(prototypes, seed):
     features = scene(seed)
     labels = torch.where(torch.arange(len(features.cls)) % 5 == 4, -1, features.cls)
     images = torch.arange(8) % 4 != 2
@@ -146,7 +146,7 @@ def test_of_two_detections_of_an_object_only_the_more_confident_is_a_true_positi
     assert true_positives(one_object((wide, 0, 2), (wide, 0, 3)), prototypes) == [True]  # one left by NMS
 
 
-def test_a_detection_that_overlaps_too_little_is_no_true_positive(prototypes):
+def test_a_detection_below_the_iou_threshold_is_a_false_positive(prototypes):
     assert true_positives(one_object(([10, 10, 30, 19], 0, 2)), prototypes) == [False]  # IoU of 0.45
     assert true_positives(one_object(([10, 10, 30, 21], 0, 2)), prototypes) == [True]  # 0.55
 
@@ -160,7 +160,7 @@ def test_only_the_plain_view_and_confident_anchors_count(prototypes):
     assert true_positives(one_object((box, 0, -4)), prototypes) == []  # a confidence of 0.007
 
 
-def test_two_objects_are_found_by_the_detections_nearest_to_them(prototypes):
+def test_detections_match_the_object_of_maximum_iou(prototypes):
     near, far = [10, 10, 30, 30], [10, 14, 30, 34]
     features = features_of(
         [(0, 0, far), (0, 0, near)],
@@ -169,14 +169,14 @@ def test_two_objects_are_found_by_the_detections_nearest_to_them(prototypes):
     assert true_positives(features, prototypes) == [True, True]
 
 
-def test_objects_of_another_image_or_class_are_not_found(prototypes):
+def test_detections_do_not_match_objects_of_another_image_or_class(prototypes):
     box, weights = [10, 10, 30, 30], (torch.eye(2, D), torch.zeros(2))
     features = features_of([(0, 0, box), (1, 1, box)], [(p, 0, 0, box, 4 * torch.eye(D)[0]) for p in (0, 1)])
     out = detect(features, features.cls, EVERY[:2], weights, prototypes, conf=0.5)
     assert out.cls.tolist() == [0, 0] and sorted(out.tp.tolist()) == [False, True] and out.n_gt.tolist() == [1, 1]
 
 
-def test_selected_anchors_keep_all_their_parts():
+def test_select_keeps_all_attributes_of_anchors():
     anchors = scene().anchors[0]
     part = select(anchors, anchors.image == 3)
     index = [i for i, p in enumerate(anchors.image.tolist()) if p == 3]

@@ -68,7 +68,7 @@ def enrolled(checkpoint, tiny):
 
 
 @pytest.mark.parametrize("nms", [None, False])
-def test_an_object_is_found_once_with_nms_and_without(enrolled, shots, nms):
+def test_an_object_is_detected_once_with_and_without_nms(enrolled, shots, nms):
     files = [x["im_file"] for x in shots.labels]
     found = enrolled.predict(files, imgsz=SIZE, nms=nms, conf=0.25, verbose=False)
     assert [x.boxes.cls.tolist() for x in found] == [[float(i % 4)] for i in range(SHOTS)]

@@ -26,7 +26,7 @@ from yolo_fewshot.nn.rows import class_rows
 FAMILIES = ["yolo11n-fewshot.yaml", "yolov8n-fewshot.yaml", "yolo26n-fewshot.yaml"]
 METHODS = ["mean", "fit", "auto"]
 SIZE = 64  # of the images, in pixels
-ROWS = ("weight", "gain", "offset", "frozen")  # what a bank holds of every class
+ROWS = ("weight", "gain", "offset", "frozen")  # of the prototypes of a branch, with a row for each class
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +114,12 @@ def test_the_mean_prototype_is_the_mean_of_the_shots_embeddings(models, shots, c
     features = extract(class_rows(model), shots, SIZE)
     enroll(model, shots, SIZE, method="mean", batch=2)
     assert len(features.embeds) == len(model.model[-1].branch_prototypes)
-    for bank, embeds in zip(model.model[-1].branch_prototypes, features.embeds):
+    for prototypes, embeds in zip(model.model[-1].branch_prototypes, features.embeds):
         for row, c in ((2, 1), (3, 3)):
             mean = embeds[features.cls == c].sum(0)
-            torch.testing.assert_close(bank.weight[row, :, 0], mean / mean.norm(), rtol=0, atol=1e-4)
-        torch.testing.assert_close(bank.gain, torch.ones(4))
-        assert not bank.offset.any()
+            torch.testing.assert_close(prototypes.weight[row, :, 0], mean / mean.norm(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(prototypes.gain, torch.ones(4))
+        assert not prototypes.offset.any()
 
 
 def test_the_views_may_be_given(model, shots):
@@ -131,7 +131,7 @@ def test_the_views_may_be_given(model, shots):
 
 
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_a_fit_has_gain_and_offset_and_tells_the_anchors_of_a_class_better(models, shots, cfg):
+def test_a_fit_has_gain_and_offset_and_separates_anchors_better_than_the_mean(models, shots, cfg):
     mean, fit = deepcopy(models[cfg]), deepcopy(models[cfg])
     features = extract(class_rows(mean), shots, SIZE)
     enroll(mean, shots, SIZE, method="mean")
@@ -146,8 +146,10 @@ def test_a_fit_has_gain_and_offset_and_tells_the_anchors_of_a_class_better(model
             labels = torch.cat([features.cls, torch.tensor([-1])])[anchors.objects]
             target = torch.where(labels == c, anchors.weight, 0)
             losses = []
-            for bank in (theirs, ours):
-                weight, bias = (torch.stack([bank.rows(i)[j][row] for i in range(3)])[anchors.level] for j in (0, 1))
+            for prototypes in (theirs, ours):
+                weight, bias = (
+                    torch.stack([prototypes.rows(i)[j][row] for i in range(3)])[anchors.level] for j in (0, 1)
+                )
                 logit = (anchors.embeds * weight).sum(1) + bias
                 losses.append(F.binary_cross_entropy_with_logits(logit, target, reduction="sum").item())
             assert losses[1] < 0.9 * losses[0]
@@ -164,9 +166,9 @@ def test_enrollment_is_deterministic(model, shots, method):
 def test_enrolling_again_replaces_the_class(model, shots, method):
     first = enroll(model, shots, SIZE, method=method)
     before = state(model)
-    for bank in model.model[-1].branch_prototypes:
-        bank.weight.data[2] += 1
-        bank.offset[3] = 5
+    for prototypes in model.model[-1].branch_prototypes:
+        prototypes.weight.data[2] += 1
+        prototypes.offset[3] = 5
     second = enroll(model, shots, SIZE, method=method)
     assert first == second and model.names == {0: "cat", 1: "dog", 2: "square", 3: "disc"}
     for k, v in model.state_dict().items():
@@ -189,7 +191,7 @@ def test_classes_that_are_enrolled_one_after_the_other_are_those_enrolled_togeth
 # Records --------------------------------------------------------------------------------------------------------------
 
 
-def test_records_tell_shots_method_confidence_and_what_was_replaced(model, shots):
+def test_records_have_shots_method_confidence_and_replaced_classifier(model, shots):
     support = as_base(shots)
     own = model.model[-1].get_class(0)
     for method in ("mean", "fit"):
@@ -205,7 +207,7 @@ def test_records_tell_shots_method_confidence_and_what_was_replaced(model, shots
 
 
 @pytest.mark.parametrize("method", ["mean", "fit"])
-def test_confidences_come_from_the_shots(model, shots, monkeypatch, method):
+def test_confidences_equal_the_thresholds_of_cross_validation(model, shots, monkeypatch, method):
     asked = []
     monkeypatch.setattr(module, "thresholds", lambda found: asked.append(found) or [0.25, None])
     features = extract(class_rows(model), shots, SIZE)
@@ -216,7 +218,7 @@ def test_confidences_come_from_the_shots(model, shots, monkeypatch, method):
     assert [r["conf"] for r in result.classes.values()] == [0.25, None] and names == ["square", "disc"]
 
 
-def test_shots_are_told_with_image_box_and_agreement(model, shots):
+def test_shots_have_image_box_and_agreement(model, shots):
     features = extract(class_rows(model), shots, SIZE)
     names, labels = compact(features, shots.names)
     found = agreement(features, labels, 2)
@@ -235,7 +237,7 @@ def test_shots_are_told_with_image_box_and_agreement(model, shots):
     assert not any(list(row) for row in rows.values())
 
 
-def test_what_is_not_known_of_a_shot_is_none(model, shots, monkeypatch):
+def test_unknown_attributes_of_a_shot_are_none(model, shots, monkeypatch):
     nan, no = float("nan"), torch.zeros(6, dtype=torch.bool)
     alone = Agreement(torch.full((6,), nan), torch.full((6,), nan), torch.full((6,), -1), no)
     monkeypatch.setattr(module, "agreement", lambda features, labels, n: alone)
@@ -243,7 +245,7 @@ def test_what_is_not_known_of_a_shot_is_none(model, shots, monkeypatch):
     assert {x[2:] for row in result.objects.values() for x in row} == {(None, None, None, False)}
 
 
-def test_objects_that_no_anchor_belongs_to_are_no_shots(model, shots, monkeypatch):
+def test_objects_without_an_anchor_are_no_shots(model, shots, monkeypatch):
     monkeypatch.setattr(module, "compact", lambda *args: (["square"], torch.where(compact(*args)[1] == 0, 0, -1)))
     result = enroll(model, shots, SIZE, method="mean")
     assert list(result.objects) == ["square"]
@@ -251,7 +253,7 @@ def test_objects_that_no_anchor_belongs_to_are_no_shots(model, shots, monkeypatc
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_classes_to_keep_are_negatives_and_witnesses_and_stay_as_they_are(models, shots, method):
+def test_kept_classes_are_negatives_and_are_not_changed(models, shots, method):
     """The other classes come out as if all were enrolled."""
     model, every = (deepcopy(models["yolo11n-fewshot.yaml"]) for _ in range(2))
     shots, before = as_base(shots), logits(model, shots)
@@ -282,14 +284,14 @@ def test_a_class_of_one_image_has_no_suggested_confidence(model, shots):
 def test_detections_from_features_are_those_of_the_enrolled_model(model, shots):
     """All anchors of small images are kept; against Ultralytics' forward pass and NMS."""
     enroll(model, shots, SIZE, method="mean")
-    bank, conf, seen = model.model[-1].branch_prototypes[0], 0.02, 0
+    prototypes, conf, seen = model.model[-1].branch_prototypes[0], 0.02, 0
     features = extract(class_rows(model), shots, SIZE, views=[View()])
-    rows = F.normalize(bank.weight.detach()[..., 0], dim=1), bank.offset
+    rows = F.normalize(prototypes.weight.detach()[..., 0], dim=1), prototypes.offset
     for i, label in enumerate(shots.labels):
         with torch.no_grad():
             preds = model(image_batch(label["im_file"], SIZE)["img"])[0]
         stock = non_max_suppression(preds, conf, 0.7, multi_label=True)[0]
-        ours = detect(features, features.cls, torch.arange(5) == i, rows, bank, conf)
+        ours = detect(features, features.cls, torch.arange(5) == i, rows, prototypes, conf)
         seen += len(ours.cls)
         for c in range(4):
             expected = stock[stock[:, 5] == c, 4].sort(descending=True)[0]
@@ -297,7 +299,7 @@ def test_detections_from_features_are_those_of_the_enrolled_model(model, shots):
     assert seen > 50
 
 
-def test_what_the_model_remembers_serves_as_background_but_for_the_classes_that_are_shown(models, model, shots):
+def test_replayed_anchors_are_negatives_except_those_of_enrolled_classes(models, model, shots):
     """A memory of the very anchors of the shots makes their classifiers less sure, unless it is of the class itself."""
     plain, cautious, own = (deepcopy(model) for _ in range(3))
     anchors = extract(class_rows(model), shots, SIZE).anchors[0]
@@ -320,7 +322,7 @@ def test_what_the_model_remembers_serves_as_background_but_for_the_classes_that_
 
 
 @pytest.mark.parametrize("nms, branch", [(None, 0), (True, 0), (False, 1)])
-def test_thresholds_are_those_of_the_branch_that_predicts(shots, monkeypatch, nms, branch):
+def test_thresholds_are_chosen_for_the_predicting_branch(shots, monkeypatch, nms, branch):
     asked, model = [], model_of("yolo26n-fewshot.yaml")
     monkeypatch.setattr(module, "thresholds", lambda found: asked.append(found) or [None, None])
     features = extract(class_rows(model), shots, SIZE)
@@ -332,13 +334,13 @@ def test_thresholds_are_those_of_the_branch_that_predicts(shots, monkeypatch, nm
     assert equal(asked[0], expected) and len(expected.conf) != len(other.conf)
 
 
-def test_a_head_without_a_branch_that_is_free_of_nms_predicts_as_always(model, shots):
+def test_nms_false_changes_nothing_in_a_head_without_a_one_to_one_branch(model, shots):
     other = deepcopy(model)
     assert enroll(model, shots, SIZE, nms=False) == enroll(other, shots, SIZE) and same(model, other)
 
 
 @pytest.mark.parametrize("single, method", [(None, "fit"), (PRIOR_STRENGTH, "fit"), (math.inf, "mean")])
-def test_auto_enrolls_few_shots_as_training_found_best(model, shots, single, method):
+def test_auto_enrolls_few_shots_by_the_prior_strength_of_training(model, shots, single, method):
     other = deepcopy(model)
     model.prior_strength = single
     few = shots._replace(labels=shots.labels[1:2])  # one shot of each class
@@ -349,7 +351,7 @@ def test_auto_enrolls_few_shots_as_training_found_best(model, shots, single, met
 
 
 @pytest.mark.parametrize("method, scores", [("mean", [0.1, 0.2]), ("fit", [0.2, 0.1])])
-def test_auto_decides_on_classes_of_enough_shots_by_what_is_left_out(model, shots, monkeypatch, method, scores):
+def test_auto_chooses_by_cross_validation_for_classes_of_enough_shots(model, shots, monkeypatch, method, scores):
     """The squares get what finds more of them, the discs, of which there are two, what training found best."""
     model.prior_strength, values = math.inf, iter(scores)
     monkeypatch.setattr(cross_validation, "ap50", lambda found: next(values))
@@ -362,7 +364,7 @@ def test_an_unknown_method_is_an_error(model, shots):
         enroll(model, shots, SIZE, method="median")
 
 
-def test_a_class_without_an_anchor_is_an_error_and_the_model_stays(model, shots):
+def test_a_class_without_an_anchor_is_an_error_and_the_model_is_not_changed(model, shots):
     before = state(model)
     twice = {**shots.labels[2], "cls": np.array([[1.0], [3.0]], dtype=np.float32)}
     twice["bboxes"] = shots.labels[2]["bboxes"].repeat(2, 0)  # all anchors of the second box belong to the first
@@ -373,7 +375,7 @@ def test_a_class_without_an_anchor_is_an_error_and_the_model_stays(model, shots)
     assert same(model, before) and model.names == BASE and model.enrolled == {} and model.model[-1].nc == 2
 
 
-def test_images_of_other_channels_are_an_error_before_the_work(model, shots, monkeypatch):
+def test_images_of_other_channels_are_an_error_before_extraction(model, shots, monkeypatch):
     monkeypatch.setattr(module, "extract", lambda *_: pytest.fail("began"))
     gray = FewShotDetectionModel("yolo11n-fewshot.yaml", ch=1, nc=2, verbose=False).eval()
     for network, support, text in (
@@ -441,7 +443,7 @@ def test_shots_too_small_for_an_anchor_are_counted_and_named_with_their_size(mod
     assert all(f"{x['im_file']}: square (1 x 1 pixels)" in text for x in lost) and "shares" not in text
 
 
-def test_nothing_is_said_where_every_shot_counts(model, shots, warnings):
+def test_no_warning_is_logged_if_every_shot_counts(model, shots, warnings):
     enroll(model, shots, SIZE, method="mean")
     assert not any("count" in x for x in warnings)
 
@@ -458,7 +460,7 @@ def test_a_class_to_keep_may_be_without_an_anchor(model, shots):
     assert found.classes["square"]["shots"] == 2
 
 
-def test_classes_are_numbered_by_their_label_indices_and_lost_objects_have_none():
+def test_classes_are_numbered_by_label_index_and_objects_without_an_anchor_by_minus_one():
     cls = torch.tensor([7, 2, 7, 4, 2])
     embeds = [torch.ones(5, 3), torch.ones(5, 3)]
     embeds[0][1], embeds[1][3] = 0, 0
@@ -471,7 +473,7 @@ def test_classes_are_numbered_by_their_label_indices_and_lost_objects_have_none(
 
 
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_forgetting_removes_a_class_and_later_ones_move_up(models, shots, cfg):
+def test_forgetting_removes_a_class_and_decreases_later_indices_by_one(models, shots, cfg):
     model = deepcopy(models[cfg])
     before = state(model)
     enroll(model, shots, SIZE)
@@ -499,11 +501,11 @@ def test_a_forgotten_class_can_be_enrolled_again_and_comes_last(model, shots):
 
 
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_a_base_class_gets_its_classifier_back(models, shots, cfg):
+def test_forgetting_restores_the_classifier_of_a_base_class(models, shots, cfg):
     model = deepcopy(models[cfg])
-    for bank in model.model[-1].branch_prototypes:
-        bank.weight.data *= torch.tensor([1.7, 0.6]).view(2, 1, 1)  # learned prototypes have any length
-        bank.gain[0], bank.offset[0] = 1.3, -0.4
+    for branch in model.model[-1].branch_prototypes:
+        branch.weight.data *= torch.tensor([1.7, 0.6]).view(2, 1, 1)  # learned prototypes have any length
+        branch.gain[0], branch.offset[0] = 1.3, -0.4
     before = logits(model, shots)
     for method in ("fit", "mean"):
         enroll(model, as_base(shots), SIZE, method=method)
@@ -515,7 +517,7 @@ def test_a_base_class_gets_its_classifier_back(models, shots, cfg):
     torch.testing.assert_close(logits(model, shots)[:, :2], before, rtol=0, atol=1e-5)
 
 
-def test_what_was_not_enrolled_cannot_be_forgotten(model, shots):
+def test_forgetting_a_class_that_is_not_enrolled_is_an_error(model, shots):
     with pytest.raises(ValueError, match=r"'square' was not enrolled.*No class is enrolled"):
         forget(model, "square")
     enroll(model, shots, SIZE, method="mean")

@@ -68,13 +68,13 @@ def model_of(cfg="yolo11n-fewshot.yaml", **args):
         m.momentum = 1.0  # the statistics of these images
     with torch.no_grad():
         model.predict(torch.cat(views))
-        for branch, bank in zip(model.model[-1].branches, model.model[-1].branch_prototypes):
+        for branch, prototypes in zip(model.model[-1].branches, model.model[-1].branch_prototypes):
             for box in getattr(model.model[-1], f"{branch}cv2"):
                 nn.init.normal_(box[-1].weight, std=0.1)
                 if len(box[-1].bias) > 4:  # sides of about four strides, as without DFL
                     box[-1].bias.copy_(-(torch.arange(16) - 2).square().repeat(4) / 2)
-            bank.logit_scale.copy_(torch.tensor([0.6, 0.8, 1.0]))
-            bank.bias.copy_(torch.tensor([-4.0, -3.5, -3.0]))
+            prototypes.logit_scale.copy_(torch.tensor([0.6, 0.8, 1.0]))
+            prototypes.bias.copy_(torch.tensor([-4.0, -3.5, -3.0]))
     for m, momentum in norms.items():
         m.momentum = momentum
     return model.eval()
@@ -152,7 +152,7 @@ def test_brightness_is_a_factor_and_saturates():
 
 
 @pytest.mark.parametrize("view", [View(), View(1.0, True, 1.2), View(0.5, True), View(1.25, True, 0.8)])
-def test_a_view_leaves_the_batch_as_it_was(view):
+def test_a_view_does_not_modify_the_batch(view):
     batch, before = red_batch(), red_batch()
     shown = make_view(batch, view, 32)
     assert all(torch.equal(batch[k], v) for k, v in before.items())
@@ -277,7 +277,7 @@ def test_embeddings_of_objects_are_means_over_anchors_and_views(extracted):
         assert (found @ found.T).fill_diagonal_(0).max() < 0.999  # else the comparison would say little
 
 
-def test_a_dual_head_has_two_branches(extracted):
+def test_a_dual_head_has_features_of_two_branches(extracted):
     model, features, _ = extracted
     assert len(features.embeds) == len(features.anchors) == len(model.model[-1].branches)
     if len(features.embeds) == 2:
@@ -295,7 +295,7 @@ def test_an_object_has_as_many_anchors_as_training_gives_it_in_the_branch(extrac
     assert most == [10, 1][: len(most)]
 
 
-def test_every_anchor_of_an_object_is_kept_as_it_is(extracted):
+def test_every_anchor_of_an_object_is_kept(extracted):
     _, features, (_, naive) = extracted
     for anchors, expected in zip(features.anchors, naive):
         seen = 0
@@ -322,7 +322,7 @@ def test_all_anchors_of_a_small_image_are_kept_in_the_plain_view(extracted):
             assert torch.equal(anchors.level[mask], level) and torch.equal(anchors.objects[mask], owner)
 
 
-def test_rows_bound_the_anchors_and_the_hardest_are_kept(shots):
+def test_max_values_bounds_the_anchors_and_the_hardest_are_kept(shots):
     model, keep = model_of(), 80
     every = extract(class_rows(model), shots, 96, views=[View()])
     few = extract(class_rows(model), shots, 96, views=[View()], max_values=128 * keep * len(shots.labels))
@@ -350,7 +350,7 @@ def test_a_minimum_of_anchors_is_kept_of_a_large_support_set(shots):
     assert (counts >= 8).all() and (counts <= 32).all()
 
 
-def test_neither_batch_size_nor_order_of_images_matters(shots):
+def test_features_are_independent_of_batch_size_and_order_of_images(shots):
     model = model_of()
     one = extract(class_rows(model), shots, 96, batch=1)
     turned = extract(class_rows(model), shots._replace(labels=shots.labels[::-1]), 96, batch=3)
@@ -366,7 +366,7 @@ def test_neither_batch_size_nor_order_of_images_matters(shots):
         torch.testing.assert_close(x.embeds[a], y.embeds[b], rtol=0, atol=5e-3)
 
 
-def test_extraction_is_deterministic_and_leaves_the_model_as_it_was(shots):
+def test_extraction_is_deterministic_and_does_not_modify_the_model(shots):
     model = model_of("yolo26n-fewshot.yaml", fliplr=0.5)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     first, second = extract(class_rows(model), shots, 96, batch=2), extract(class_rows(model), shots, 96, batch=2)
@@ -380,7 +380,7 @@ def test_extraction_is_deterministic_and_leaves_the_model_as_it_was(shots):
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
 @torch.no_grad()
-def test_the_model_is_in_eval_mode_all_the_time(cfg):
+def test_the_model_stays_in_eval_mode(cfg):
     """Else a thread that predicts meanwhile would get what only training wants."""
     model, img, seen = model_of(cfg), torch.rand(1, 3, 64, 64), []
     handles = [
@@ -435,7 +435,7 @@ def test_crops_are_centered(tmp_path):
     assert features.views == len(views) and features.cls.tolist() == [0, 1] and features.embeds[0].any(1).all()
 
 
-def test_ignore_regions_are_no_negatives_and_change_nothing_else(tmp_path):
+def test_anchors_in_ignore_regions_are_not_kept_and_the_others_are_equal(tmp_path):
     file = draw_shots(tmp_path)
     (tmp_path / "ignore").mkdir()
     (tmp_path / "ignore/0.txt").write_text("0.25 0.75 0.4 0.4\n0.75 0.2 0.4 0.3\n")

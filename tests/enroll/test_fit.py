@@ -120,7 +120,7 @@ def test_many_classes_are_fitted_in_parts(monkeypatch):
     torch.testing.assert_close(offsets, expected[1], rtol=0, atol=2e-2)
 
 
-def test_of_many_negatives_the_hardest_are_used_and_all_positives(monkeypatch):
+def test_all_positives_and_the_hardest_of_many_negatives_are_used(monkeypatch):
     (anchors, targets, means), prototypes = anchors_of(), prototypes_of()
     prior_strength = torch.full((3,), 0.5)
     monkeypatch.setattr(module, "MAX_NEGATIVES", 40)
@@ -141,7 +141,7 @@ def test_of_many_negatives_the_hardest_are_used_and_all_positives(monkeypatch):
     assert not torch.allclose(found[1], every[1], atol=0.1)
 
 
-def test_weights_of_almost_zero_do_not_outweigh_the_prior():
+def test_tiny_weights_do_not_outweigh_the_prior():
     (anchors, targets, means), prototypes = anchors_of(), prototypes_of()
     faint = anchors._replace(weight=torch.where(targets < 0, anchors.weight, anchors.weight * 1e-15))
     for prior_strength, far in ((3.0, 100), (1e7, 0.1)):
@@ -149,7 +149,7 @@ def test_weights_of_almost_zero_do_not_outweigh_the_prior():
         assert (vectors - means).norm(dim=1).max() < far and offsets.isfinite().all()
 
 
-def test_a_fit_leaves_its_arguments_as_they_are_and_needs_no_gradients():
+def test_a_fit_does_not_modify_its_arguments_and_works_under_no_grad():
     (anchors, targets, means), prototypes = anchors_of(), prototypes_of()
     before = [x.clone() for x in (*anchors, targets, means, prototypes.logit_scale, prototypes.bias)]
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_a_fit_leaves_its_arguments_as_they_are_and_needs_no_gradients():
     assert prototypes.logit_scale.grad is None and prototypes.bias.grad is None
 
 
-def test_the_offset_follows_how_rare_a_class_is_among_the_anchors():
+def test_the_offset_increases_with_the_share_of_anchors_of_a_class():
     """With embeddings of zero only the offset is left to fit, and its minimum has a closed form without a prior."""
     anchors, targets, means = anchors_of(n=1, own=50, others=150)
     anchors = anchors._replace(

@@ -35,11 +35,11 @@ def means_of(features, branch=0):
     return means / means.norm(dim=1, keepdim=True)
 
 
-def test_every_method_can_be_asked_for():
+def test_every_method_is_a_choice_of_the_key_enroll():
     assert args.ENROLL_KEYS["enroll"].choices == ("auto", *METHODS)
 
 
-def test_a_method_in_the_table_makes_the_classifiers_of_its_classes(monkeypatch):
+def test_an_added_method_makes_the_classifiers_of_its_classes(monkeypatch):
     """It gets its own classes, numbered from 0; objects of the others are background, those left out are absent."""
     features, given = features_of(), []
 
@@ -62,7 +62,7 @@ def test_a_method_in_the_table_makes_the_classifiers_of_its_classes(monkeypatch)
     assert all(torch.equal(x, y[kept]) for x, y in zip(examples.anchors, anchors))
 
 
-def test_the_classifiers_of_mean_are_the_means():
+def test_classifiers_of_mean_are_the_mean_embeddings():
     features = features_of()
     vectors, offsets = classifiers(features, features.cls, ["mean"] * 3, SHOTS, 0, prototypes_of())
     torch.testing.assert_close(vectors, means_of(features))
@@ -84,7 +84,7 @@ def test_classifiers_of_a_branch_are_fitted_on_its_anchors_from_the_means_of_its
     assert not torch.allclose(*vectors, atol=0.1)
 
 
-def test_objects_that_are_left_out_have_no_part_in_a_mean():
+def test_left_out_objects_are_not_in_a_mean():
     features = features_of()
     labels = torch.where(torch.arange(9) < 3, -1, features.cls)
     vectors, offsets = classifiers(features, labels, ["mean"] * 3, SHOTS, 0, prototypes_of())

@@ -27,7 +27,7 @@ def shots(tmp_path_factory):
     return read_support(draw_shots(tmp_path_factory.mktemp("shots")), BASE)
 
 
-def test_it_holds_anchors_of_the_images_with_their_class(model, shots):
+def test_the_buffer_has_anchors_of_the_images_with_their_class(model, shots):
     before = deepcopy(model.state_dict())
     ((embeds, level, cls),) = fill_replay_buffer(model, shots.labels, SIZE)
     features = extract(class_rows(model), shots, SIZE, views=[View()], max_values=0)
@@ -42,7 +42,7 @@ def test_it_holds_anchors_of_the_images_with_their_class(model, shots):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_it_is_bounded_and_the_same_for_a_seed(model, shots, monkeypatch):
+def test_the_buffer_is_bounded_and_deterministic_for_a_seed(model, shots, monkeypatch):
     monkeypatch.setattr(module, "MAX_ANCHORS", 8)
     monkeypatch.setattr(module, "MAX_IMAGES", 3)
     first, again, other = (fill_replay_buffer(model, shots.labels, SIZE, seed)[0] for seed in (0, 0, 1))
@@ -64,7 +64,7 @@ def test_replayed_anchors_are_weak_negatives_of_no_image(model, shots):
     assert all(torch.equal(a[:n], b) for a, b in zip(anchors, features.anchors[0]))
 
 
-def test_without_a_replay_buffer_the_features_stay(model, shots):
+def test_without_a_replay_buffer_the_features_are_unchanged(model, shots):
     features = extract(class_rows(model), shots, SIZE)
     assert add_replay(features, [], []) is features
 

@@ -63,7 +63,7 @@ def predict(model, images, **kwargs):
     return boxes(model.predict(images, imgsz=SIZE, conf=0.1, verbose=False, **kwargs))
 
 
-def test_threads_that_enroll_the_same_support_set_predict_as_one_does(checkpoint, shots, images):
+def test_threads_with_the_same_support_set_predict_as_a_single_thread(checkpoint, shots, images):
     expected = predict(FewShotYOLO(checkpoint), images, support=shots)
     assert len(expected) > 3
     model = FewShotYOLO(checkpoint)
@@ -72,7 +72,7 @@ def test_threads_that_enroll_the_same_support_set_predict_as_one_does(checkpoint
     assert list(model.names.values())[2:] == ["square", "disc"] and not model.model.training
 
 
-def test_threads_that_enroll_other_support_sets_predict_by_their_own(checkpoint, shots, images, tmp_path):
+def test_threads_with_different_support_sets_predict_by_their_own(checkpoint, shots, images, tmp_path):
     text = shots.read_text()
     assert "square" in text
     sets = [shots]
@@ -93,9 +93,7 @@ def test_threads_that_enroll_other_support_sets_predict_by_their_own(checkpoint,
     assert model.model.model[-1].nc == len(model.names) == 8
 
 
-def test_everything_that_changes_a_model_or_copies_it_waits_for_the_others(
-    checkpoint, shots, images, tmp_path, monkeypatch
-):
+def test_calls_that_change_or_copy_a_model_wait_for_each_other(checkpoint, shots, images, tmp_path, monkeypatch):
     monkeypatch.setattr("ultralytics.engine.model.Model.export", lambda self, **kwargs: type(self.model).__name__)
     model = FewShotYOLO(checkpoint)
 
@@ -123,7 +121,7 @@ def test_everything_that_changes_a_model_or_copies_it_waits_for_the_others(
     assert list(model.names.values()) == ["cat", "dog", "disc"]
 
 
-def test_a_stream_that_is_not_read_to_its_end_holds_nobody_up(checkpoint, shots, images):
+def test_an_unfinished_stream_does_not_block_other_threads(checkpoint, shots, images):
     model = FewShotYOLO(checkpoint)
     stream = model.predict(images, support=shots, imgsz=SIZE, conf=0.1, verbose=False, stream=True)
     first = [next(stream)]

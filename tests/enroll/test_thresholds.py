@@ -27,7 +27,7 @@ def test_the_suggested_confidence_has_the_maximum_f1(seed):
     assert f1(conf, tp, n_gt, best) == maximum
 
 
-def test_the_suggested_confidence_weighs_precision_and_recall_alike():
+def test_the_suggested_confidence_weighs_precision_and_recall_equally():
     """F1 is 2/3 with one detection, 4/7 with two and 3/4 with all; with more objects missed the choice is the same."""
     conf, tp = torch.tensor([0.9, 0.7, 0.6, 0.5]), torch.tensor([True, False, True, True])
     assert best_conf(conf, tp, 2) == pytest.approx(0.255)
@@ -36,7 +36,7 @@ def test_the_suggested_confidence_weighs_precision_and_recall_alike():
     assert best_conf(conf, tp, 6) == pytest.approx(0.205)  # 2/7 against 4/11
 
 
-def test_the_suggested_confidence_lies_between_what_to_keep_and_the_rest():
+def test_the_suggested_confidence_is_midway_between_kept_and_other_detections():
     conf, tp = torch.tensor([0.3, 0.9, 0.7, 0.2]), torch.tensor([False, True, True, False])
     assert best_conf(conf, tp, 2) == pytest.approx(0.5)
     assert best_conf(conf[1:3], tp[1:3], 2) == 0.355  # all are to be kept
@@ -52,7 +52,7 @@ def test_without_a_true_positive_there_is_no_suggestion():
     assert best_conf(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 3) is None
 
 
-def test_thresholds_are_those_of_each_class():
+def test_each_class_has_its_own_threshold():
     torch.manual_seed(0)
     cls, conf = torch.randint(0, 3, (60,)), torch.rand(60)
     tp = (torch.rand(60) < conf) & (cls != 1)
@@ -76,13 +76,13 @@ def test_false_alarms_have_the_rate_asked_for(rate):
     assert torch.tensor(found).median() == pytest.approx(truth, abs=0.3)
 
 
-def test_rare_false_alarms_need_a_higher_threshold_than_any_that_was_seen():
+def test_a_low_rate_of_false_alarms_needs_a_threshold_above_all_observed():
     alarms = torch.tensor([0.02, 0.11, 0.3, 0.05, 0.04])
     found = [quiet_conf(alarms, 20, rate) for rate in (0.2, 0.05, 0.01, 0.001)]
     assert found == sorted(found) and found[0] < 0.3 < found[2] < found[3] < 1
 
 
-def test_without_or_with_one_false_alarm_the_threshold_is_above_it():
+def test_the_threshold_is_above_a_single_false_alarm_and_minimal_without_any():
     assert quiet_conf(torch.zeros(0), 10, 0.05) == CONF
     assert 0.4 < quiet_conf(torch.tensor([0.4]), 10, 0.05) < 0.41
 

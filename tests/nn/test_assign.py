@@ -68,11 +68,11 @@ def test_every_object_gets_anchors_inside_its_box(assigned):
         assert abs(CENTERS[a][0] - x) <= max(w, 16) / 2 and abs(CENTERS[a][1] - y) <= max(h, 16) / 2
 
 
-def test_the_boxes_are_those_that_ultralytics_decodes(assigned):
+def test_boxes_equal_those_that_ultralytics_decodes(assigned):
     torch.testing.assert_close(assigned[0][4], assigned[1], rtol=1e-4, atol=1e-3)
 
 
-def test_it_is_ultralytics_assignment_where_every_class_is_certain(assigned):
+def test_assignment_equals_ultralytics_if_every_class_score_is_one(assigned):
     (fg, gt_idx, weight, _, _), decoded = assigned
     gt = torch.zeros(3, 2, 4)
     gt[0], gt[2, 0] = xywh2xyxy(BOXES[:2]) * 96, xywh2xyxy(BOXES[2]) * 96
@@ -87,7 +87,7 @@ def test_it_is_ultralytics_assignment_where_every_class_is_certain(assigned):
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
-def test_class_scores_and_labels_do_not_matter(cfg):
+def test_assignment_is_independent_of_class_scores_and_labels(cfg):
     model, batch = model_of(cfg), load_batch()
     preds, _ = raw(model, batch["img"])
     first = BoxAssignment(model)(preds, batch)
@@ -98,7 +98,7 @@ def test_class_scores_and_labels_do_not_matter(cfg):
         assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
 
 
-def test_images_without_objects_get_nothing():
+def test_images_without_objects_get_no_anchors():
     model, batch = model_of(), load_batch()
     preds, decoded = raw(model, batch["img"])
     empty = {k: batch[k][:0] for k in ("cls", "bboxes", "batch_idx")}
@@ -107,7 +107,7 @@ def test_images_without_objects_get_nothing():
     torch.testing.assert_close(boxes, decoded, rtol=1e-4, atol=1e-3)
 
 
-def test_predictions_and_batch_stay_as_they_are():
+def test_predictions_and_batch_are_not_modified():
     model, batch = model_of(), load_batch()
     preds, _ = raw(model, batch["img"])
     before = {k: v.clone() for k, v in (preds | batch).items() if isinstance(v, torch.Tensor)}
@@ -115,7 +115,7 @@ def test_predictions_and_batch_stay_as_they_are():
     assert all(torch.equal((preds | batch)[k], v) for k, v in before.items())
 
 
-def test_a_recording_assigner_has_the_settings_of_the_other_and_records_its_assignment():
+def test_recording_assigner_copies_settings_and_records_its_assignment():
     stock = TaskAlignedAssigner(topk=7, num_classes=5, alpha=0.3, beta=4.0, stride=[8, 16, 32], eps=1e-8, topk2=3)
     ours = RecordingAssigner.like(stock)
     names = ("topk", "topk2", "num_classes", "alpha", "beta", "stride", "stride_val", "eps")
@@ -141,7 +141,7 @@ def test_a_recording_assigner_has_the_settings_of_the_other_and_records_its_assi
     assert all(torch.equal(x, y) for x, y in zip(stock(*other), ours(*other), strict=True))
 
 
-def test_a_recording_assigner_has_settings_of_other_versions_too():
+def test_recording_assigner_copies_settings_of_other_versions():
     class Newer(TaskAlignedAssigner):
         """With other arguments, in another order."""
 
@@ -156,7 +156,7 @@ def test_a_recording_assigner_has_settings_of_other_versions_too():
     assert all(getattr(ours, n) == getattr(stock, n) for n in names)
 
 
-def test_the_assignments_have_the_settings_of_ultralytics_losses():
+def test_assignments_have_the_settings_of_ultralytics_losses():
     single, dual = model_of(), model_of("yolo26n-fewshot.yaml")
     stock = E2ELoss(dual)
     for model, losses in ((single, [v8DetectionLoss(single)]), (dual, [stock.one2many, stock.one2one])):

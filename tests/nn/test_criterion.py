@@ -48,7 +48,7 @@ def term_of(loss, name):
     return next(t for t in loss.episode_terms if t.name == name)
 
 
-def test_stage_one_is_ultralytics_own_loss(batch):
+def test_stage_one_equals_the_loss_of_ultralytics(batch):
     model = make(stage=1)
     preds = preds_of(model, batch)
     ours, theirs = FewShotLoss(model), v8DetectionLoss(model)
@@ -56,7 +56,7 @@ def test_stage_one_is_ultralytics_own_loss(batch):
     assert torch.equal(a[0], b[0]) and a[1].keys() == b[1].keys()
 
 
-def test_stage_two_keeps_ultralytics_box_and_class_terms(batch):
+def test_stage_two_has_the_box_and_class_terms_of_ultralytics(batch):
     model = make()
     preds = preds_of(model, batch)
     ours, theirs = FewShotLoss(model)(preds, batch), v8DetectionLoss(model)(preds, batch)
@@ -87,7 +87,7 @@ class OwnTerm(EpisodeTerm):
         return episode.prototypes.square().sum()
 
 
-def test_a_term_of_ones_own_is_added(batch):
+def test_a_custom_term_is_added(batch):
     model = make()
     preds = preds_of(model, batch)
     ours = FewShotLoss(model)(preds, batch)
@@ -134,8 +134,10 @@ def naive_terms(model, preds, batch, criterion):
     for b in range(B):
         if not batch["support"][b]:
             for c, p in zip(ways, prototypes):
-                bank = head.prototypes
-                logits = torch.stack([bank.logit_scale[i] * (e[b, a] @ p) + bank.bias[i] for a, i in enumerate(level)])
+                branch = head.prototypes
+                logits = torch.stack(
+                    [branch.logit_scale[i] * (e[b, a] @ p) + branch.bias[i] for a, i in enumerate(level)]
+                )
                 total = total + F.binary_cross_entropy_with_logits(logits, scores[b, :, c], reduction="sum")
                 norm += float(scores[b, :, c].sum())
     z = torch.stack([z for z, _, _ in objects])
@@ -166,7 +168,7 @@ def test_episode_terms_equal_a_naive_computation(batch, wide, frozen):
     torch.testing.assert_close(items["tri_loss"], triplet.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_query_is_judged_by_prototypes_of_other_images_only(batch):
+def test_query_logits_use_prototypes_of_other_images_only(batch):
     model = make()
     preds = preds_of(model, batch)
     criterion = FewShotLoss(model)
@@ -209,7 +211,7 @@ def test_batches_without_objects_or_without_support_are_finite(batch, cfg):
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_gains_scale_their_terms_and_zero_switches_off(batch):
+def test_gains_scale_their_terms_and_zero_turns_them_off(batch):
     def items(**values):
         model = make(cpe_iou=0.0, **values)
         torch.manual_seed(1)
@@ -236,7 +238,7 @@ def test_the_dfl_of_an_untrained_model_is_four_ln_sixteen_and_is_clamped(batch):
     assert FewShotLoss(model)(preds, batch)[1]["dfl_loss"].item() == pytest.approx(4.0)
 
 
-def test_both_branches_of_a_dual_head_have_their_own_episode(batch):
+def test_each_branch_of_a_dual_head_has_its_own_episode(batch):
     model = make("yolo26n-fewshot.yaml")
     criterion = model.init_criterion()
     assert isinstance(criterion, E2ELoss)
@@ -247,7 +249,7 @@ def test_both_branches_of_a_dual_head_have_their_own_episode(batch):
     assert seen[0] != seen[1]
 
 
-def test_autocast_changes_the_terms_little(batch):
+def test_terms_under_autocast_are_close_to_those_in_float32(batch):
     model = make()
     model.model[-1].prototypes.bias.data += 5
     full = FewShotLoss(model)(preds_of(model, batch), batch)[1]
@@ -260,7 +262,7 @@ def test_autocast_changes_the_terms_little(batch):
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
-def test_memory_in_channels_last_gives_the_same_loss_and_gradient(cfg, batch):
+def test_channels_last_gives_the_same_loss_and_gradient(cfg, batch):
     found = []
     for memory_format in (torch.contiguous_format, torch.channels_last):  # the latter is Ultralytics' choice on CUDA
         model = make(cfg).to(memory_format=memory_format)
@@ -353,7 +355,7 @@ def _bad_box(bad):
 
 
 @pytest.mark.parametrize("term", BAD)
-def test_a_nan_gradient_of_one_part_does_not_leak_into_the_others(batch, monkeypatch, term):
+def test_a_nan_gradient_of_one_part_does_not_reach_the_others(batch, monkeypatch, term):
     model = make(cpe_iou=0.0)
     loss, preds = branches(model, batch)[0]
     BAD[term](monkeypatch, loss, lambda x: (x.sum() * 0).sqrt())  # a value of zero with a NaN gradient
@@ -365,7 +367,7 @@ def test_a_nan_gradient_of_one_part_does_not_leak_into_the_others(batch, monkeyp
     assert nan == [term]
 
 
-def test_the_gains_are_in_the_parts(batch):
+def test_parts_include_their_gains(batch):
     def parts(**values):
         model = make(cpe_iou=0.0, **values)
         loss, preds = branches(model, batch)[0]
@@ -378,7 +380,7 @@ def test_the_gains_are_in_the_parts(batch):
         torch.testing.assert_close(three[k], 3 * v)
 
 
-def test_a_loss_calls_its_observers_once_when_the_terms_are_known_and_keeps_nothing(batch):
+def test_observers_are_called_once_with_the_terms_and_then_removed(batch):
     model = make()
     loss, preds = branches(model, batch)[0]
     seen, passes = [], []
@@ -395,7 +397,7 @@ def test_a_loss_calls_its_observers_once_when_the_terms_are_known_and_keeps_noth
     assert len(seen) == 0 and len(passes) == 1
 
 
-def test_a_loss_that_fails_leaves_nothing_behind(batch, monkeypatch):
+def test_a_failed_call_leaves_no_pass_behind(batch, monkeypatch):
     model = make()
     loss, preds = branches(model, batch)[0]
     expected = loss(preds, batch)[1]
@@ -408,7 +410,7 @@ def test_a_loss_that_fails_leaves_nothing_behind(batch, monkeypatch):
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
-def test_the_box_loss_keeps_what_ultralytics_own_returns(batch, cfg):
+def test_box_loss_records_the_values_of_ultralytics_box_loss(batch, cfg):
     model = make(cfg, stage=1)
     for loss, preds in branches(model, batch):
         stock = v8DetectionLoss(model, loss.assigner.topk, loss.assigner.topk2)
@@ -421,7 +423,7 @@ def test_the_box_loss_keeps_what_ultralytics_own_returns(batch, cfg):
         torch.testing.assert_close(terms[[0, 2]], torch.stack(kept[0]) * torch.tensor([7.5, 0.15]))
 
 
-def test_keys_of_the_gains_of_all_terms():
+def test_gain_of_returns_key_and_gain_of_every_term():
     names, args = ("box", "cls", "dfl", "l1", "epi", "sup", "cpe", "tri"), run_args(terms="test_criterion.OwnTerm")
     keys = ["box", "cls", "dfl", "dfl", "cls", "supcon", "cpe", "triplet"]
     assert [gain_of(n, args) for n in names] == [(k, getattr(args, k)) for k in keys]
@@ -430,7 +432,7 @@ def test_keys_of_the_gains_of_all_terms():
     assert gain_of("steps", args) == (None, None)  # a key, but no term
 
 
-def test_the_losses_of_the_branches_are_those_that_the_model_uses(batch):
+def test_branch_losses_are_those_that_the_model_uses(batch):
     single, dual = make(), make("yolo26n-fewshot.yaml")
     assert branch_losses(single) == branch_losses(single) == [single.criterion]
     assert branch_losses(dual) == [dual.criterion.one2many, dual.criterion.one2one]
@@ -466,9 +468,9 @@ def trained(**values):
     model = make(values.pop("cfg", "yolo11n-fewshot.yaml"), **values)
     g = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for bank in model.model[-1].branch_prototypes:
-            bank.bias.copy_(torch.tensor([-1.0, 0.5, 2.0]))
-            bank.logit_scale.copy_(torch.tensor([0.5, 1.0, 1.5]))
+        for prototypes in model.model[-1].branch_prototypes:
+            prototypes.bias.copy_(torch.tensor([-1.0, 0.5, 2.0]))
+            prototypes.logit_scale.copy_(torch.tensor([0.5, 1.0, 1.5]))
         for name, p in model.model[-1].named_parameters():
             if "cv2" in name and name.endswith("bias"):
                 p.add_(torch.rand(p.shape, generator=g))
@@ -482,7 +484,7 @@ def priors(level):
 
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_chance_levels_are_what_closed_forms_say(batch, wide, frozen):
+def test_chance_levels_equal_closed_forms(batch, wide, frozen):
     model = trained(wide=wide, cpe_iou=0.0)
     if frozen:
         model.model[-1].freeze_prototypes(list(range(NC)))
@@ -573,7 +575,7 @@ def test_chance_levels_depend_on_the_assignment_alone(batch):
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
-def test_measuring_leaves_random_state_and_counts_alone(batch, cfg):
+def test_parts_and_chance_keep_random_state_and_clamp_counts(batch, cfg):
     model = make(cfg, dfl_side_max=0.5, dfl_mean_max=0.5)  # below ln 16: all is clamped
     for loss, preds in branches(model, batch):
         this, _ = run(loss, preds, batch)
@@ -612,18 +614,18 @@ def extreme(model, fills):
     preds = {
         k: (signs[s](B, c, a) * 65504.0).half().requires_grad_() for (k, c), s in zip(sizes.items(), fills, strict=True)
     }
-    bank = head.prototypes
-    levels = {"logit_scale": bank.logit_scale, "logit_bias": bank.bias, "frozen": bank.frozen}
+    prototypes = head.prototypes
+    levels = {"logit_scale": prototypes.logit_scale, "logit_bias": prototypes.bias, "frozen": prototypes.frozen}
     return {**preds, **levels, "feats": feats}
 
 
 @pytest.mark.parametrize("objects", [True, False])
 @pytest.mark.parametrize("fills", ["+++", "---", "±+±", "-±+", "±±±"])
-def test_every_term_is_finite_at_the_ends_of_float16(batch, fills, objects):
+def test_every_term_is_finite_at_the_limits_of_float16(batch, fills, objects):
     check_extremes(batch, "yolo11n-fewshot.yaml", fills, objects)
 
 
-def test_every_term_is_finite_at_the_ends_of_float16_without_dfl(batch):
+def test_every_term_is_finite_at_the_limits_of_float16_without_dfl(batch):
     check_extremes(batch, "yolo26n-fewshot.yaml", "±+±", True)
 
 
@@ -646,7 +648,7 @@ def check_extremes(batch, cfg, fills, objects):
         assert all(torch.isfinite(g).all() for g in gradients(value, inputs)), name
 
 
-def test_half_precision_of_the_whole_model_is_finite(batch):
+def test_a_model_in_half_precision_has_finite_terms_and_gradients(batch):
     model = make(cpe_iou=0.0)
     with torch.autocast("cpu", dtype=torch.float16):
         loss, items = model(batch)
@@ -658,7 +660,7 @@ def test_half_precision_of_the_whole_model_is_finite(batch):
 # Stage 3
 
 
-def test_stage_three_is_ultralytics_own_loss_if_every_class_has_labels(batch):
+def test_stage_three_equals_the_loss_of_ultralytics_if_every_class_has_labels(batch):
     model = make(stage=3)
     preds = preds_of(model, batch)
     ours, theirs = FewShotLoss(model)(preds, batch), v8DetectionLoss(model)(preds, batch)
@@ -671,10 +673,10 @@ def retaining(batch, cfg="yolo11n-fewshot.yaml", silent=(4, 1), **values):
     """The losses of stage 3 with classes to retain, their predictions, and the batch with a teacher's scores."""
     model, g = trained(cfg=cfg, stage=3, **values), torch.Generator().manual_seed(11)
     found, teacher = branches(model, batch), []
-    for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].branch_prototypes)):
+    for i, ((loss, preds), prototypes) in enumerate(zip(found, model.model[-1].branch_prototypes)):
         with torch.no_grad():
-            bank.gain.copy_(torch.rand(NC, generator=g) + 0.5)
-            bank.offset.copy_(torch.randn(NC, generator=g))
+            prototypes.gain.copy_(torch.rand(NC, generator=g) + 0.5)
+            prototypes.offset.copy_(torch.randn(NC, generator=g))
         level, targets = torch.tensor([0, 2, 1, 1]), torch.rand(4, NC, generator=g)
         embeds = torch.randn(4, model.model[-1].embed, generator=g)
         loss.retention = Retention(i, torch.tensor(silent), embeds, level, targets)
@@ -684,9 +686,9 @@ def retaining(batch, cfg="yolo11n-fewshot.yaml", silent=(4, 1), **values):
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
-def test_the_terms_that_retain_classes_equal_loops(batch, cfg):
+def test_retention_terms_equal_loops(batch, cfg):
     model, found, taught = retaining(batch, cfg, teacher=0.7, memory=0.3)
-    for i, ((loss, preds), bank) in enumerate(zip(found, model.model[-1].branch_prototypes)):
+    for i, ((loss, preds), prototypes) in enumerate(zip(found, model.model[-1].branch_prototypes)):
         _, _, scores, fg, _ = run(loss, preds, batch)[0].assignment[:5]
         x, cls, tea = preds["scores"].detach().double(), 0.0, 0.0
         for b in range(B):
@@ -704,9 +706,13 @@ def test_the_terms_that_retain_classes_equal_loops(batch, cfg):
             for c in range(NC):
                 p, s, o = (
                     x.detach()[i]
-                    for x, i in ((bank.weight[..., 0], c), (bank.logit_scale, level[m]), (bank.bias, level[m]))
+                    for x, i in (
+                        (prototypes.weight[..., 0], c),
+                        (prototypes.logit_scale, level[m]),
+                        (prototypes.bias, level[m]),
+                    )
                 )
-                z = (s * bank.gain[c] * (embeds[m] @ p / p.norm()) + o + bank.offset[c]).double()
+                z = (s * prototypes.gain[c] * (embeds[m] @ p / p.norm()) + o + prototypes.offset[c]).double()
                 t, q = targets[m, c].double(), z.sigmoid()
                 mem += float(t * (t / q).log() + (1 - t) * ((1 - t) / (1 - q)).log())
         mem /= max(float(targets.amax(1).sum()), 1)
@@ -719,7 +725,7 @@ def test_the_terms_that_retain_classes_equal_loops(batch, cfg):
             torch.testing.assert_close(items[k], plain[k])
 
 
-def test_a_student_that_agrees_with_its_teacher_is_left_alone(batch):
+def test_a_student_that_equals_its_teacher_gets_no_gradient(batch):
     _, [(loss, preds)], taught = retaining(batch)
     preds = {**preds, "scores": preds["scores"].detach().requires_grad_()}
     taught["teacher"] = [preds["scores"][:, [4, 1]].transpose(1, 2).detach().sigmoid()]
@@ -732,7 +738,7 @@ def test_a_student_that_agrees_with_its_teacher_is_left_alone(batch):
     assert rest[background].abs().min() > 1e-6
 
 
-def test_without_a_teacher_old_classes_are_background_and_only_rehearsed(batch):
+def test_without_a_teacher_old_classes_are_background_and_replayed(batch):
     _, [(loss, preds)], taught = retaining(batch)
     plain = loss.loss(preds, batch)[1]
     assert plain["tea_loss"].abs() < 1e-4 and plain["mem_loss"] > 0

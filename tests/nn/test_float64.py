@@ -41,12 +41,12 @@ def device():
         lambda x: x.sum(dtype=torch.float64),
     ],
 )
-def test_the_stand_in_refuses_float64_as_apple_gpus_do(device, make_double):
+def test_stand_in_rejects_float64_as_apple_gpus_do(device, make_double):
     with pytest.raises(TypeError, match="float64"):
         make_double(torch.ones(2, device=DEVICE))
 
 
-def test_the_stand_in_lets_the_cpu_have_float64_and_computes_as_the_cpu_does(device):
+def test_stand_in_allows_float64_on_the_cpu_and_equals_it(device):
     x = torch.tensor([3.0, 4.0], device=DEVICE)
     assert x.cpu().double().tolist() == [3, 4] and torch.ones(2, dtype=torch.float64).sum() == 2
     assert x.norm().item() == 5 and isinstance(x.norm(), OnDevice)
@@ -56,7 +56,7 @@ def test_the_stand_in_lets_the_cpu_have_float64_and_computes_as_the_cpu_does(dev
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_training(device, batch, cfg, stage):
+def test_training_needs_no_float64_on_the_device(device, batch, cfg, stage):
     model, doctor = to_device(make(cfg, stage=stage)), LossMonitor(1)
     batch = to_device(batch)
     if stage == 3:
@@ -73,7 +73,7 @@ def test_training(device, batch, cfg, stage):
 
 
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_prediction_with_a_folded_head(device, batch, cfg):
+def test_prediction_with_a_folded_head_needs_no_float64_on_the_device(device, batch, cfg):
     model = make(cfg).eval()
     with torch.no_grad():
         expected = model(batch["img"])[0]
@@ -86,7 +86,7 @@ def test_prediction_with_a_folded_head(device, batch, cfg):
 
 @pytest.mark.parametrize("method", ["mean", "fit"])
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_enrollment(device, tmp_path, monkeypatch, cfg, method):
+def test_enrollment_needs_no_float64_on_the_device(device, tmp_path, monkeypatch, cfg, method):
     build = features.build_dataloader  # of Ultralytics, which asks PyTorch about the device by its name
     monkeypatch.setattr(
         features, "build_dataloader", lambda *a, device, **k: build(*a, device=torch.device("cpu"), **k)

@@ -35,21 +35,21 @@ def test_logits_are_scaled_products_with_unit_prototypes(model):
     model = deepcopy(model)
     head, x = model.model[-1], torch.rand(2, 3, 64, 96)
     with torch.no_grad():
-        for bank in head.branch_prototypes:
-            bank.weight.mul_(torch.rand(7, 1, 1) + 0.5)  # their length must not matter
-            bank.logit_scale.copy_(torch.tensor([0.5, 1.0, 2.0]))
-            bank.bias.copy_(torch.tensor([-1.0, -2.0, -3.0]))
+        for prototypes in head.branch_prototypes:
+            prototypes.weight.mul_(torch.rand(7, 1, 1) + 0.5)  # their length must not matter
+            prototypes.logit_scale.copy_(torch.tensor([0.5, 1.0, 2.0]))
+            prototypes.bias.copy_(torch.tensor([-1.0, -2.0, -3.0]))
         branches = raw(model, x)
     assert len(branches) == len(head.branches) == (2 if head.reg_max == 1 else 1)
-    for bank, preds in zip(head.branch_prototypes, branches):
+    for prototypes, preds in zip(head.branch_prototypes, branches):
         sizes = [f.shape[2] * f.shape[3] for f in preds["feats"]]
         assert sum(sizes) == preds["embeds"].shape[2] and preds["embeds"].shape[1] == 128
         a = 0
         for level, n in enumerate(sizes):
             for c in range(7):
-                p = bank.weight[c, :, 0] / bank.weight[c, :, 0].norm()
+                p = prototypes.weight[c, :, 0] / prototypes.weight[c, :, 0].norm()
                 e = preds["embeds"][:, :, a : a + n]
-                expected = bank.logit_scale[level] * torch.einsum("bdn,d->bn", e, p) + bank.bias[level]
+                expected = prototypes.logit_scale[level] * torch.einsum("bdn,d->bn", e, p) + prototypes.bias[level]
                 torch.testing.assert_close(preds["scores"][:, c, a : a + n], expected, rtol=1e-4, atol=1e-4)
             a += n
 
@@ -65,15 +65,15 @@ def test_every_anchor_starts_near_the_focal_prior():
     torch.manual_seed(0)
     for family in FAMILIES:
         fresh = FewShotDetectionModel(family, nc=7, verbose=False)
-        for bank in fresh.model[-1].branch_prototypes:
+        for prototypes in fresh.model[-1].branch_prototypes:
             for i, s in enumerate((8, 16, 32)):
-                assert bank.bias[i].item() == pytest.approx(math.log(5 / 7 / (640 / s) ** 2), abs=1e-4)
+                assert prototypes.bias[i].item() == pytest.approx(math.log(5 / 7 / (640 / s) ** 2), abs=1e-4)
         with torch.no_grad():
             p = raw(fresh, torch.rand(1, 3, 64, 64))[0]["scores"].sigmoid()
         assert p.max() < 0.1 and p.mean() < 0.02
 
 
-def test_inference_output_has_the_shape_of_stock(model):
+def test_inference_output_has_the_shape_of_a_stock_head(model):
     stock = DetectionModel({**model.yaml, "fewshot": None}, nc=7, verbose=False).eval()
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_inference_output_has_the_shape_of_stock(model):
     assert ours[1].keys() == theirs[1].keys()  # the embeddings are for training only
 
 
-def test_upgrade_keeps_box_branch_and_stems():
+def test_upgrade_keeps_box_branch_and_class_stems():
     stock = DetectionModel("yolo11n.yaml", nc=5, verbose=False)
     before = {k: v.clone() for k, v in stock.model[-1].state_dict().items()}
     stride, f = stock.model[-1].stride.clone(), stock.model[-1].f
@@ -101,7 +101,7 @@ def test_without_projection_the_embedding_itself_is_used():
     assert torch.equal(head.proj(x), x)
 
 
-def test_other_heads_and_fused_heads_are_refused():
+def test_other_heads_and_fused_heads_raise_an_error():
     with pytest.raises(TypeError, match="Segment head cannot become"):
         FewShotDetect.upgrade(Segment(nc=3, ch=(16, 32, 64)))
     stock = DetectionModel("yolo26n.yaml", nc=5, verbose=False).eval()
@@ -111,8 +111,8 @@ def test_other_heads_and_fused_heads_are_refused():
         FewShotDetect.upgrade(stock.model[-1])
 
 
-def test_prototypes_are_no_matrix_for_muon(model):
-    assert all(bank.weight.ndim == 3 for bank in model.model[-1].branch_prototypes)
+def test_prototypes_have_three_axes_so_that_muon_skips_them(model):
+    assert all(prototypes.weight.ndim == 3 for prototypes in model.model[-1].branch_prototypes)
 
 
 def randomize(model, seed):
@@ -134,9 +134,14 @@ def randomize(model, seed):
             (bn.bias, -1, 1),
         ):
             uniform(x, low, high)
-    for bank in head.branch_prototypes:
-        bank.weight.data.copy_(torch.randn(bank.weight.shape, generator=g) * 2)
-        for x, low, high in ((bank.logit_scale, 0.1, 2), (bank.bias, -8, 1), (bank.gain, 0.2, 3), (bank.offset, -3, 3)):
+    for prototypes in head.branch_prototypes:
+        prototypes.weight.data.copy_(torch.randn(prototypes.weight.shape, generator=g) * 2)
+        for x, low, high in (
+            (prototypes.logit_scale, 0.1, 2),
+            (prototypes.bias, -8, 1),
+            (prototypes.gain, 0.2, 3),
+            (prototypes.offset, -3, 3),
+        ):
             uniform(x, low, high)
     return model.eval()
 
@@ -180,7 +185,7 @@ def test_folding_a_nearly_dead_channel_loses_no_precision():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folded_model_is_a_stock_one(family):
+def test_a_folded_model_is_a_stock_model(family):
     model = build(family, 5, 16, 0)
     folded = model.fold()
     stock = DetectionModel(family, nc=5, verbose=False)
@@ -228,21 +233,25 @@ def test_set_class_appends_or_replaces_one_row_only(model):
         after = raw(changed, x)
     assert head.nc == 8 and head.no == 8 + 4 * head.reg_max
     others = [0, 1, 2, 4, 5, 6]
-    for bank, was, (vector, offset), b, a in zip(head.branch_prototypes, old, rows, before, after):
-        now = bank.state_dict()
-        assert isinstance(bank.weight, nn.Parameter) and bank.weight.requires_grad and now.keys() == was.keys()
+    for prototypes, was, (vector, offset), b, a in zip(head.branch_prototypes, old, rows, before, after):
+        now = prototypes.state_dict()
+        assert (
+            isinstance(prototypes.weight, nn.Parameter) and prototypes.weight.requires_grad and now.keys() == was.keys()
+        )
         for name in ("weight", "gain", "offset", "frozen"):
             assert torch.equal(now[name][others], was[name][others]) and len(now[name]) == 8
         assert torch.equal(now["logit_scale"], was["logit_scale"]) and torch.equal(now["bias"], was["bias"])
         unit = vector / vector.norm()
-        torch.testing.assert_close(bank.weight[[3, 7], :, 0], torch.stack([unit, unit]))
-        torch.testing.assert_close(bank.gain[[3, 7]], vector.norm().expand(2))
-        assert bank.offset[[3, 7]].tolist() == [offset, offset]
+        torch.testing.assert_close(prototypes.weight[[3, 7], :, 0], torch.stack([unit, unit]))
+        torch.testing.assert_close(prototypes.gain[[3, 7]], vector.norm().expand(2))
+        assert prototypes.offset[[3, 7]].tolist() == [offset, offset]
         torch.testing.assert_close(a["scores"][:, others], b["scores"][:, others], rtol=1e-5, atol=1e-5)
         n = 0
         for level, f in enumerate(a["feats"]):  # the logit is s <e, v> + b + o
             e, n = a["embeds"][:, :, n : n + f[0, 0].numel()], n + f[0, 0].numel()
-            expected = bank.logit_scale[level] * torch.einsum("bdn,d->bn", e, vector) + bank.bias[level] + offset
+            expected = (
+                prototypes.logit_scale[level] * torch.einsum("bdn,d->bn", e, vector) + prototypes.bias[level] + offset
+            )
             torch.testing.assert_close(a["scores"][:, 7, n - e.shape[2] : n], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(IndexError, match="gap"):
         head.set_class(9, rows)
@@ -256,24 +265,24 @@ def test_get_class_returns_what_set_class_sets(model):
         torch.testing.assert_close(v, vector)
         assert o == offset
     taken = head.get_class(4)
-    for bank in head.branch_prototypes:  # what was taken does not change with the head
-        bank.offset += 1
+    for prototypes in head.branch_prototypes:  # what was taken does not change with the head
+        prototypes.offset += 1
     assert [o for _, o in taken] == [0.5] * len(head.branch_prototypes)
-    kept = [(w.clone(), b.clone()) for bank in head.branch_prototypes for w, b in [bank.rows(1)]]
+    kept = [(w.clone(), b.clone()) for prototypes in head.branch_prototypes for w, b in [prototypes.rows(1)]]
     taken = head.get_class(4), head.get_class(6)
     head.set_class(4, taken[1])
     head.set_class(6, taken[0])  # what was taken does not change with the head
-    for bank, (vector, offset) in zip(head.branch_prototypes, taken[0]):
-        torch.testing.assert_close(bank.weight[6, :, 0] * bank.gain[6], vector)
-        assert bank.offset[6] == offset
+    for prototypes, (vector, offset) in zip(head.branch_prototypes, taken[0]):
+        torch.testing.assert_close(prototypes.weight[6, :, 0] * prototypes.gain[6], vector)
+        assert prototypes.offset[6] == offset
     head.set_class(4, taken[0])
     head.set_class(6, taken[1])
-    for (w, b), bank in zip(kept, head.branch_prototypes):
-        torch.testing.assert_close(bank.rows(1)[0], w, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(bank.rows(1)[1], b)
+    for (w, b), prototypes in zip(kept, head.branch_prototypes):
+        torch.testing.assert_close(prototypes.rows(1)[0], w, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(prototypes.rows(1)[1], b)
 
 
-def test_remove_class_moves_the_later_ones_up(model):
+def test_remove_class_decreases_later_indices_by_one(model):
     changed = randomize(deepcopy(model), 4)
     head, x = changed.model[-1], torch.rand(1, 3, 64, 64)
     head.freeze_prototypes(list(range(7)))
@@ -284,22 +293,24 @@ def test_remove_class_moves_the_later_ones_up(model):
         after, decoded = raw(changed, x), changed(x)[0]
     assert head.nc == 6 and head.no == 6 + 4 * head.reg_max and decoded.shape[1] == 4 + 6
     left = [0, 1, 3, 4, 5, 6]
-    for bank, was, b, a in zip(head.branch_prototypes, old, before, after):
+    for prototypes, was, b, a in zip(head.branch_prototypes, old, before, after):
         for name in ("weight", "gain", "offset", "frozen"):
-            assert torch.equal(bank.state_dict()[name], was[name][left])
+            assert torch.equal(prototypes.state_dict()[name], was[name][left])
         torch.testing.assert_close(a["scores"], b["scores"][:, left], rtol=1e-5, atol=1e-5)
 
 
-def test_a_class_that_is_appended_has_no_frozen_prototype(model):
+def test_an_appended_class_has_no_frozen_prototype(model):
     head = deepcopy(model).model[-1]
     head.freeze_prototypes(list(range(7)))
     head.set_class(2, head.get_class(3))
     head.set_class(7, head.get_class(3))
-    for bank in head.branch_prototypes:
-        assert bank.frozen.any(1).tolist() == [True] * 7 + [False] and not torch.equal(bank.frozen[2], bank.frozen[3])
+    for prototypes in head.branch_prototypes:
+        assert prototypes.frozen.any(1).tolist() == [True] * 7 + [False] and not torch.equal(
+            prototypes.frozen[2], prototypes.frozen[3]
+        )
 
 
-def test_freezing_keeps_unit_copies_that_training_does_not_move(model):
+def test_frozen_prototypes_are_unit_copies_that_training_does_not_change(model):
     head = deepcopy(model).model[-1]
     assert not head.prototypes.frozen.any()
     head.freeze_prototypes(list(range(7)))

@@ -231,13 +231,13 @@ def test_embedding_gradient_equals_finite_differences(case):
 @pytest.mark.parametrize(
     "labels", [[], [0], [0, 1, 2, 3], [-1, 5, 6, 7]], ids=["empty", "one", "all-different", "with-background"]
 )
-def test_nothing_to_compare_is_a_connected_zero(case, dtype, labels):
+def test_loss_without_comparisons_is_zero_and_connected_to_the_graph(case, dtype, labels):
     x = batch()[0][: len(labels)].to(dtype)
     value, grad = call(case[0], x, torch.tensor(labels, dtype=torch.long), torch.ones(len(labels)))
     assert value == 0 and not grad.any()
 
 
-def test_all_rows_of_one_class(case):
+def test_loss_of_a_single_class_equals_loops(case):
     loss, naive = case
     x, _, ious = batch()
     labels = torch.zeros(len(x), dtype=torch.long)
@@ -246,7 +246,7 @@ def test_all_rows_of_one_class(case):
     assert (value == 0) == isinstance(loss, TripletLoss)
 
 
-def test_rows_in_another_order(case):
+def test_loss_is_independent_of_the_order_of_rows(case):
     loss, _ = case
     x, labels, ious = batch(seed=2)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
@@ -256,20 +256,20 @@ def test_rows_in_another_order(case):
     torch.testing.assert_close(grad2, grad[order], rtol=1e-4, atol=1e-5)
 
 
-def test_renamed_classes(case):
+def test_loss_is_independent_of_class_numbers(case):
     x, labels, ious = batch()
     renamed = torch.where(labels >= 0, 100 - labels, labels)
     assert torch.equal(call(case[0], x, labels, ious)[0], call(case[0], x, renamed, ious)[0])
 
 
-def test_duplicated_rows(case):
+def test_loss_of_duplicated_rows_equals_loops(case):
     loss, naive = case
     x, labels, ious = (torch.cat((v, v)) for v in batch(n=6))
     value, _ = call(loss, x, labels, ious)
     assert value.item() == pytest.approx(naive(x.double(), labels, ious), rel=2e-5, abs=1e-5)
 
 
-def test_identical_rows(case):
+def test_loss_of_identical_rows_equals_loops(case):
     loss, naive = case
     x, labels, ious = torch.ones(6, 3), torch.tensor([0, 0, 0, 1, 1, 1]), torch.ones(6)
     value, _ = call(loss, x, labels, ious)
@@ -277,7 +277,7 @@ def test_identical_rows(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_zero_vectors(case, dtype):
+def test_loss_of_zero_vectors_equals_loops(case, dtype):
     loss, naive = case
     x, labels, ious = batch()
     x, ious = x.to(dtype), ious.to(dtype)
@@ -291,7 +291,7 @@ def test_zero_vectors(case, dtype):
 
 @pytest.mark.parametrize("scale", [6e-8, 1e-5, 1e-3, 1.0, HALF_MAX])
 @pytest.mark.parametrize("dim", [1, 4, 256])
-def test_float16_extremes(case, scale, dim):
+def test_loss_of_float16_extremes_is_finite(case, scale, dim):
     g = torch.Generator().manual_seed(dim)
     _, labels, ious = batch(n=10)
     signs = torch.randint(0, 2, (10, dim), generator=g) * 2.0 - 1
@@ -302,7 +302,7 @@ def test_float16_extremes(case, scale, dim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-12, 1e30, 3.3e38])
-def test_float32_extremes(case, dtype, size):
+def test_loss_of_float32_extremes_is_finite(case, dtype, size):
     x, labels, ious = batch()
     x = x / x.abs().max() * size
     call(case[0], x.to(dtype), labels, ious)
@@ -327,7 +327,7 @@ def test_autocast_changes_nothing(case):
     assert torch.equal(value[0], expected[0]) and torch.equal(value[1], expected[1])
 
 
-def test_inputs_are_left_alone(case):
+def test_inputs_are_not_modified(case):
     inputs = batch()
     before = [v.clone() for v in inputs]
     args = inputs if isinstance(case[0], CPELoss) else inputs[:2]
@@ -335,7 +335,7 @@ def test_inputs_are_left_alone(case):
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
-def test_no_step_waits_for_values(case):
+def test_no_operation_reads_values_from_the_device(case):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # Tensors without values: reading one, or indexing by a mask, raises.
@@ -364,7 +364,7 @@ def test_embedding_shapes_are_checked(case):
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(0.07, 0.027933), (0.1, 0.063780), (0.2, 0.172804)])
-def test_supcon_golden(temperature, expected):
+def test_supcon_equals_golden_values(temperature, expected):
     value, _ = run(SupConLoss(temperature), UNIT, UNIT_LABELS)
     assert value.item() == pytest.approx(expected, abs=1e-6)
     assert naive_supcon(UNIT.double(), UNIT_LABELS, temperature) == pytest.approx(expected, abs=1e-6)
@@ -405,7 +405,7 @@ def cpe_golden(iou: float, reweight: str = "none", threshold: float = 0.8) -> fl
     return run(loss, CPE_ROWS, CPE_LABELS, torch.full((4,), iou))[0].item()
 
 
-def test_cpe_golden():
+def test_cpe_equals_golden_values():
     assert cpe_golden(0.9) == pytest.approx(0.5560, abs=5e-5)
     assert cpe_golden(0.9) == pytest.approx((math.log(3) + math.log1p(2 * math.exp(-5))) / 2, rel=1e-6)
     assert cpe_golden(0.7) == 0
@@ -417,7 +417,7 @@ def test_cpe_gate_includes_the_threshold():
     assert cpe_golden(0.0, threshold=0.0) == cpe_golden(0.9)
 
 
-def test_cpe_weights():
+def test_cpe_weights_equal_their_formulas():
     base = cpe_golden(0.9)
     assert cpe_golden(0.9, "linear") == pytest.approx(0.9 * base, rel=1e-6)
     assert cpe_golden(0.9, "exp") == pytest.approx((math.exp(0.9) - 1) * base, rel=1e-6)
@@ -445,7 +445,7 @@ def test_cpe_low_iou_rows_stay_positives():
 
 
 @pytest.mark.parametrize("reweight", ["none", "linear", "exp"])
-def test_cpe_rows_that_do_not_count_are_as_if_left_out(reweight):
+def test_cpe_masked_rows_are_as_if_left_out(reweight):
     loss, (x, y, u), g = CPELoss(0.3, 0.4, reweight), batch(), torch.Generator().manual_seed(1)
     counted = torch.rand(len(y), generator=g) < 0.6
     value, grad = run(loss, x, y, u, counted)
@@ -460,7 +460,7 @@ def test_cpe_rows_that_do_not_count_are_as_if_left_out(reweight):
         loss(x, y, u, counted[1:])
 
 
-def test_cpe_background_alone():
+def test_cpe_of_background_alone_is_zero():
     value, grad = run(CPELoss(), UNIT, torch.full((4,), -1), torch.ones(4))
     assert value == 0 and not grad.any()
 
@@ -482,7 +482,7 @@ def test_cpe_arguments_are_checked():
 # TripletLoss.
 
 
-def test_triplet_goldens():
+def test_triplet_equals_golden_values():
     assert run(TripletLoss(0.3), UNIT, UNIT_LABELS)[0].item() == pytest.approx(0.05, abs=1e-6)
     soft = TripletLoss(distance="euclidean", soft=True)
     assert run(soft, UNIT, UNIT_LABELS)[0].item() == pytest.approx(0.473754, abs=1e-6)
@@ -677,7 +677,7 @@ def test_dfl_weights():
 
 
 @pytest.mark.parametrize("mode", ["hard", "rescale"])
-def test_dfl_of_nothing_is_a_connected_zero(mode):
+def test_dfl_without_anchors_is_zero_and_connected_to_the_graph(mode):
     loss = ClampedDFLoss(mode=mode)
     logits, target, _ = boxes(std=50.0)
     for args in ((target, torch.zeros(6)), (target, torch.zeros(6, dtype=torch.half))):
@@ -770,7 +770,7 @@ def test_dfl_clamp_mean():
     ("dtype", "size"),
     [(torch.float16, HALF_MAX), (torch.bfloat16, 3.3e38), (torch.float32, 1e30), (torch.float32, 3.4e38)],
 )
-def test_dfl_extremes(mode, dtype, size):
+def test_dfl_of_extremes_is_finite(mode, dtype, size):
     signs = torch.randint(0, 2, (24, 16), generator=torch.Generator().manual_seed(1)) * 2.0 - 1
     logits = (signs * size).to(dtype)
     logits[:4] = size
@@ -868,7 +868,7 @@ def test_distillation_is_zero_where_student_and_teacher_agree():
     assert value.item() == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)), rel=1e-6)
 
 
-def test_distillation_counts_what_it_is_told_to():
+def test_distillation_includes_masked_logits_only():
     logits, targets = scores()
     counted = torch.tensor([True, False, True, False, False])
     value, grad = run(DistillationLoss(), logits, targets, torch.tensor(2.0), counted[:, None])
@@ -883,7 +883,7 @@ def test_distillation_never_divides_by_less_than_one():
     assert torch.equal(run(DistillationLoss(), logits, targets, torch.tensor(0.0))[0], one)
 
 
-def test_distillation_of_nothing_is_a_connected_zero():
+def test_distillation_without_logits_is_zero_and_connected_to_the_graph():
     value, grad = run(DistillationLoss(), torch.zeros(0, 3), torch.zeros(0, 3), torch.tensor(0.0))
     assert value == 0 and grad.shape == (0, 3)
     value, grad = run(DistillationLoss(), *scores(), torch.tensor(1.0), torch.tensor(False))
@@ -893,7 +893,7 @@ def test_distillation_of_nothing_is_a_connected_zero():
 @pytest.mark.parametrize(
     ("dtype", "size"), [(torch.float16, HALF_MAX), (torch.float32, 3.3e38), (torch.float32, 1e-40)]
 )
-def test_distillation_extremes(dtype, size):
+def test_distillation_of_extremes_is_finite(dtype, size):
     logits = (torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) * size).to(dtype)
     for targets in (torch.eye(2), 1 - torch.eye(2), torch.tensor([[-0.1, 1.1], [0.5, 1e-40]])):
         value, grad = run(DistillationLoss(), logits, targets, torch.tensor(1.0))

@@ -44,12 +44,12 @@ def test_fewshot_yaml_is_yolo11n():
     assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
 
 
-def test_plain_ultralytics_parses_our_yaml_as_a_stock_model():
+def test_stock_ultralytics_parses_our_yaml_as_a_stock_model():
     stock = DetectionModel("fewshot.yaml", nc=4, verbose=False)
     assert type(stock.model[-1]).__name__ == "Detect"
 
 
-def test_stock_weights_transfer_all_but_the_class_conv():
+def test_stock_weights_transfer_except_the_class_conv():
     torch.manual_seed(1)
     stock = DetectionModel("yolo11n.yaml", nc=80, verbose=False)  # 80 classes have wider stems than 4
     model = build(nc=4)
@@ -79,18 +79,20 @@ def test_prototypes_follow_their_class_by_name():
         model = build(nc=len(names), names=names, seed=2)
         before = model.model[-1].prototypes.weight.detach().clone()
         model.load(source, verbose=False)
-        bank, src = model.model[-1].prototypes, source.model[-1].prototypes
+        prototypes, src = model.model[-1].prototypes, source.model[-1].prototypes
         for i, name in enumerate(names):
             known = [n for n in source.names.values()]
             if name.strip().lower() in known:
                 j = known.index(name.strip().lower())
-                assert torch.equal(bank.weight[i], src.weight[j]) and torch.equal(bank.frozen[i], src.frozen[j])
+                assert torch.equal(prototypes.weight[i], src.weight[j]) and torch.equal(
+                    prototypes.frozen[i], src.frozen[j]
+                )
             else:
-                assert not bank.frozen[i].any() and bank.weight[i].norm().item() == pytest.approx(1)
-                assert not any(torch.equal(bank.weight[i], w) for w in src.weight)
-        assert not torch.equal(bank.weight, before)
+                assert not prototypes.frozen[i].any() and prototypes.weight[i].norm().item() == pytest.approx(1)
+                assert not any(torch.equal(prototypes.weight[i], w) for w in src.weight)
+        assert not torch.equal(prototypes.weight, before)
         assert model.transferred == [i for i, n in enumerate(names) if n.strip().lower() in source.names.values()]
-        assert torch.equal(bank.logit_scale, src.logit_scale)
+        assert torch.equal(prototypes.logit_scale, src.logit_scale)
 
 
 def test_placeholder_names_transfer_by_index():
@@ -116,7 +118,7 @@ def test_segmentation_weights_load_what_fits():
         model.eval()(torch.rand(1, 3, 64, 64))
 
 
-def test_criterion_is_ours_for_every_branch():
+def test_every_branch_has_a_fewshot_loss():
     for cfg, dual in (("yolo11n-fewshot.yaml", False), ("yolo26n-fewshot.yaml", True)):
         model = build(cfg)
         model.args = SimpleNamespace(epochs=1)
@@ -151,7 +153,7 @@ def enrolled(cfg="yolo11n-fewshot.yaml", names=("cat", "dog", "bus", "car"), see
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
-def test_folding_and_fusing_leave_the_model_as_it_is(cfg):
+def test_folding_and_fusing_do_not_modify_the_model(cfg):
     model = enrolled(cfg).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     parameters, criterion, yaml = dict(model.named_parameters()), model.criterion, copy.deepcopy(model.yaml)
@@ -180,7 +182,7 @@ def test_a_model_can_be_trained_after_folding_it(cfg):
     assert not dead
 
 
-def test_a_folded_model_keeps_all_but_what_training_needs():
+def test_a_folded_model_keeps_all_attributes_except_those_for_training():
     model = enrolled()
     model.task, model.pt_path = "detect", "best.pt"
     folded = model.fold()
@@ -195,7 +197,7 @@ def test_a_folded_model_keeps_all_but_what_training_needs():
         assert {m.training for m in model.train(training).fold().modules() if not list(m.children())} == {training}
 
 
-def test_a_folded_model_trains_and_fuses_like_a_stock_one():
+def test_a_folded_model_trains_and_fuses_like_a_stock_model():
     model = enrolled().eval()
     folded, x = model.fold(), torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -220,23 +222,23 @@ def test_a_model_without_a_criterion_folds_too():
 
 
 @pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
-def test_fitted_classes_take_gain_and_offset_along_by_name(cfg):
+def test_gain_and_offset_of_fitted_classes_transfer_by_name(cfg):
     source = enrolled(cfg)
     for names in (["bus", "tree", "cat"], ["cat", "Bus ", "dog", "tree"]):  # another count; the same, in another order
         model = build(cfg, nc=len(names), names=names, seed=2)
-        for bank in model.model[-1].branch_prototypes:  # what must not stay
-            bank.gain.fill_(9)
-            bank.offset.fill_(9)
+        for prototypes in model.model[-1].branch_prototypes:  # what must not stay
+            prototypes.gain.fill_(9)
+            prototypes.offset.fill_(9)
         model.load(source, verbose=False)
-        for bank, src in zip(model.model[-1].branch_prototypes, source.model[-1].branch_prototypes):
+        for prototypes, src in zip(model.model[-1].branch_prototypes, source.model[-1].branch_prototypes):
             assert src.gain[2] > 2 and src.offset[2] == -1.5
             for i, name in enumerate(names):
                 j = {"cat": 0, "dog": 1, "bus": 2}.get(name.strip().lower())
                 gain, offset = (1, 0) if j is None else (src.gain[j], src.offset[j])
-                assert bank.gain[i] == gain and bank.offset[i] == offset
+                assert prototypes.gain[i] == gain and prototypes.offset[i] == offset
                 if j is not None:
                     for level in range(3):
-                        for a, b in zip(bank.rows(level), src.rows(level)):
+                        for a, b in zip(prototypes.rows(level), src.rows(level)):
                             torch.testing.assert_close(a[i], b[j])
 
 
@@ -245,9 +247,11 @@ def test_fitted_classes_keep_gain_and_offset_in_a_checkpoint(tmp_path):
     wrapper.model.model[-1].set_class(80, [(torch.full((128,), 0.3), torch.tensor(-1.2345678))])
     wrapper.model.names[80] = "scooter"
     wrapper.save(tmp_path / "a.pt")
-    bank, again = wrapper.model.model[-1].prototypes, YOLO(tmp_path / "a.pt").model.model[-1].prototypes
-    assert torch.equal(bank.gain, again.gain) and torch.equal(bank.offset, again.offset)  # float32, not rounded to half
-    assert torch.equal(bank.weight, again.weight)
+    prototypes, again = wrapper.model.model[-1].prototypes, YOLO(tmp_path / "a.pt").model.model[-1].prototypes
+    assert torch.equal(prototypes.gain, again.gain) and torch.equal(
+        prototypes.offset, again.offset
+    )  # float32, not rounded to half
+    assert torch.equal(prototypes.weight, again.weight)
 
 
 def test_prototypes_of_repeated_names_follow_their_index():

@@ -138,13 +138,13 @@ def test_terms_are_found_in_the_working_directory_in_their_order(own):
         ("mine.Trained", r"Parameters such as 'proxy\.weight' would not be trained"),
     ],
 )
-def test_what_is_wrong_is_said_before_training(own, path, text):
+def test_invalid_terms_raise_an_error_before_training(own, path, text):
     with pytest.raises(ValueError, match=text):
         FewShotTrainer("stage2.yaml", {"model": "fewshot.yaml", "terms": path, "project": str(own), "name": "run"})
     assert not (own / "run").exists()
 
 
-def test_values_and_gradients_with_a_gain_of_ones_own_and_of_a_key(own, batch):
+def test_values_and_gradients_with_a_number_or_a_key_as_gain(own, batch):
     model = make(terms="mine.One,mine.Keyed", supcon=0.7)
     preds, loss = preds_of(model, batch), FewShotLoss(model)
     seen = []
@@ -158,7 +158,7 @@ def test_values_and_gradients_with_a_gain_of_ones_own_and_of_a_key(own, batch):
     assert grad.any() and loss.episode_terms[-1].center.device == loss.device
 
 
-def test_a_term_that_returns_no_scalar_is_an_error_that_names_it(own, batch):
+def test_an_error_names_the_term_that_returns_no_scalar(own, batch):
     model = make(terms="mine.Vector")
     with pytest.raises(TypeError, match=r"Vector\.forward must return a 0-dim tensor, got shape \(128,\)"):
         model(batch)
@@ -177,7 +177,7 @@ def test_a_term_with_a_gain_of_zero_is_not_computed(batch, term, monkeypatch):
     assert torch.isfinite(torch.autograd.grad(terms.sum(), preds["embeds"])[0]).all()
 
 
-def test_a_run_is_resumed_with_its_terms_or_says_what_is_missing(own, draw_tiny):
+def test_a_run_resumes_with_its_terms_or_an_error_names_the_missing_module(own, draw_tiny):
     draw_tiny(own / "data", 8)
     keys = {
         "model": str(own / "data/yolo11n-tiny.yaml"), "data": str(own / "data/data.yaml"), "project": str(own),

@@ -18,7 +18,7 @@ def test_pooling_is_the_weighted_mean_of_an_objects_anchors():
     assert not pooled[[2, 3, 4]].any()
 
 
-def test_pooling_survives_the_weights_of_an_untrained_model():
+def test_pooling_with_weights_near_zero_has_unit_length_and_bounded_gradients():
     embeds = torch.randn(1, 5, 8, requires_grad=True)
     fg = (torch.zeros(2, dtype=torch.long), torch.tensor([1, 3]))
     pooled, valid = pool_objects(embeds, fg, torch.zeros(2, dtype=torch.long), torch.full((2,), 1e-15), 1)
@@ -37,7 +37,7 @@ def test_class_means_are_unit_means_and_negative_labels_are_left_out():
     assert not prototypes[[1, 3]].any()
 
 
-def test_pooling_a_batch_without_objects_gives_nothing():
+def test_pooling_a_batch_without_objects_returns_empty_tensors():
     none = torch.zeros(0, dtype=torch.long)
     pooled, valid = pool_objects(torch.randn(2, 5, 8), (none, none), torch.zeros(0), torch.zeros(0), 0)
     assert pooled.shape == (0, 8) and valid.shape == (0,)

@@ -108,14 +108,14 @@ def stock(model):
         (lambda x: x[[1, 0]], "copy to the device"),
     ],
 )
-def test_the_stand_in_counts_what_waits(device, work, kind):
+def test_stand_in_counts_operations_that_wait(device, work, kind):
     x = torch.arange(3.0, device=DEVICE)
     device.waits.clear()
     work(x)
     assert +device.waits == {kind: 1}
 
 
-def test_the_stand_in_counts_nothing_else(device):
+def test_stand_in_counts_no_other_operations(device):
     x = torch.arange(3.0, device=DEVICE)
     device.waits.clear()
     x[x.long()] = 1.0
@@ -128,7 +128,7 @@ def test_the_stand_in_counts_nothing_else(device):
     ("stage", "masked", "more"), [(1, False, 0), (1, True, 0), (2, False, 1), (2, True, 1), (3, False, 0), (3, True, 0)]
 )
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_a_step_waits_once_more_a_branch_in_stage_two_and_never_otherwise(device, batch, cfg, stage, masked, more):
+def test_a_step_waits_once_more_per_branch_in_stage_two_only(device, batch, cfg, stage, masked, more):
     shown = with_ignored(batch) if masked else batch
     model, shown = there(*prepare(cfg, stage, shown, masked))
     ours, theirs = waits(device, model.criterion, model, shown), waits(device, stock(model), model, to_device(batch))
@@ -137,7 +137,7 @@ def test_a_step_waits_once_more_a_branch_in_stage_two_and_never_otherwise(device
     assert ours[2] <= theirs[2]
 
 
-def test_a_batch_that_does_not_tell_its_query_images_costs_a_wait(device, batch):
+def test_a_batch_without_query_indices_waits_once_more(device, batch):
     model, shown = there(*prepare(FAMILIES[0], 2, batch))
     told = waits(device, model.criterion, model, shown)
     del shown["query"]
@@ -145,7 +145,7 @@ def test_a_batch_that_does_not_tell_its_query_images_costs_a_wait(device, batch)
 
 
 @pytest.mark.parametrize("cfg", FAMILIES)
-def test_a_term_of_ones_own_sees_rows_without_padding_and_without_a_wait(device, batch, cfg):
+def test_a_custom_term_gets_rows_without_padding_and_without_a_wait(device, batch, cfg):
     model, shown = there(*prepare(cfg, 2, with_ignored(batch), True, terms="test_criterion.OwnTerm"))
     plain, _ = there(*prepare(cfg, 2, batch, True))
     own = waits(device, model.criterion, model, shown)

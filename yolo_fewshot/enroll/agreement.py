@@ -1,4 +1,4 @@
-"""Agreement of the shots of a class, which reveals wrong labels."""
+"""Agreement of the shots of a class, to find wrong labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from yolo_fewshot.enroll.features import Features
 from yolo_fewshot.nn.prototypes import class_means
 
-MIN_SHOTS = 3  # of a class whose shots are judged
+MIN_SHOTS = 3  # minimum shots of a class to judge them
 
 
 class Agreement(NamedTuple):
@@ -75,8 +75,8 @@ def agreement(features: Features, labels: torch.Tensor, n: int) -> Agreement:
             rest = sums[c] - embeds[members] * share[members, :, None]
             sim_own = _similarity(embeds[members], share[members], rest[:, None])[:, 0]
             result.sim_own[members] = sim_own
-            odd = (sim_own < sim_other) & (sim_own < sim_own.nanmedian() / 2)
-            result.suspect[members] = (counts[c] >= MIN_SHOTS) & odd
+            dissimilar = (sim_own < sim_other) & (sim_own < sim_own.nanmedian() / 2)
+            result.suspect[members] = (counts[c] >= MIN_SHOTS) & dissimilar
     return result
 
 
@@ -95,8 +95,8 @@ def _centered(embeds: torch.Tensor, labels: torch.Tensor, present: torch.Tensor)
     share = embeds.norm(dim=1)
     unit, here = F.normalize(embeds, dim=1), share > 0
     means, counts = class_means(unit, torch.where(here, labels, -1), len(present))
-    middle = means[counts > 0].mean(0) if (counts > 0).any() else means.new_zeros(means.shape[1])
-    return F.normalize(unit - middle, dim=1) * here[:, None], share
+    center = means[counts > 0].mean(0) if (counts > 0).any() else means.new_zeros(means.shape[1])
+    return F.normalize(unit - center, dim=1) * here[:, None], share
 
 
 def _similarity(embeds: torch.Tensor, share: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from yolo_fewshot.enroll.methods import MARGIN, PRIOR_STRENGTH, classifiers
 from yolo_fewshot.enroll.replay import add_replay, base_support
 from yolo_fewshot.nn.rows import Space, class_rows
 
-TRIALS = 3  # draws of shots
+TRIALS = 3  # number of draws of shots
 MAX_CLASSES = 20  # maximum number of pseudo-novel classes, which are at most half of all
 MAX_QUERIES = 100  # maximum number of query images
 
@@ -34,7 +34,7 @@ def choose_prior_strength(
         seed (int): Seed of the draws.
 
     Returns:
-        (float): `PRIOR_STRENGTH`, or infinity if the method 'mean' is better; `PRIOR_STRENGTH` too if fewer than two
+        (float): `PRIOR_STRENGTH`, or infinity if the method 'mean' is better; `PRIOR_STRENGTH` if fewer than two
             classes are in both splits.
     """
     rng = np.random.default_rng(seed)
@@ -56,7 +56,7 @@ def choose_prior_strength(
     features, labels = _features(model, drawn, classes, imgsz)
     differences = []
     for low, high in zip(ends[:-1], ends[1:]):
-        support = _features_of(features, labels, low, high)
+        support = _select_images(features, labels, low, high)
         mean, fit = (
             _ap50(support, queries, len(classes), m, model.model[-1].branch_prototypes[0]) for m in ("mean", "fit")
         )
@@ -101,7 +101,7 @@ def _features(
     return features, torch.where(valid, torch.tensor([index[c] for c in features.cls.tolist()]), -1)
 
 
-def _features_of(features: Features, labels: torch.Tensor, low: int, high: int) -> tuple[Features, torch.Tensor]:
+def _select_images(features: Features, labels: torch.Tensor, low: int, high: int) -> tuple[Features, torch.Tensor]:
     """Return the features and labels of images low to high - 1, with the replay buffer."""
     anchors, inside = features.anchors[0], (features.image >= low) & (features.image < high)
     part = select(anchors, (anchors.image < 0) | (anchors.image >= low) & (anchors.image < high))

@@ -12,11 +12,11 @@ from yolo_fewshot.enroll.methods import MARGIN, classifiers
 from yolo_fewshot.nn.rows import Space
 
 FOLDS = 5
-MIN_SHOTS = 3  # of a class that has a say in the choice of its method
+MIN_SHOTS = 3  # minimum shots of a class that takes part in the choice of its method
 
 
 def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
-    """Assign the images to folds so that the shots of every class, and the images without any, are spread over them.
+    """Assign the images to folds such that the shots of every class, and the images without shots, are spread evenly.
 
     Args:
         features (Features): Features of a support set.
@@ -26,12 +26,12 @@ def folds(features: Features, labels: torch.Tensor) -> torch.Tensor:
         (torch.Tensor): Fold of every image, (number of images,) int64.
     """
     n, fold = int(labels.max()) + 1, torch.arange(len(features.files)) % FOLDS
-    held = torch.zeros(FOLDS, n)  # weighted objects of every class in every fold
+    filled = torch.zeros(FOLDS, n)  # weighted objects of every class in every fold
     rare = 1 / torch.bincount(labels[labels >= 0], minlength=n).clamp(min=1)  # classes of few shots weigh more
     for p in features.image.unique().tolist():
         objects = torch.bincount(labels[(features.image == p) & (labels >= 0)], minlength=n) * rare
-        fold[p] = (held @ objects + held.sum(1) * 1e-6).argmin()
-        held[fold[p]] += objects
+        fold[p] = (filled @ objects + filled.sum(1) * 1e-6).argmin()
+        filled[fold[p]] += objects
     return fold
 
 

@@ -1,4 +1,4 @@
-"""Detection and AP50 on the anchors kept of a support set."""
+"""Detection and AP50 on the stored anchors of a support set."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def detect(
     conf: float = CONF,
     nms: bool = True,
 ) -> Detections:
-    """Detect objects in the plain view of images, from their kept anchors.
+    """Detect objects in the first view of images, at their stored anchors.
 
     Args:
         features (Features): Features, those of the predicting branch first.

@@ -97,14 +97,14 @@ def select(anchors: Anchors, mask: torch.Tensor) -> Anchors:
 
 
 def support_views(args: dict[str, Any], crops: bool) -> list[View]:
-    """Return the views of a support set: mild changes of scale and brightness, flipped only if training flipped too.
+    """Return the views of a support set: small changes of scale and brightness, flipped only if training flipped, too.
 
     Args:
-        args (dict[str, Any]): Training arguments of the model; a missing one counts as off.
+        args (dict[str, Any]): Training arguments of the model; a missing argument counts as off.
         crops (bool): Whether the images are cropped objects, which are scaled down.
 
     Returns:
-        (list[View]): The views, the plain one first.
+        (list[View]): The views, the one without flip and change of brightness first.
     """
     flip, light = bool(args.get("fliplr")), 0.2 if args.get("hsv_v") else 0.0
     if crops:

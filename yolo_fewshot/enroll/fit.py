@@ -113,7 +113,7 @@ def _fit_rows(
     share: torch.Tensor | float,
     iterations: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fit some classes on some of the anchors of a level, each of which counts `share` times."""
+    """Fit some classes on some anchors of a level, each weighted by `share`."""
     y = F.one_hot(target[rows] + 1, len(means) + 1)[:, 1:] * anchors.weight[at_level[rows], None]
     w = torch.where(anchors.objects[at_level[rows]] < 0, anchors.weight[at_level[rows]], 1.0) * share
     x = anchors.embeds[at_level[rows]]
@@ -140,9 +140,9 @@ def fit_scale(
     """
     n = len(prior_strength)
     vectors, offsets = space.zeros(n)
-    shown = targets >= 0
-    weighted = anchors.embeds[shown] * anchors.weight[shown, None]
-    vectors.view(-1, space.embed).index_add_(0, targets[shown] * len(space.bias) + anchors.level[shown], weighted)
+    positive = targets >= 0
+    weighted = anchors.embeds[positive] * anchors.weight[positive, None]
+    vectors.view(-1, space.embed).index_add_(0, targets[positive] * len(space.bias) + anchors.level[positive], weighted)
     vectors /= vectors.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
     mass, prior = _mass(anchors, targets, n), space.bias[anchors.level]
     for c in range(n):
@@ -160,12 +160,12 @@ def fit_scale(
 
 def _mass(anchors: Anchors, targets: torch.Tensor, n: int) -> torch.Tensor:
     """Return the sum of the targets of every class, (n,)."""
-    shown = targets >= 0
-    return torch.zeros(n).index_add(0, targets[shown], anchors.weight[shown]).clamp(min=MIN_MASS)
+    positive = targets >= 0
+    return torch.zeros(n).index_add(0, targets[positive], anchors.weight[positive]).clamp(min=MIN_MASS)
 
 
 def _subsample(target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return all anchors of the classes and negatives at equal distances, and how often each of them counts."""
+    """Return all positives and every k-th negative, at most `MAX_NEGATIVES`, and their weights, 1 and k."""
     positive = target >= 0
     negatives = (~positive).nonzero()[:, 0]
     step = max(-(-len(negatives) // MAX_NEGATIVES), 1)

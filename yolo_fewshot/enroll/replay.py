@@ -35,7 +35,7 @@ def base_support(model: Any, labels: list[dict[str, Any]]) -> Support:
 
 
 def fill_replay_buffer(model: Any, train: list[dict[str, Any]], imgsz: int, seed: int = 0) -> ReplayBuffer:
-    """Sample anchors of training images: half of objects, half of hard background. Deterministic.
+    """Sample anchors of training images: half of objects, half of hard background. The sample is deterministic.
 
     Args:
         model (FewShotDetectionModel): Model in eval mode, left unchanged.
@@ -68,7 +68,7 @@ def add_replay(features: Features, buffer: ReplayBuffer, exclude: list[int]) -> 
     Args:
         features (Features): Features of a support set.
         buffer (ReplayBuffer): Replay buffer of the model; may be empty.
-        exclude (list[int]): Classes of the model whose anchors are left out, since the support set shows them.
+        exclude (list[int]): Classes of the model whose anchors are left out, since the support set has objects of them.
 
     Returns:
         (Features): The features.

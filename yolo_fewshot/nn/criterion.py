@@ -1,4 +1,4 @@
-"""The loss of all stages: Ultralytics' own; clamped DFL and episode terms in stage 2; retention in stage 3."""
+"""Loss of all stages: that of Ultralytics, with clamped DFL and episode terms in stage 2 and retention in stage 3."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RETENTION_TERMS = {"tea_loss": "teacher", "mem_loss": "memory"}  # names of the 
 
 
 class Retention(NamedTuple):
-    """Classes that one branch must not forget, and their replay buffer.
+    """Classes that one branch retains in stage 3, and their replayed anchors.
 
     Attributes:
         branch (int): Index of the branch.
@@ -55,7 +55,7 @@ class _PerAnchorDFL(nn.Module):
 
 
 class _AnchorIndices(tuple):
-    """Indices of anchors that pass for a mask of them, so that Ultralytics need not wait to find them again."""
+    """Indices of anchors that act as a mask, so that Ultralytics indexes without waiting for the device."""
 
     def nonzero(self, as_tuple: bool = True) -> _AnchorIndices:
         """Return the indices."""
@@ -63,10 +63,10 @@ class _AnchorIndices(tuple):
 
 
 class RecordingBboxLoss(BboxLoss):
-    """Ultralytics' box loss, in stage 2 with the clamped DFL, which records its values in the pass.
+    """Ultralytics' box loss that records its values in the pass; stage 2 uses the clamped DFL.
 
     Attributes:
-        current (Pass | None): The pass that is under way.
+        current (Pass | None): The pass of the call in progress.
     """
 
     current: Pass | None = None
@@ -106,10 +106,10 @@ class RecordingBboxLoss(BboxLoss):
 
 
 class MaskedBCE(nn.BCEWithLogitsLoss):
-    """Ultralytics' class loss, which is zero where the pass masks it.
+    """Ultralytics' class loss, set to zero where the mask of the pass is False.
 
     Attributes:
-        current (Pass | None): The pass that is under way.
+        current (Pass | None): The pass of the call in progress.
     """
 
     current: Pass | None = None
@@ -140,18 +140,18 @@ class FewShotLoss(v8DetectionLoss):
     an episode, the built-in terms of `yolo_fewshot.nn.terms` and those that the configuration key `terms` names. For
     other batches, as in validation, those terms are zero.
 
-    Stage 3 adds two terms for the classes without a label in the training images: at anchors of no labeled object, a
-    teacher's scores are their targets instead of zero (`tea_loss`), and they are replayed on stored anchors of base
-    images (`mem_loss`). Without such classes, and in validation, both are zero.
+    Stage 3 adds two distillation terms for the classes without a label in the training images. At background anchors,
+    their targets are the scores of a teacher instead of zero (`tea_loss`). At stored anchors of base images, they are
+    replayed (`mem_loss`). Without such classes, and in validation, both terms are zero.
 
     Attributes:
         loss_names (tuple[str, ...]): Names of the terms.
         episode_terms (list[EpisodeTerm]): Terms of an episode, in the order of their names.
         clamped_dfl (ClampedDFLoss | None): The DFL of stage 2, with its counts of clamps.
-        masked (bool): Whether batches may have boxes to ignore, see `MaskedDataset`: anchors inside are no background.
-        retention (Retention | None): Classes that stage 3 must not forget.
-        observers (list[Callable[[FewShotLoss, Pass], None]]): Called by the next call of the loss, once its terms are
-            computed, and removed then. What `parts` and `chance` return of the pass is for them.
+        masked (bool): Whether batches may have ignore regions, see `MaskedDataset`; anchors inside are not background.
+        retention (Retention | None): Classes to retain in stage 3.
+        observers (list[Callable[[FewShotLoss, Pass], None]]): Functions that the next call of the loss calls after
+            computing its terms, and then removes. They may call `parts` and `chance` with the pass.
     """
 
     loss_names: tuple[str, ...]
@@ -192,11 +192,11 @@ class FewShotLoss(v8DetectionLoss):
             preds (dict[str, Any]): Raw predictions of one branch, see `FewShotDetect.forward_head`.
             batch (dict[str, Any]): Labels as collated by Ultralytics; an episode also has `support` (B,) bool
                 and `way` (B,), the class each image was drawn for, and may have `query` (Q,), the indices of the
-                other images, which saves a wait for the device; `teacher` is what `Teacher` returns for the images.
+                other images, which avoids a wait for the device; `teacher` is the output of `Teacher` for the images.
 
         Returns:
-            loss (torch.Tensor): In the order of `loss_names`: (3,) in stage 1, (7,) in stage 2 without terms of the
-                user's own, (5,) in stage 3.
+            loss (torch.Tensor): In the order of `loss_names`: (3,) in stage 1, (7,) in stage 2 without custom
+                terms, (5,) in stage 3.
             items (dict[str, torch.Tensor]): Weighted terms by name, not multiplied by the batch size.
         """
         this = self.begin(preds, batch)
@@ -207,7 +207,7 @@ class FewShotLoss(v8DetectionLoss):
         return terms * len(preds["boxes"]), dict(zip(self.loss_names, terms.detach()))
 
     def begin(self, preds: dict[str, Any], batch: dict[str, Any]) -> Pass:
-        """Begin a call of the loss.
+        """Create the pass of a call of the loss.
 
         Args:
             preds (dict[str, Any]): As `loss` takes them.
@@ -216,7 +216,7 @@ class FewShotLoss(v8DetectionLoss):
         Returns:
             (Pass): The pass, with its masks and without terms.
         """
-        if not self.use_dfl:  # distances times the stride leave float16; with DFL they are bounded
+        if not self.use_dfl:  # without DFL, distances times the stride can overflow float16
             preds = {**preds, "boxes": preds["boxes"].float()}
         this = Pass(preds, batch)
         if self.masked:
@@ -268,7 +268,7 @@ class FewShotLoss(v8DetectionLoss):
         return torch.cat([loss, torch.stack(this.added) if this.added else zeros])
 
     def parts(self, this: Pass) -> dict[str, torch.Tensor]:
-        """Return the terms of a pass by name, each with a graph of its own up to the predictions.
+        """Return the terms of a pass by name, each with its own graph from the predictions.
 
         The gradient of an element of `terms` passes through all of them, where 0 times Inf is NaN.
 
@@ -285,7 +285,7 @@ class FewShotLoss(v8DetectionLoss):
 
     @torch.no_grad()
     def chance(self, this: Pass) -> torch.Tensor:
-        """Return the terms of a pass for a head that has learned nothing, with the anchors assigned as in the pass.
+        """Return the chance level of every term: its value for an untrained head, with the assignment of the pass.
 
         Boxes and scores are those at initialization, and all embeddings are equal: 4 ln(reg_max) for the DFL (less if
         the target scores of the batch sum to less than 1), the logarithm of the number of contrasts for SupCon, the
@@ -321,14 +321,14 @@ class FewShotLoss(v8DetectionLoss):
     def episode(self, this: Pass) -> Episode:
         """Pool the objects of an episode and compute the prototypes of its classes.
 
-        Only real objects and classes have rows. Their numbers are read from the device, once; no other line of the
-        episode terms waits for it.
+        Only objects with an anchor and classes with a support object get rows. Reading their numbers is the only wait
+        for the device in the episode terms.
 
         Args:
             this (Pass): A pass over an episode, with its assignment.
 
         Returns:
-            (Episode): What the terms may use.
+            (Episode): Input of the terms.
         """
         batch, assigned, fg = this.batch, this.assigned, this.fg
         embeds = this.preds["embeds"].transpose(1, 2)
@@ -398,7 +398,7 @@ def _zero(like: torch.Tensor) -> torch.Tensor:
 
 
 def part_gradients(part: torch.Tensor, inputs: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-    """Compute the gradient of one of `FewShotLoss.parts` as the backward pass of training does.
+    """Compute the gradient of one of `FewShotLoss.parts`, as in the backward pass of training.
 
     Args:
         part (torch.Tensor): 0-dim term; its graph stays usable.
@@ -421,7 +421,7 @@ def gain_of(term: str, args: Any) -> tuple[str | None, float | None]:
         args (SimpleNamespace): Arguments of the run.
 
     Returns:
-        key (str | None): Name of the key; None for a term of the user's own that has no key.
+        key (str | None): Name of the key; None for a custom term whose gain is a number.
         gain (float | None): The gain; None where the run has none.
     """
     gains: dict[str, float | str] = {"box_loss": "box", "cls_loss": "cls", "dfl_loss": "dfl", "l1_loss": "dfl"}
@@ -433,7 +433,7 @@ def gain_of(term: str, args: Any) -> tuple[str | None, float | None]:
 
 
 def branch_losses(model: Any) -> list[FewShotLoss]:
-    """Return the loss of every branch of the head, the one-to-many branch first; created if there is none yet.
+    """Return the loss of every branch of the head, the one-to-many branch first; create it if there is none.
 
     Args:
         model (FewShotDetectionModel): Model, not wrapped for several GPUs.

@@ -1,11 +1,11 @@
 """The few-shot detection head: class logits are dot products of an embedding with class prototypes.
 
 Per level: stock class stem -> 1x1 conv to D -> BatchNorm -> e, and the logit of class c is s * <e, p_c / |p_c|> + b
-with s and b of the level. BatchNorm instead of a normalized e keeps everything after the stem linear, so that it can be
-folded into the one 1x1 conv that a stock `Detect` has there.
+with s and b of the level. BatchNorm instead of a normalized e keeps everything after the stem linear, so that it
+can be folded into the single 1x1 conv of a stock `Detect`.
 
-Checkpoints pickle `FewShotDetect`, `Embedding` and `Prototypes` by the path of this module. It may never move, nor the
-classes be renamed.
+Checkpoints pickle `FewShotDetect`, `Embedding` and `Prototypes` by the path of this module. Never move this module, and
+never rename these classes or their attributes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Prototypes(nn.Module):
 
     Attributes:
         weight (nn.Parameter): Prototypes, (nc, D, 1). The third axis keeps Ultralytics' MuSGD from orthogonalizing
-            them as a matrix, since rows of similar classes must be free to be similar.
+            them as a matrix, since prototypes of similar classes must be able to be similar.
         logit_scale (nn.Parameter): s of every level, (nl,).
         bias (nn.Parameter): b of every level, (nl,).
         gain (torch.Tensor): Scale of each class, (nc,) float buffer; 1 except for classes enrolled by `fit`.
@@ -142,7 +142,7 @@ class Prototypes(nn.Module):
     def logits(
         self, embeds: torch.Tensor, level: torch.Tensor, vectors: torch.Tensor, offsets: torch.Tensor
     ) -> torch.Tensor:
-        """Compute the logits of other classes at anchors, with the scales and biases of the levels.
+        """Compute the logits of given classifiers at anchors, with the scales and biases of the levels.
 
         Args:
             embeds (torch.Tensor): Embeddings of the anchors, (M, D) float32 on the CPU.
@@ -321,7 +321,7 @@ class FewShotDetect(Detect):
         self._count_classes()
 
     def remove_class(self, index: int) -> None:
-        """Remove one class; the indices after it move up.
+        """Remove one class; the indices after it decrease by one.
 
         Args:
             index (int): Class index.

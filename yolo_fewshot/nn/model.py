@@ -1,6 +1,7 @@
 """The few-shot detection model: a stock network with an upgraded head.
 
-Checkpoints pickle `FewShotDetectionModel` by the path of this module. It may never move, nor the class be renamed.
+Checkpoints pickle `FewShotDetectionModel` by the path of this module. Never move this module, and never rename the
+class or its attributes.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ FEWSHOT = {"embed": 128, "proj": 128}  # defaults of the YAML's `fewshot` sectio
 class FewShotDetectionModel(DetectionModel):
     """YOLO detection model with a few-shot head.
 
-    Built from any detection YAML; the section `fewshot: {embed: 128, proj: 128}` sets the size of the embedding and of
-    the projection for the contrastive terms.
+    It is built from any detection YAML. The section `fewshot: {embed: 128, proj: 128}` sets the size of the embedding
+    and of the projection for the contrastive terms.
 
     Attributes:
-        transferred (list[int]): Classes whose prototypes the last `load` took from its source.
+        transferred (list[int]): Classes whose prototypes the last `load` copied.
         enrolled (dict[str, dict]): Record of every enrolled class, see `yolo_fewshot.enroll.enroll.Shots`.
         prior_strength (float | None): Prior strength for one shot under enrollment `auto`, chosen at the end of
             training.
@@ -144,7 +145,7 @@ class FewShotDetectionModel(DetectionModel):
             return []
         dst, src = list(index), list(index.values())
         for prototypes, source_prototypes in zip(self.model[-1].branch_prototypes, src_head.branch_prototypes):
-            # With equal counts, all rows were copied by index: classes that the source lacks must not inherit them.
+            # With equal class counts, `load` copied all rows by index: reset those of classes that the source lacks.
             fresh = torch.randn_like(prototypes.weight)
             rest = [i for i in range(len(prototypes.weight)) if i not in index]
             prototypes.weight.data[rest] = fresh[rest] / fresh[rest].norm(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Loss terms of the user's own: from the configuration key `terms` to objects, checked before training."""
+"""Import, create and check the custom loss terms that the configuration key `terms` names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_terms(paths: str | None) -> list[EpisodeTerm]:
 
     Args:
         paths (str | None): Dotted paths of subclasses of `EpisodeTerm`, separated by commas, such as
-            'my_losses.SpreadLoss'. Modules in the working directory are found too.
+            'my_losses.SpreadLoss'. Modules in the working directory are found, too.
 
     Returns:
         (list[EpisodeTerm]): New terms, in the order of their paths.
@@ -45,7 +45,7 @@ def _create(path: str) -> EpisodeTerm:
     if not module:
         raise ValueError("Valid 'terms' values are dotted paths of classes, i.e. 'terms=my_losses.SpreadLoss'.")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the `yolo` command does not look there; other processes inherit the path
+        sys.path.append(os.getcwd())  # the `yolo` command does not add it; worker processes inherit the path
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as e:

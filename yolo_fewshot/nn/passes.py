@@ -1,4 +1,4 @@
-"""What one call of the loss knows, in one object that is dropped when the call ends."""
+"""State of a single call of the loss."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Assignment(NamedTuple):
 
 @dataclass
 class Pass:
-    """One call of the loss of one branch: its input, and what is computed on the way to the terms.
+    """State of one call of the loss of one branch: its input and its intermediate results.
 
     Attributes:
         preds (dict[str, Any]): Raw predictions of the branch, see `FewShotDetect.forward_head`.
-        batch (dict[str, Any]): Labels; boxes to ignore are blanked out.
-        keep_mask (torch.Tensor | None): Anchors outside all boxes to ignore, (B, A) bool; None if there are no boxes.
+        batch (dict[str, Any]): Labels, in which ignore regions have boxes of zeros.
+        keep_mask (torch.Tensor | None): Anchors outside all ignore regions, (B, A) bool; None without ignore regions.
         distilled (torch.Tensor | None): Classes that a teacher scores, (nc,) bool; None without a teacher.
-        assignment (Assignment | None): Set by the assigner when it is first called; the same for the rest of the pass.
+        assignment (Assignment | None): Set by the first call of the assigner, and reused by later calls.
         fg (tuple[torch.Tensor, torch.Tensor]): Image and index of the M anchors assigned to objects, (M,) int64.
         box (torch.Tensor): CIoU loss without its gain.
         dfl (torch.Tensor): DFL or L1 loss without its gain.
@@ -57,7 +57,7 @@ class Pass:
     added: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self):
-        """Start without an object: Ultralytics 8.4.144 does not call the box loss for a batch without anchors."""
+        """Set the box terms to zero, since Ultralytics 8.4.144 skips the box loss if no anchor is assigned."""
         boxes = self.preds["boxes"]
         self.box = self.dfl = boxes[:0].float().sum()  # connected to the predictions
         none = boxes.new_zeros(0, dtype=torch.long)
@@ -65,14 +65,14 @@ class Pass:
 
     @property
     def assigned(self) -> Assignment:
-        """The assignment, which must have been made."""
+        """The assignment; the assigner must have been called."""
         assert self.assignment is not None, "the assigner has not been called in this pass"
         return self.assignment
 
     def class_mask(self) -> torch.Tensor | None:
-        """Return which scores the class loss counts, (B, A or 1, nc or 1) bool; None for all of them.
+        """Return the mask of the scores in the class loss, (B, A or 1, nc or 1) bool; None for all scores.
 
-        Background in boxes to ignore counts for no class, and other background not for the classes of a teacher.
+        The mask excludes background anchors in ignore regions, and background scores of the classes of a teacher.
         """
         mask = None if self.keep_mask is None else self.keep_mask.unsqueeze(-1)
         if self.distilled is not None:

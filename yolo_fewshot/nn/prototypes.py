@@ -23,7 +23,7 @@ def pool_objects(
             without an anchor.
         valid (torch.Tensor): Objects that have an anchor, (B * n_max,) bool.
     """
-    index = fg[0] * n_max + gt_idx.long()  # a float where there are no objects
+    index = fg[0] * n_max + gt_idx.long()  # gt_idx is a float if there are no objects
     return pool_rows(embeds[fg].float(), index, weight, len(embeds) * n_max)
 
 

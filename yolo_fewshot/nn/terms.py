@@ -1,4 +1,4 @@
-"""The terms of an episode: what a term is given, what it looks like, and the four that are built in."""
+"""Terms of the episode loss: their input, their base class, and the four built-in terms."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ultralytics.utils.metrics import bbox_iou
 from yolo_fewshot.nn.losses import CPELoss, SupConLoss, TripletLoss
 from yolo_fewshot.nn.passes import Assignment
 
-CPE_ANCHORS = 512  # maximum of foreground anchors in the CPE term; background anchors are a quarter of it
+CPE_ANCHORS = 512  # maximum number of foreground anchors in the CPE term; background anchors are a quarter of it
 
 
 class Episode(NamedTuple):
-    """What a term may use of an episode of B images, of which Q are query images, with A anchors each.
+    """Input of a term: an episode of B images, of which Q are query images, with A anchors each.
 
     Attributes:
         objects (torch.Tensor): Embeddings of the N objects that have an anchor, in the order of the images, of unit
@@ -32,7 +32,7 @@ class Episode(NamedTuple):
         batch (dict[str, Any]): The images and labels, as Ultralytics collates them; `support` is (B,) bool, and `way`
             the class that each image was drawn for, (B,).
         assignment (Assignment): Objects that the anchors are assigned to, and the predicted boxes.
-        keep_mask (torch.Tensor | None): Anchors outside all boxes to ignore, (B, A) bool; None if there are no boxes.
+        keep_mask (torch.Tensor | None): Anchors outside all ignore regions, (B, A) bool; None without ignore regions.
         project (nn.Module): The head's projection for contrastive terms, (..., D) to (..., proj).
         args (SimpleNamespace): Arguments of the run.
     """
@@ -52,7 +52,7 @@ class Episode(NamedTuple):
 
 
 class EpisodeTerm(nn.Module):
-    """A term of the loss of stage 2; subclass it and name the subclass in `terms=` to train with a term of your own.
+    """Base class of the terms of stage 2. To train with a custom term, subclass it and name the subclass in `terms=`.
 
     Terms are computed in float32 with autocast off, for episodes only; for other batches, as in validation, a term is
     zero. A term with a gain of 0 is not computed.
@@ -111,7 +111,7 @@ class EpisodeBCE(EpisodeTerm):
 
 
 class SupConTerm(EpisodeTerm):
-    """SupCon over the objects of support and query, with the prototypes as further views."""
+    """SupCon over the objects of support and query images, with the prototypes as additional views."""
 
     name, gain = "sup_loss", "supcon"
 
@@ -131,7 +131,7 @@ class SupConTerm(EpisodeTerm):
 
 
 class CPETerm(EpisodeTerm):
-    """CPE over a class-balanced sample of the foreground anchors, with some background as further contrasts."""
+    """CPE over a class-balanced sample of the foreground anchors, with background anchors as additional negatives."""
 
     name, gain = "cpe_loss", "cpe"
 
@@ -157,7 +157,7 @@ class CPETerm(EpisodeTerm):
             if episode.keep_mask is not None:
                 is_bg &= episode.keep_mask.view(-1)
             bg = torch.randint(b * a, (CPE_ANCHORS // 4,), device=embeds.device)
-            # Anchors drawn that are no background stay as masked rows, since counting them would wait for the device.
+            # Drawn anchors that are not background are masked, not removed, since removing them waits for the device.
             mask = torch.cat([torch.ones_like(chosen, dtype=torch.bool), is_bg[bg]])
         rows = embeds[torch.cat([fg[0][chosen], bg // a]), torch.cat([fg[1][chosen], bg % a])]
         labels = torch.cat([y[chosen], y.new_full((len(bg),), -1)])
@@ -166,7 +166,7 @@ class CPETerm(EpisodeTerm):
 
 
 class TripletTerm(EpisodeTerm):
-    """Triplet of every object with the frozen prototypes; without any, batch-hard among the objects."""
+    """Triplet loss of the objects with the frozen prototypes, or batch-hard among the objects if there are none."""
 
     name, gain = "tri_loss", "triplet"
 
@@ -193,7 +193,7 @@ EPISODE_TERMS = tuple(term.name for term in BUILT_IN)
 
 
 def balanced_sample(labels: torch.Tensor, n: int) -> torch.Tensor:
-    """Draw at most `n` entries so that the classes have shares as equal as possible.
+    """Draw at most `n` entries with class shares as equal as possible.
 
     Args:
         labels (torch.Tensor): Class of each entry, (M,).

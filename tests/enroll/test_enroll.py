@@ -602,11 +602,12 @@ def test_a_single_shot_has_a_threshold_with_background_only(shots, background):
     assert all(x["conf"] > 0 for x in enroll(stock_model(), one, SIZE, background=background).classes.values())
 
 
-@pytest.mark.parametrize("cfg, expected", [("yolo11n-fewshot.yaml", [4, 2]), ("stock", [3, 2])])
+@pytest.mark.parametrize("cfg, expected", [("yolo11n-fewshot.yaml", [5, 2]), ("stock", [4, 2])])
 def test_prior_strength_is_by_shots_and_in_stock_heads_by_images(models, shots, monkeypatch, cfg, expected):
-    """The four squares are in three images, since two share one; the two discs are in two."""
-    images = [set(x["cls"].flat) for x in shots.labels]
-    assert [sum(c in x for x in images) for c in (1, 3)] == [3, 2]
+    """A second square is labeled in one of the four images of squares."""
+    i = next(i for i, x in enumerate(shots.labels) if x["cls"].tolist() == [[1]])
+    twice = {"cls": np.float32([[1], [1]]), "bboxes": np.float32([[0.3, 0.3, 0.4, 0.4], [0.75, 0.75, 0.4, 0.4]])}
+    shots = shots._replace(labels=[{**x, **twice} if j == i else x for j, x in enumerate(shots.labels)])
     given, model = [], stock_model() if cfg == "stock" else deepcopy(models[cfg])
 
     def zeros(examples):
@@ -615,4 +616,4 @@ def test_prior_strength_is_by_shots_and_in_stock_heads_by_images(models, shots, 
 
     monkeypatch.setitem(METHODS_TABLE, "fit", zeros)
     result = enroll(model, shots, SIZE, method="fit")
-    assert given[-1] == expected and [x["shots"] for x in result.classes.values()] == [4, 2]
+    assert given[-1] == expected and [x["shots"] for x in result.classes.values()] == [5, 2]

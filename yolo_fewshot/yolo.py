@@ -110,7 +110,8 @@ class FewShotYOLO(YOLO):
             shots = read_support(str(support), model.names, channels, objects)
             others = None if background is None else read_background(str(background), channels)
             kept = self._classes_to_keep(model, shots)
-            views = support_views((self.ckpt or {}).get("train_args") or {}, shots.crops)
+            train_args = (self.ckpt or {}).get("train_args") or {}
+            views = support_views(train_args, shots.crops, class_rows(model).per_level)
             home, training = next(model.parameters()).device, model.training
             model.eval().to(home if device in (None, "") else select_device(device, verbose=False))
             try:

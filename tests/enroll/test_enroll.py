@@ -19,6 +19,7 @@ from yolo_fewshot.enroll.cross_validation import detect_left_out
 from yolo_fewshot.enroll.detection import detect
 from yolo_fewshot.enroll.enroll import Shot, Shots, compact, enroll, forget
 from yolo_fewshot.enroll.features import Features, View, add_background, extract
+from yolo_fewshot.enroll.methods import METHODS as METHODS_TABLE
 from yolo_fewshot.enroll.methods import PRIOR_STRENGTH
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.rows import class_rows
@@ -596,3 +597,20 @@ def test_a_single_shot_has_a_threshold_with_background_only(shots, background):
     one = shots._replace(labels=shots.labels[1:2])
     assert all(x["conf"] is None for x in enroll(stock_model(), one, SIZE).classes.values())
     assert all(x["conf"] > 0 for x in enroll(stock_model(), one, SIZE, background=background).classes.values())
+
+
+@pytest.mark.parametrize("cfg, expected", [("yolo11n-fewshot.yaml", [5, 2]), ("stock", [4, 2])])
+def test_prior_strength_is_by_shots_and_in_stock_heads_by_images(models, shots, monkeypatch, cfg, expected):
+    """A second square is labeled in one of the four images of squares."""
+    i = next(i for i, x in enumerate(shots.labels) if x["cls"].tolist() == [[1]])
+    twice = {"cls": np.float32([[1], [1]]), "bboxes": np.float32([[0.3, 0.3, 0.4, 0.4], [0.75, 0.75, 0.4, 0.4]])}
+    shots = shots._replace(labels=[{**x, **twice} if j == i else x for j, x in enumerate(shots.labels)])
+    given, model = [], stock_model() if cfg == "stock" else deepcopy(models[cfg])
+
+    def zeros(examples):
+        given.append(examples.shots.tolist())
+        return examples.space.zeros(len(examples.shots))
+
+    monkeypatch.setitem(METHODS_TABLE, "fit", zeros)
+    result = enroll(model, shots, SIZE, method="fit")
+    assert given[-1] == expected and [x["shots"] for x in result.classes.values()] == [5, 2]

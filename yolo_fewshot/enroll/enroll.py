@@ -104,7 +104,7 @@ def enroll(
     keys.check({"enroll": method})
     rows = class_rows(model)
     _check_model(model, support, keep)
-    views = views or support_views(getattr(model, "args", None) or {}, support.crops)
+    views = views or support_views(getattr(model, "args", None) or {}, support.crops, rows.per_level)
     standardize(rows, support, imgsz, batch, views)
     features = extract(rows, support, imgsz, batch, views)
     if background:
@@ -113,6 +113,7 @@ def enroll(
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
     _check_anchors(support, features, names, counts, keep, imgsz)
+    independent = _images_of_classes(features, labels, len(names)) if rows.per_level else counts
     indices, spaces = {str(n): i for i, n in model.names.items()}, rows.spaces()
     branch = int(nms is False and len(spaces) > 1)  # the one that predicts
     with_nms = not rows.branches[branch]
@@ -120,10 +121,12 @@ def enroll(
     replayed = add_replay(features, rows.memory, [indices[n] for n in names if n in indices])
     replayed = replayed._replace(embeds=replayed.embeds[branch:], anchors=replayed.anchors[branch:])
     few_shot_method = "mean" if getattr(model, "prior_strength", None) == math.inf else "fit"
-    methods, left_out = choose_methods(replayed, labels, counts, method, few_shot_method, spaces[branch], nms=with_nms)
+    methods, left_out = choose_methods(
+        replayed, labels, independent, method, few_shot_method, spaces[branch], nms=with_nms
+    )
     conf = thresholds(left_out)
     features = add_replay(features, rows.memory, [indices[n] for n in names if n in indices and n not in keep])
-    weights = [classifiers(features, labels, methods, counts, i, x) for i, x in enumerate(spaces)]
+    weights = [classifiers(features, labels, methods, independent, i, x) for i, x in enumerate(spaces)]
     enrolled, classes = rows.enrolled, {}
     for c, name in enumerate(names):
         if name in keep:
@@ -178,6 +181,13 @@ def compact(features: Features, names: dict[int, str]) -> tuple[list[str], torch
     """
     indices, labels = features.cls.unique(return_inverse=True)
     return [str(names[i]) for i in indices.tolist()], torch.where(_has_anchor(features), labels, -1)
+
+
+def _images_of_classes(features: Features, labels: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the number of images that show each of n classes: the objects of one image resemble each other, (n,)."""
+    shown = labels >= 0
+    pairs = torch.stack([labels[shown], features.image[shown]]).unique(dim=1)
+    return torch.bincount(pairs[0], minlength=n)
 
 
 def _has_anchor(features: Features) -> torch.Tensor:

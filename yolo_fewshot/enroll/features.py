@@ -96,12 +96,13 @@ def select(anchors: Anchors, mask: torch.Tensor) -> Anchors:
     return Anchors(*(x[mask] for x in anchors))
 
 
-def support_views(args: dict[str, Any], crops: bool) -> list[View]:
-    """Return the views of a support set: small changes of scale and brightness, flipped only if training flipped, too.
+def support_views(args: dict[str, Any], crops: bool, per_level: bool = False) -> list[View]:
+    """Return the views of a support set: changes of scale and brightness, flipped only if training flipped, too.
 
     Args:
         args (dict[str, Any]): Training arguments of the model; a missing argument counts as off.
         crops (bool): Whether the images are cropped objects, which are scaled down.
+        per_level (bool): Whether every level has a row of its own, so that objects must be shown to several levels.
 
     Returns:
         (list[View]): The views, the one without flip and change of brightness first.
@@ -109,7 +110,8 @@ def support_views(args: dict[str, Any], crops: bool) -> list[View]:
     flip, light = bool(args.get("fliplr")), 0.2 if args.get("hsv_v") else 0.0
     if crops:
         return [View(0.35), View(0.5, flip, 1 + light), View(0.25, False, 1 - light)]
-    return list(dict.fromkeys([View(), View(1.0, flip, 1 + light), View(0.8, False, 1 - light), View(1.25)]))
+    small, large = (0.5, 2.0) if per_level else (0.8, 1.25)
+    return list(dict.fromkeys([View(), View(1.0, flip, 1 + light), View(small, False, 1 - light), View(large)]))
 
 
 def make_view(batch: dict[str, Any], view: View, stride: int) -> dict[str, Any]:

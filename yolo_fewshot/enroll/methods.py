@@ -31,7 +31,8 @@ class Examples(NamedTuple):
         labels (torch.Tensor): Class of every shot, (N,) int64 in 0..n-1.
         anchors (Anchors): Anchors of the support images and of the replay buffer, M of them.
         targets (torch.Tensor): Class of every anchor, (M,) int64 in 0..n-1, or -1 for none of these classes.
-        shots (torch.Tensor): Number of shots of every class, (n,); in cross-validation those of all folds.
+        shots (torch.Tensor): Number of shots of every class, (n,), that of images with shots in a stock head; in
+            cross-validation those of all folds.
         space (Space): Embedding space of the branch.
     """
 

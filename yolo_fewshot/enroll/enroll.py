@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from ultralytics.utils import LOGGER
 from ultralytics.utils.metrics import box_iou
 from ultralytics.utils.ops import xywh2xyxy
@@ -69,7 +68,7 @@ class Shots(NamedTuple):
 
 
 def enroll(
-    model: nn.Module,
+    model: Any,
     support: Support,
     imgsz: int,
     batch: int = 16,
@@ -144,7 +143,7 @@ def enroll(
     return Shots(classes, {name: objects[name] for name in classes})
 
 
-def forget(model: nn.Module, name: str) -> None:
+def forget(model: Any, name: str) -> None:
     """Undo the enrollment of a class: remove a new class, or restore the trained classifier of a base class.
 
     Args:
@@ -195,7 +194,7 @@ def _has_anchor(features: Features) -> torch.Tensor:
     return torch.stack([e.any(1) for e in features.embeds]).all(0)
 
 
-def _check_model(model: nn.Module, support: Support, keep: Collection[str]) -> None:
+def _check_model(model: Any, support: Support, keep: Collection[str]) -> None:
     """Raise an error if the support set does not fit the model, see `enroll`."""
     channels = model.yaml.get("channels") or 3
     if support.channels != channels:

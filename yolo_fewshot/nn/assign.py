@@ -46,8 +46,8 @@ class RecordingAssigner(TaskAlignedAssigner):
         if this is None:
             return super().forward(pd_scores, pd_bboxes, *args, **kwargs)
         if this.assignment is None:
-            assigned = super().forward(pd_scores, pd_bboxes, *args, **kwargs)
-            this.assignment = Assignment(*assigned, pd_bboxes, self.n_max_boxes)
+            labels, boxes, scores, fg_mask, gt_idx = super().forward(pd_scores, pd_bboxes, *args, **kwargs)
+            this.assignment = Assignment(labels, boxes, scores, fg_mask, gt_idx, pd_bboxes, self.n_max_boxes)
         return this.assignment[:5]
 
 
@@ -60,6 +60,7 @@ class BoxAssignment(v8DetectionLoss):
         >>> fg, gt_idx, weight, n_max, boxes = BoxAssignment(model)(preds, batch)
     """
 
+    assigner: RecordingAssigner
     angle: torch.Tensor | None = None  # of the predicted boxes of an OBB model, (B, A, 1)
 
     @classmethod
@@ -113,8 +114,9 @@ class BoxAssignment(v8DetectionLoss):
             self.get_assigned_targets_and_loss(certain, one_class)
         finally:
             self.assigner.current = None
-        found = this.assignment
-        fg = found.fg_mask.nonzero(as_tuple=True)
+        found = this.assigned
+        image, anchor = found.fg_mask.nonzero(as_tuple=True)
+        fg = image, anchor
         return fg, found.gt_idx[fg], found.scores[fg][:, 0], found.n_max, found.decoded
 
     def bbox_decode(self, anchor_points: torch.Tensor, pred_dist: torch.Tensor) -> torch.Tensor:

@@ -89,13 +89,12 @@ class ClassRows(ABC):
         Args:
             model (nn.Module): The model.
         """
-        self.model = model
+        self.model: Any = model
 
     @property
     def head(self) -> Any:
         """Head of the model."""
-        layers: Any = self.model.model
-        return layers[-1]
+        return self.model.model[-1]
 
     @property
     def assignments(self) -> list[BoxAssignment]:
@@ -203,7 +202,9 @@ class FewShotRows(ClassRows):
         """Write the prototype of one class back, see `ClassRows.restore`."""
         self.head.set_class(index, rows)
 
-    set = restore
+    def set(self, index: int, weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Set the prototype of one class, see `ClassRows.set`."""
+        self.head.set_class(index, weights)
 
     def remove(self, index: int) -> None:
         """Remove one class, see `ClassRows.remove`."""
@@ -237,7 +238,7 @@ class StockRows(ClassRows):
                 pointwise = isinstance(last, nn.Conv2d) and last.kernel_size == (1, 1) and last.groups == 1
                 if not pointwise or last.bias is None or last.out_channels != self.head.nc:
                     raise TypeError(
-                        f"Layer 'model.{len(model.model) - 1}.{branch}cv3.{i}.{len(self._stem(branch, i))}' of the "
+                        f"Layer 'model.{len(self.model.model) - 1}.{branch}cv3.{i}.{len(self._stem(branch, i))}' of the "
                         f"{type(self.head).__name__} head is {last}, and enrollment needs a 1x1 Conv2d of "
                         f"{self.head.nc} classes with a bias there, as in a stock YOLO head."
                     )

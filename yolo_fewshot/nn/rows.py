@@ -237,9 +237,9 @@ class StockRows(ClassRows):
             for i, last in enumerate(self._convs(branch)):
                 pointwise = isinstance(last, nn.Conv2d) and last.kernel_size == (1, 1) and last.groups == 1
                 if not pointwise or last.bias is None or last.out_channels != self.head.nc:
+                    name = f"model.{len(self.model.model) - 1}.{branch}cv3.{i}.{len(self._stem(branch, i))}"
                     raise TypeError(
-                        f"Layer 'model.{len(self.model.model) - 1}.{branch}cv3.{i}.{len(self._stem(branch, i))}' of the "
-                        f"{type(self.head).__name__} head is {last}, and enrollment needs a 1x1 Conv2d of "
+                        f"Layer '{name}' of the {type(self.head).__name__} head is {last}, and enrollment needs a 1x1 Conv2d of "
                         f"{self.head.nc} classes with a bias there, as in a stock YOLO head."
                     )
                 widths.add(last.in_channels)

@@ -72,13 +72,13 @@ def replay_targets(model: FewShotDetectionModel, unlabeled: torch.Tensor) -> lis
             out.
     """
     head, targets_of_branches = model.model[-1], []
-    for i, bank in enumerate(head.branch_prototypes):
-        empty = bank.frozen[:0], unlabeled[:0], unlabeled[:0]
+    for i, prototypes in enumerate(head.branch_prototypes):
+        empty = prototypes.frozen[:0], unlabeled[:0], unlabeled[:0]
         embeds, level, cls = model.memory[i] if model.memory else empty
-        embeds, level, cls = embeds.to(bank.weight.device).float(), level.to(unlabeled).long(), cls.to(unlabeled)
+        embeds, level, cls = embeds.to(prototypes.weight.device).float(), level.to(unlabeled).long(), cls.to(unlabeled)
         keep = (cls < 0) | torch.isin(cls, unlabeled)  # background, and objects of unlabeled classes
         embeds, level = embeds[keep], level[keep]
-        weights, biases = (torch.stack(x) for x in zip(*map(bank.rows, range(head.nl))))
+        weights, biases = (torch.stack(x) for x in zip(*map(prototypes.rows, range(head.nl))))
         scores = (torch.einsum("md,mcd->mc", embeds, weights[level]) + biases[level]).sigmoid()
         targets = torch.zeros_like(scores)
         targets[:, unlabeled] = scores[:, unlabeled]

@@ -233,14 +233,16 @@ class StockRows(ClassRows):
         self.branches = tuple(p for p in ("", "one2one_") if getattr(self.head, f"{p}cv3", None) is not None)
         name = type(self.head).__name__
         if not self.branches:
-            raise TypeError(f"The {name} head has no class branch 'cv3', i.e. it was fused. Use the unfused checkpoint.")
+            raise TypeError(
+                f"The {name} head has no class branch 'cv3', i.e. it was fused. Use the unfused checkpoint."
+            )
         for branch in self.branches:
             for i, stem in enumerate(getattr(self.head, f"{branch}cv3")):
                 is_stem = isinstance(stem, nn.Sequential) and len(stem) > 0
                 last = stem[-1] if is_stem else stem
                 pointwise = is_stem and isinstance(last, nn.Conv2d) and last.kernel_size == (1, 1) and last.groups == 1
                 if not pointwise or last.bias is None or last.out_channels != self.head.nc:
-                    layer = f"model.{len(model.model) - 1}.{branch}cv3.{i}" + f".{len(stem) - 1}" * is_stem
+                    layer = f"model.{len(model.model) - 1}.{branch}cv3.{i}" + (f".{len(stem) - 1}" if is_stem else "")
                     raise TypeError(
                         f"Layer '{layer}' of the {name} head is {last}, and enrollment needs a class branch that ends "
                         f"with a 1x1 Conv2d of {self.head.nc} classes with a bias, as in a stock YOLO head."

@@ -250,8 +250,8 @@ class StockRows(ClassRows):
         widths = {last.in_channels for branch in self.branches for last in self._convs(branch)}
         if len(widths) > 1:
             raise TypeError(
-                f"The class branch 'cv3' of the {name} head has {sorted(widths)} channels, and enrollment needs as many "
-                "at every level, as in a stock YOLO head."
+                f"The class branch 'cv3' of the {name} head has {sorted(widths)} channels, and enrollment needs as "
+                "many at every level, as in a stock YOLO head."
             )
         self.mean: list[torch.Tensor] | None = None  # of the features, (nl, D) per branch
         self.std: list[torch.Tensor] = []

@@ -208,27 +208,26 @@ def iou_of(box, i):
 @pytest.mark.parametrize("cfg", ["yolo11n.yaml", *TASKS])
 def test_an_enrolled_class_comes_with_what_the_task_predicts(cfg, squares):
     wrapper = yolo_of(cfg)
-    results = wrapper.predict(
-        [image_of(i) for i in range(4)], support=squares, enroll="fit", conf=0.01, max_det=3, **SETTINGS
-    )
+    images = [image_of(i).repeat(4, 0).repeat(4, 1) for i in range(4)]  # large enough for a legend
+    results = wrapper.predict(images, support=squares, enroll="fit", conf=0.01, max_det=3, **SETTINGS)
     assert wrapper.names[wrapper.model.nc - 1] == "square"
     ious = []
     for i, r in enumerate(results):
         task = cfg.removesuffix(".yaml").rpartition("-")[2]
         boxes = r.obb if task == "obb" else r.boxes
         assert isinstance(r, FewShotResults) and len(boxes) and {r.names[int(c)] for c in boxes.cls} == {"square"}
-        ious.append(iou_of(boxes.xyxy[0].tolist(), i))
+        ious.append(max(iou_of([v / 4 for v in box], i) for box in boxes.xyxy.tolist()))
         if task == "seg":
-            assert r.masks.data.shape == (len(boxes), SIZE, SIZE) and r.masks.data.any()
+            assert len(r.masks) == len(boxes) and r.masks.data.any()
         elif task == "pose":
             assert r.keypoints.xy.shape == (len(boxes), 17, 2)
         elif task == "obb":
             assert boxes.xyxyxyxy.shape == (len(boxes), 4, 2) and r.boxes is None
         plotted = r.plot()
         solid = super(FewShotResults, r).plot()
-        assert plotted.shape == solid.shape == (SIZE, SIZE, 3)
+        assert plotted.shape == solid.shape == images[i].shape
         assert np.array_equal(plotted, solid) == (task == "obb")  # else boxes are dashed, and a legend is drawn
-    assert np.mean(ious) > 0.4
+    assert np.mean(ious) > 0.5
 
 
 @pytest.mark.parametrize("cfg", ["yolov10n.yaml", "yolo26n.yaml"])
@@ -265,11 +264,9 @@ def test_a_fused_model_enrolls_with_what_is_left(cfg, end2end, squares):
     wrapper.model.end2end = end2end
     wrapper.fuse(verbose=False)
     before = state(wrapper.model)
-    (r,) = wrapper.predict(image_of(1), support=squares, enroll="fit", conf=1e-3, max_det=1, **SETTINGS)
-    assert (
-        wrapper.model.model[-1].nc == wrapper.model.nc == len(wrapper.names) and r.names[int(r.boxes.cls)] == "square"
-    )
-    assert iou_of(r.boxes.xyxy[0].tolist(), 1) > 0.3
+    (r,) = wrapper.predict(image_of(1), support=squares, enroll="fit", conf=1e-3, max_det=3, **SETTINGS)
+    assert wrapper.model.model[-1].nc == len(wrapper.names) and r.names[int(r.boxes.cls[0])] == "square"
+    assert max(iou_of(box, 1) for box in r.boxes.xyxy.tolist()) > 0.3
     wrapper.forget("square")
     assert same(wrapper.model, before)
 
@@ -311,9 +308,8 @@ def test_validation_matches_the_labels_by_name(cfg, tmp_path):
     task = cfg.removesuffix(".yaml").rpartition("-")[2]
     data, wrapper = draw_shots(tmp_path / "data", FORMS.get(task, "box"), disc=False), yolo_of(cfg)
     nc = wrapper.model.model[-1].nc
-    metrics = wrapper.val(
-        data=data, support=data, enroll="fit", imgsz=SIZE, workers=0, batch=2, project=str(tmp_path), device="cpu"
-    )
+    settings = {"imgsz": SIZE, "workers": 0, "batch": 2, "rect": False, "device": "cpu", "project": str(tmp_path)}
+    metrics = wrapper.val(data=data, support=data, enroll="fit", **settings)
     assert metrics.names[nc] == "square" and metrics.ap_class_index.tolist() == [nc]
     assert metrics.nt_per_class[nc] == 4 and metrics.nt_per_class.sum() == 4
     assert metrics.box.map50 > 0.4
@@ -415,7 +411,6 @@ class Missing(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
 import cv2, numpy as np
-from pathlib import Path
 from ultralytics import YOLO
 file, size, data, *images = sys.argv[1:]
 model = YOLO(file)
@@ -424,7 +419,7 @@ np.savez("found.npz", *((r.boxes if r.obb is None else r.obb).data.numpy() for r
 print("model", type(model).__name__, type(model.model).__name__, len(model.names))
 settings = {"epochs": 1, "imgsz": int(size), "batch": 4, "workers": 0, "plots": False, "device": "cpu"}
 model.train(data=data, project="runs", **settings)
-print("trained", type(model.model).__name__, list(model.names.values()), Path("runs/train/weights/last.pt").exists())
+print("trained", type(model.model).__name__, list(model.names.values()), model.trainer.last.exists())
 print("missing", [x for x in sys.modules if x.partition(".")[0] == "yolo_fewshot"])
 """
 

@@ -176,11 +176,11 @@ def test_the_assignments_have_the_settings_of_ultralytics_losses():
 
 def enclosing(center, left_top, right_bottom, angle):
     """The upright box about a rotated one, from its four corners."""
-    (l, t), (r, b) = left_top, right_bottom  # distances from the center of the anchor along the turned axes
+    (left, t), (r, b) = left_top, right_bottom  # distances from the center of the anchor along the turned axes
     cos, sin = math.cos(angle), math.sin(angle)
-    middle = [(r - l) / 2, (b - t) / 2]
+    middle = [(r - left) / 2, (b - t) / 2]
     middle = [center[0] + middle[0] * cos - middle[1] * sin, center[1] + middle[0] * sin + middle[1] * cos]
-    w, h = l + r, t + b
+    w, h = left + r, t + b
     corners = [(x * w / 2, y * h / 2) for x in (-1, 1) for y in (-1, 1)]
     corners = [(middle[0] + x * cos - y * sin, middle[1] + x * sin + y * cos) for x, y in corners]
     xs, ys = zip(*corners)
@@ -200,8 +200,8 @@ def test_a_rotated_box_is_compared_by_the_upright_box_about_it(cfg):
     found = assignment.bbox_decode(points, dist.expand(2, *dist.shape))
     for b in range(2):
         for a in range(4):
-            l, t, r, bottom = sides[a].tolist()
-            expected = enclosing(points[a].tolist(), (l, t), (r, bottom), angles[b, a].item())
+            left, top, right, bottom = sides[a].tolist()
+            expected = enclosing(points[a].tolist(), (left, top), (right, bottom), angles[b, a].item())
             assert found[b, a].tolist() == pytest.approx(expected, abs=1e-3)
     assignment.angle = None
     plain = torch.cat([points - sides[:, :2], points + sides[:, 2:]], 1)

@@ -253,12 +253,12 @@ def test_a_checkpoint_may_be_replaced_by_itself(trained, crops, tmp_path):
 
 def test_an_error_leaves_an_existing_file_untouched(trained, crops, tmp_path, monkeypatch):
     (tmp_path / "site.pt").write_bytes(b"old")
-    YOLO("yolo11n.yaml").save(tmp_path / "stock.pt")
+    YOLO("yolo11n-cls.yaml").save(tmp_path / "stock.pt")
     argv = {"model": trained[1].best, "support": crops, "save": tmp_path / "site.pt"}
     for change, error in (
         ({"support": tmp_path / "none.yaml"}, "FileNotFoundError: support="),
         ({"model": tmp_path / "none.pt"}, "FileNotFoundError: "),
-        ({"model": tmp_path / "stock.pt"}, "TypeError: model='.*stock.pt' has no few-shot head"),
+        ({"model": tmp_path / "stock.pt"}, "TypeError: A Classify head has no row for each class. enroll"),
         ({"enroll": "median"}, "ValueError: 'enroll=median' is an invalid value"),
         ({"imgsz": "big"}, "(Type|Value)Error: "),
     ):

@@ -318,9 +318,21 @@ def test_yolo_exports_with_a_support_set(site):
     assert names_found(text, "0.jpg") & set(NOVEL)
 
 
-def test_yolo_refuses_a_support_set_for_a_stock_model(site):
-    code, text = yolo(site, "predict", "model=stock.pt", "source=frames", "support=shots.yaml", "name=s")
+def test_yolo_enrolls_into_a_stock_model(site):
+    args = ("model=stock.pt", "support=shots.yaml", "enroll=fit")
+    code, text = yolo(site, "predict", *args, "source=frames", "name=s")
+    assert code == 0, text
+    for name in NOVEL:
+        assert f"{name:>22}{5:>11}{'fit':>11}" in text
+    assert (site / "runs/s/support_check.png").exists()
+
+
+def test_yolo_refuses_a_support_set_for_a_model_without_class_rows(site):
+    YOLO("yolo11n-cls.yaml").save(site / "classify.pt")
+    code, text = yolo(site, "predict", "model=classify.pt", "source=frames", "support=shots.yaml", "name=c")
     assert code != 0
     last = text.strip().splitlines()[-1]
-    assert last.startswith("TypeError: model='stock.pt' has no few-shot head, which 'support=shots.yaml' needs.")
-    assert not (site / "runs/s").exists()
+    assert last.startswith(
+        "TypeError: A Classify head has no row for each class. 'support=shots.yaml' needs a YOLO model"
+    )
+    assert not (site / "runs/c").exists()

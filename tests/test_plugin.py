@@ -17,7 +17,7 @@ import pytest
 import torch
 import ultralytics
 import ultralytics.data.utils as data_utils
-from ultralytics import RTDETR, YOLO, YOLOWorld, cfg
+from ultralytics import RTDETR, YOLO, YOLOE, YOLOWorld, cfg
 from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer, DetectionValidator
@@ -28,11 +28,11 @@ from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, DEFAULT_CFG_PATH, R
 import yolo_fewshot
 from yolo_fewshot import args, plugin
 from yolo_fewshot.compat import TESTED, warn_untested
-from yolo_fewshot.evaluate.validator import FewShotValidator
+from yolo_fewshot.evaluate.validator import FewShotValidator, MatchesByName
 from yolo_fewshot.nn.head import FewShotDetect
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
-from yolo_fewshot.plots.results import FewShotPredictor
+from yolo_fewshot.plots.results import FewShotPredictor, KnowsEnrolled
 from yolo_fewshot.train.guarded import GuardedTrainer
 from yolo_fewshot.train.trainer import FewShotTrainer
 from yolo_fewshot.yolo import FewShotYOLO
@@ -341,9 +341,42 @@ def test_fewshot_yaml_gives_our_classes(fewshot: YOLO):
 
 
 @pytest.mark.parametrize("mode", ["predict", "track", "val", "export"])
-def test_stock_models_refuse_a_support_set_before_any_work(stock: YOLO, mode: str):
-    with pytest.raises(TypeError, match=r"'support=shots.yaml' needs. Train or upgrade it with cfg=stage1.yaml first"):
-        getattr(stock, mode)(support="shots.yaml")
+def test_stock_models_take_a_support_set(mode: str):
+    model = YOLO("yolo11n-seg.yaml")
+    with pytest.raises(FileNotFoundError, match=r"support='shots.yaml' does not exist"):
+        getattr(model, mode)(support="shots.yaml")
+    assert type(model) is FewShotYOLO
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text"),
+    [
+        (YOLOE, "yoloe-11s-seg.yaml", "model='yoloe-11s-seg.yaml' is a YOLOE model for task 'segment'"),
+        (YOLOWorld, "yolov8s-world.yaml", "model='yolov8s-world.yaml' is a YOLOWorld model for task 'detect'"),
+        (RTDETR, "rtdetr-l.yaml", "model='rtdetr-l.yaml' is a RTDETR model for task 'detect'"),
+        (YOLO, "yolo11n-cls.yaml", "A Classify head has no row for each class"),
+    ],
+)
+def test_models_without_a_row_for_each_class_refuse_a_support_set_before_any_work(kind: type, name: str, text: str):
+    model = kind(name)
+    for mode in ("predict", "track", "val", "export"):
+        with pytest.raises(TypeError, match=f"{text}. 'support=shots.yaml' needs a YOLO model for detection"):
+            getattr(model, mode)(support="shots.yaml")
+
+
+@pytest.mark.parametrize("name", ["yolo11n.yaml", "yolo11n-pose.yaml"])
+def test_a_stock_model_with_enrolled_classes_predicts_and_validates_with_ours_and_trains_with_its_own(
+    name: str, no_setup: None
+):
+    model = YOLO(name)
+    stock = {key: model._smart_load(key) for key in ("model", "trainer", "validator", "predictor")}
+    model.model.enrolled = {"scooter": {"shots": 3}}
+    assert model._smart_load("model") is stock["model"] and trained_by(model) is stock["trainer"]
+    for key, mixin in (("validator", MatchesByName), ("predictor", KnowsEnrolled)):
+        assert issubclass(model._smart_load(key), (mixin, stock[key]))
+        assert model._smart_load(key) is model._smart_load(key) and model._smart_load(key) is not stock[key]
+    model.model.enrolled = {}
+    assert {key: model._smart_load(key) for key in stock} == stock
 
 
 def test_exported_models_are_told_to_enroll_first(tmp_path: Path):

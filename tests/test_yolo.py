@@ -119,7 +119,7 @@ def calls(monkeypatch):
 # Which class a model gets ---------------------------------------------------------------------------------------------
 
 
-def test_a_few_shot_checkpoint_is_a_few_shot_yolo_and_a_folded_one_a_stock_yolo(enrolled, queries, tmp_path):
+def test_a_few_shot_checkpoint_is_a_few_shot_yolo_and_a_folded_one_holds_a_stock_network(enrolled, queries, tmp_path):
     model = YOLO(enrolled)
     assert type(model) is FewShotYOLO and type(model.model) is FewShotDetectionModel
     before = predict(model, queries)
@@ -129,7 +129,8 @@ def test_a_few_shot_checkpoint_is_a_few_shot_yolo_and_a_folded_one_a_stock_yolo(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     model.save(tmp_path / "folded.pt")
     folded = YOLO(tmp_path / "folded.pt")
-    assert type(folded) is YOLO and type(folded.model) is DetectionModel and list(folded.names.values()) == ALL
+    assert type(folded) is FewShotYOLO and type(folded.model) is DetectionModel and list(folded.names.values()) == ALL
+    assert list(folded.model.enrolled) == NOVEL
     for a, b in zip(before, predict(folded, queries), strict=True):
         torch.testing.assert_close(a[:, 4:], b[:, 4:], rtol=0, atol=1e-4)
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
@@ -572,30 +573,45 @@ def test_a_failing_write_leaves_the_old_file(model, tmp_path, monkeypatch, where
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
-def test_models_without_a_few_shot_head_are_refused(enrolled, few, tmp_path):
-    YOLO("yolo11n.yaml").save(tmp_path / "stock.pt")
-    stock = FewShotYOLO(tmp_path / "stock.pt")
-    for call, what in (
-        (lambda: stock.enroll(few), "enroll"),
-        (lambda: stock.forget("a"), "forget"),
-        (stock.fold, "fold"),
-    ):
-        with pytest.raises(
-            TypeError, match=rf"stock\.pt' has no few-shot head, which {what}\(\) needs.*cfg=stage1.yaml"
-        ):
+def test_models_without_a_row_for_each_class_are_refused(few, tmp_path):
+    YOLO("yolo11n-cls.yaml").save(tmp_path / "classify.pt")
+    model = FewShotYOLO(tmp_path / "classify.pt")
+    for call, what in ((lambda: model.enroll(few), "enroll"), (lambda: model.forget("a"), "forget")):
+        with pytest.raises(TypeError, match=rf"Classify head has no row for each class. {what}\(\) needs a"):
             call()
     for mode in ("predict", "track", "val", "export"):
-        for wrapper in (stock, YOLO(tmp_path / "stock.pt")):
-            with pytest.raises(TypeError, match=r"stock\.pt' has no few-shot head, which 'support=.*shots.yaml' needs"):
+        for wrapper in (model, YOLO(tmp_path / "classify.pt")):
+            with pytest.raises(TypeError, match=r"no row for each class. 'support=.*shots.yaml' needs a YOLO model"):
                 getattr(wrapper, mode)(support=few)
+
+
+def test_only_a_few_shot_model_is_folded(tmp_path):
+    YOLO("yolo11n.yaml").save(tmp_path / "stock.pt")
+    with pytest.raises(TypeError, match=r"stock\.pt' has no few-shot head, so that there is nothing to fold"):
+        FewShotYOLO(tmp_path / "stock.pt").fold()
+
+
+def test_a_folded_model_enrolls_on_as_a_stock_one(enrolled, few, queries, tmp_path):
     folded = FewShotYOLO(enrolled).fold()
-    with pytest.raises(TypeError, match=r"site\.pt' is folded, and enroll\(\) needs the few-shot checkpoint"):
-        folded.enroll(few)
-    with pytest.raises(TypeError, match=r"is folded, and 'support=.*' needs the few-shot checkpoint"):
-        folded.predict(support=few)
+    before = {k: v.clone() for k, v in folded.model.state_dict().items()}
+    assert folded.enroll(few, method="fit") == {"hourglass": 2, "star": 2}  # an enrolled class, and a trained one
+    assert list(folded.names.values()) == ALL and folded.model.enrolled["hourglass"]["shots"] == 2
+    star, hourglass = ALL.index("star"), ALL.index("hourglass")
+    others = [i for i in range(len(ALL)) if i not in {star, hourglass}]
+    for i in range(3):
+        for k in ("weight", "bias"):
+            name = f"model.23.cv3.{i}.2.{k}"
+            assert torch.equal(folded.model.state_dict()[name][others], before.pop(name)[others])
+    assert before and all(torch.equal(folded.model.state_dict()[k], v) for k, v in before.items())
     folded.save(tmp_path / "folded.pt")
-    with pytest.raises(TypeError, match=r"folded\.pt' is folded"):
-        FewShotYOLO(tmp_path / "folded.pt").enroll(few)
+    again = YOLO(tmp_path / "folded.pt")
+    assert type(again) is FewShotYOLO and type(again.model) is DetectionModel
+    for a, b in zip(predict(folded, queries), predict(again, queries), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-2)
+    again.forget("star")
+    assert list(again.names.values()) == ALL  # its trained row is back
+    again.forget("hourglass")
+    assert list(again.names.values()) == [n for n in ALL if n != "hourglass"]
 
 
 def test_an_unknown_method_is_refused_before_anything_else(model):

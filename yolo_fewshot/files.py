@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 
 class AtomicPath(type(Path())):
@@ -50,3 +51,21 @@ def save_checkpoint(ckpt: dict[str, Any], file: str | Path) -> None:
     buffer = BytesIO()
     torch.save(ckpt, buffer)
     AtomicPath(file).write_bytes(buffer.getvalue())
+
+
+def restore_exact(rounded: nn.Module, exact: nn.Module) -> None:
+    """Give the half-precision copy of a network its exact weights, in float32 where half precision has rounded.
+
+    The weights of a half-precision checkpoint stay half, so that a file grows only by what was learned since.
+
+    Args:
+        rounded (nn.Module): The copy, changed in place.
+        exact (nn.Module): The network.
+    """
+    state = exact.state_dict()
+    lost = {k for k, v in rounded.state_dict().items() if not torch.equal(v.to(state[k]), state[k])}
+    for name, module in rounded.named_modules():
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if any(f"{name}.{k}".lstrip(".") in lost for k, _ in own):
+            module.float()
+    rounded.load_state_dict(state)

@@ -61,7 +61,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "Model.export",
         "Model.save",
     ),
-    "ultralytics.models.yolo.model": ("YOLO.__init__",),
+    "ultralytics.models.yolo.model": ("YOLO.__init__", "YOLOWorld", "YOLOE"),
     "ultralytics.data.build": ("InfiniteDataLoader", "build_dataloader", "seed_worker"),
     "ultralytics.data.dataset": ("YOLODataset.collate_fn", "YOLODataset.get_labels", "YOLODataset.get_img_files"),
     "ultralytics.engine.trainer": (
@@ -253,14 +253,22 @@ def _route_models(engine: Any) -> None:
         return stock_train(self, trainer_for(self, trainer, kwargs), **kwargs)
 
     _replace(engine.Model, "train", _adopting(train))
-    for mode in ("predict", "val", "export"):  # `track` predicts
-        _replace(engine.Model, mode, _taking_support(getattr(engine.Model, mode)))
+    _wrap_modes(engine.Model)
     _allow_loading()
 
 
 def _adopt_models(yolo: Any) -> None:
     """Make `YOLO(...)` of a few-shot model a `FewShotYOLO`, as Ultralytics does with YOLOE models."""
     _replace(yolo.YOLO, "__init__", _adopting(yolo.YOLO.__init__))
+    for kind in (yolo.YOLOWorld, yolo.YOLOE):
+        _wrap_modes(kind)
+
+
+def _wrap_modes(kind: type) -> None:
+    """Wrap the modes that a class of Ultralytics defines, and that would ignore `support=`; `track` predicts."""
+    for mode in ("predict", "val", "export"):
+        if mode in vars(kind):
+            _replace(kind, mode, _taking_support(vars(kind)[mode]))
 
 
 def _adopting(stock: Callable) -> Callable:

@@ -24,7 +24,7 @@ from yolo_fewshot.data.support import (
 from yolo_fewshot.enroll import enroll as enrollment
 from yolo_fewshot.enroll.features import support_views
 from yolo_fewshot.errors import few, no_rows
-from yolo_fewshot.files import save_checkpoint
+from yolo_fewshot.files import restore_exact, save_checkpoint
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.rows import class_rows, enrolled_classes
 from yolo_fewshot.plots.support import FILE, plot_support
@@ -164,7 +164,7 @@ class FewShotYOLO(YOLO):
         return self
 
     def save(self, filename: str | Path = "saved_model.pt") -> None:
-        """Save the model as Ultralytics does, but atomically, and with the weights of the head in float32.
+        """Save the model as Ultralytics does, but atomically, and with the exact weights of the head.
 
         Args:
             filename (str | Path): File to write.
@@ -174,7 +174,7 @@ class FewShotYOLO(YOLO):
             super().save(buffer)
             buffer.seek(0)
             ckpt = torch.load(buffer, map_location="cpu", weights_only=False)
-            ckpt["model"].model[-1].float().load_state_dict(self.model.model[-1].state_dict())
+            restore_exact(ckpt["model"].model[-1], self.model.model[-1])
         save_checkpoint(ckpt, filename)
 
     def predict(self, source: Any = None, stream: bool = False, predictor: Any = None, **kwargs: Any) -> Any:

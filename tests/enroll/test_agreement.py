@@ -111,3 +111,109 @@ def test_left_out_objects_are_neither_judged_nor_compared():
     assert suspect(features, labels, 3) == []
     found = agreement(features, labels, 3)
     assert found.sim_own[labels < 0].isnan().all() and (found.nearest[labels == 0] == 2).all()
+
+
+# Levels with a space of their own -------------------------------------------------------------------------------------
+
+LEVELS = 3
+
+
+def by_level(embeds, share):
+    """Embeddings with a part for each level, of unit length, in features whose anchors have the size of a part."""
+    parts = F.normalize(embeds, dim=2) * share[..., None]
+    return F.normalize(parts.flatten(1), dim=1)
+
+
+def levels_of(cls, embeds, share):
+    features = features_of([(int(c), i, [0, 0, 9, 9]) for i, c in enumerate(cls)], embeds=by_level(embeds, share))
+    anchors = [x._replace(embeds=x.embeds[:, : embeds.shape[2]]) for x in features.anchors]
+    assert anchors[0].embeds.shape[1] == embeds.shape[2]
+    return features._replace(anchors=anchors)
+
+
+def agreement_by_levels(embeds, labels, n, parts):
+    """As `agreement_by_loops`, with the mean cosine over the levels where both have an anchor."""
+    size = embeds.shape[1] // parts
+    pieces = embeds.double().numpy().reshape(len(embeds), parts, size)
+    share = np.linalg.norm(pieces, axis=2)
+    centered = np.zeros_like(pieces)
+    for p in range(parts):
+        here = [i for i, k in enumerate(labels) if k >= 0 and share[i, p] > 0]
+        classes = {labels[i] for i in here}
+        means = [unit(sum(unit(pieces[i, p]) for i in here if labels[i] == c)) for c in classes]
+        for i in here:
+            centered[i, p] = unit(unit(pieces[i, p]) - np.mean(means, axis=0))
+
+    def similarity(i, others):
+        found = []
+        for p in range(parts):
+            total = sum((centered[j, p] * share[j, p] for j in others), np.zeros(size))
+            if share[i, p] > 0 and np.linalg.norm(total) > 1e-6:
+                found.append((share[i, p], float(centered[i, p] @ unit(total))))
+        return sum(w * x for w, x in found) / sum(w for w, _ in found) if found else None
+
+    rows = []
+    members = {c: [i for i, k in enumerate(labels) if k == c] for c in set(labels) if c >= 0}
+    for i, c in enumerate(labels):
+        if c < 0:
+            rows.append((None, None, -1))
+            continue
+        own = similarity(i, [j for j in members[c] if j != i])
+        others = [(similarity(i, m), k) for k, m in members.items() if k != c]
+        others = [x for x in others if x[0] is not None]
+        rows.append((own, *(max(others) if others else (None, -1))))
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_agreement_of_levels_is_that_of_loops(seed):
+    torch.manual_seed(seed)
+    cls = torch.tensor([0] * 5 + [1] * 4 + [2] * 2 + [3])
+    embeds = torch.eye(D)[cls][:, None] + 0.4 * torch.randn(len(cls), LEVELS, D)
+    share = torch.rand(len(cls), LEVELS) * (torch.rand(len(cls), LEVELS) > 0.4)
+    share[share.sum(1) == 0, 0] = 1.0
+    features = levels_of(cls, embeds, share)
+    found = agreement(features, cls, 4)
+    expected = agreement_by_levels(features.embeds[0], cls.tolist(), 4, LEVELS)
+    for figures, column in zip(found[:2], (0, 1)):
+        values = [None if math.isnan(x) else x for x in figures.tolist()]
+        assert values == [None if x[column] is None else pytest.approx(x[column], abs=1e-4) for x in expected]
+    assert found.nearest.tolist() == [x[2] for x in expected]
+
+
+def test_one_level_is_the_plain_cosine():
+    features = clouds([5, 4, 3], noise=0.4)
+    assert features.embeds[0].shape[1] == features.anchors[0].embeds.shape[1]
+    found = agreement(features, features.cls, 3)
+    for row, expected in zip(
+        zip(*(x.tolist() for x in found[:2])), agreement_by_loops(features.embeds[0], features.cls, 3)
+    ):
+        assert row == pytest.approx(expected[:2], abs=1e-5)
+    alone = torch.zeros(len(features.cls), LEVELS)
+    alone[:, 1] = 1.0  # all objects at the same one of three levels
+    embeds = features.embeds[0][:, None].repeat(1, LEVELS, 1)
+    torch.testing.assert_close(agreement(levels_of(features.cls, embeds, alone), features.cls, 3), found)
+
+
+def test_an_object_at_a_level_of_its_own_is_not_suspect():
+    """No other object of its class has an anchor there, so that nothing can be said of it."""
+    torch.manual_seed(0)
+    cls = torch.tensor([0] * 5 + [1] * 5)
+    embeds = F.normalize(torch.eye(D)[cls] + 0.1 * torch.randn(10, D), dim=1)[:, None].repeat(1, LEVELS, 1)
+    share = torch.zeros(10, LEVELS)
+    share[:, 0] = 1.0
+    share[2] = torch.tensor([0.0, 1.0, 0.0])
+    embeds[2] = torch.eye(D)[1]  # it looks like the other class, objects of which are at its level, too
+    share[5:7, 1] = 0.5
+    found = agreement(levels_of(cls, embeds, share), cls, 2)
+    assert found.sim_own[2].isnan() and not found.sim_other[2].isnan() and found.nearest[2] == 1
+    assert not found.suspect.any()
+    share[2] = torch.tensor([1.0, 0.0, 0.0])  # at the level of the others of its class
+    assert agreement(levels_of(cls, embeds, share), cls, 2).suspect.nonzero()[:, 0].tolist() == [2]
+
+
+def test_an_object_whose_level_no_other_class_shares_has_no_nearest_class():
+    cls = torch.tensor([0, 0, 0, 1, 1])
+    share = torch.tensor([[1.0, 0, 0]] * 3 + [[0, 0, 1.0]] * 2)
+    found = agreement(levels_of(cls, torch.rand(5, LEVELS, D), share), cls, 2)
+    assert found.sim_other.isnan().all() and (found.nearest == -1).all() and not found.suspect.any()

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 from yolo_fewshot.enroll import fit as module
 from yolo_fewshot.enroll.features import Anchors
-from yolo_fewshot.enroll.fit import fit_classes
+from yolo_fewshot.enroll.fit import fit_classes, fit_levels, fit_scale
 from yolo_fewshot.nn.head import Prototypes
+from yolo_fewshot.nn.rows import LevelSpace
 
 
 def prototypes_of(d=12):
@@ -172,3 +173,172 @@ def test_the_offset_increases_with_the_share_of_anchors_of_a_class():
     rate = 0.8 * 50 / (50 + 0.5 * 150)
     assert offsets.item() == pytest.approx(math.log(rate / (1 - rate)) + 4.0, abs=1e-2)
     torch.testing.assert_close(vectors, means, rtol=0, atol=1e-3)
+
+
+# Levels with a space of their own -------------------------------------------------------------------------------------
+
+SPACE = LevelSpace(torch.tensor([-4.0, -3.0, -2.5]), 12)
+
+
+def logistic(x, x0, features, bias, targets, weight, mass, prior):
+    """Value, gradient and Hessian of a weighted logistic loss with an L2 prior around x0, in float64."""
+    z = features @ x + bias
+    sigmoid = 1 / (1 + np.exp(-z))
+    value = (weight * (np.logaddexp(0, z) - targets * z)).sum() / mass + (prior * (x - x0) ** 2).sum()
+    gradient = features.T @ (weight * (sigmoid - targets)) / mass + 2 * prior * (x - x0)
+    hessian = (features.T * (weight * sigmoid * (1 - sigmoid))) @ features / mass + 2 * np.diag(prior)
+    return value, gradient, hessian
+
+
+def newton_logistic(features, *args):
+    """Minimize it from zero, which is also the mean of the prior, by Newton's method with halved steps."""
+    zero = np.zeros(features.shape[1])
+    x = zero
+    for _ in range(100):
+        value, gradient, hessian = logistic(x, zero, features, *args)
+        step, size = np.linalg.solve(hessian, gradient), 1.0
+        while size > 1e-9 and logistic(x - size * step, zero, features, *args)[0] > value:
+            size /= 2
+        x = x - size * step
+    assert np.abs(gradient).max() < 1e-6
+    return x, logistic(x, zero, features, *args)[0]
+
+
+def problem_of(anchors, targets, c, rows, share=1.0):
+    """Embeddings, targets and weights of some anchors for one class, in float64, and the mass of the class."""
+    e, w, t = (x.double().numpy() for x in (anchors.embeds, anchors.weight, (targets == c).double()))
+    t = t * w
+    w = np.where(anchors.objects.numpy() < 0, w, 1.0) * share
+    return e[rows], t[rows], np.broadcast_to(w, t.shape)[rows], t.sum()
+
+
+def newton_level(anchors, targets, c, level, prior_strength, rows=None, share=1.0):
+    """Vector, offset and value of one class at one level, as `fit_levels` states the objective."""
+    rows = np.flatnonzero(anchors.level.numpy() == level) if rows is None else rows
+    e, t, w, mass = problem_of(anchors, targets, c, rows, share)
+    features = np.concatenate([e, np.ones((len(e), 1))], 1)
+    prior = prior_strength * np.r_[np.ones(e.shape[1]), 0.01]
+    x, value = newton_logistic(features, float(SPACE.bias[level]), t, w, mass, prior)
+    return x[:-1], x[-1], value
+
+
+@pytest.mark.parametrize("prior_strength", [0.03, 0.6, 3.0, 100.0])
+def test_a_fit_of_levels_is_the_minimum_of_the_stated_objective_at_each_level(prior_strength):
+    anchors, targets, _ = anchors_of()
+    vectors, offsets = fit_levels(anchors, targets, torch.full((3,), prior_strength), SPACE)
+    assert vectors.shape == (3, 3, 12) and offsets.shape == (3, 3)
+    for c in range(3):
+        for level in range(3):
+            v, o, least = newton_level(anchors, targets, c, level, prior_strength)
+            rows = np.flatnonzero(anchors.level.numpy() == level)
+            e, t, w, mass = problem_of(anchors, targets, c, rows)
+            found = np.r_[vectors[c, level].double().numpy(), float(offsets[c, level])]
+            features = np.concatenate([e, np.ones((len(e), 1))], 1)
+            prior = prior_strength * np.r_[np.ones(12), 0.01]
+            value = logistic(found, np.zeros(13), features, float(SPACE.bias[level]), t, w, mass, prior)[0]
+            assert least - 1e-9 < value < least + 1e-4 * abs(least)
+            torch.testing.assert_close(vectors[c, level], torch.tensor(v).float(), rtol=0, atol=1e-2)
+            assert offsets[c, level].item() == pytest.approx(o, abs=5e-2)
+
+
+def test_classes_of_a_fit_of_levels_do_not_influence_each_other_and_are_fitted_in_parts(monkeypatch):
+    anchors, targets, _ = anchors_of(n=5)
+    prior_strength = torch.tensor([3.0, 0.5, 1.0, 2.0, 0.7])
+    expected = fit_levels(anchors, targets, prior_strength, SPACE)
+    monkeypatch.setattr(module, "CLASSES", 2)
+    found = fit_levels(anchors, targets, prior_strength, SPACE)
+    alone = fit_levels(anchors, torch.where(targets == 3, 0, -1), prior_strength[3:4], SPACE)
+    for x, y, z in zip(expected, found, alone):
+        torch.testing.assert_close(x, y, rtol=0, atol=3e-2)
+        torch.testing.assert_close(x[3:4], z, rtol=0, atol=3e-2)
+
+
+def test_at_a_level_without_an_anchor_of_a_class_its_score_stays_low():
+    anchors, targets, _ = anchors_of(n=2)
+    targets[(targets == 1) & (anchors.level == 0)] = -1
+    vectors, offsets = fit_levels(anchors, targets, torch.tensor([0.1, 0.1]), SPACE)
+    at = anchors.level == 0
+    logits = SPACE.logits(anchors.embeds[at], anchors.level[at], vectors, offsets)
+    assert logits[:, 1].max() < -3 and logits[targets[at] == 0, 0].max() > -1
+    anchors = anchors._replace(level=anchors.level.clamp(min=1))  # no anchor at all
+    vectors, offsets = fit_levels(anchors, targets, torch.tensor([0.1, 0.1]), SPACE)
+    assert not vectors[:, 0].any() and not offsets[:, 0].any() and vectors[:, 1].any(1).all()
+
+
+def hardest_by_hand(anchors, targets, level, prior_strength, limit):
+    """The anchors of a level that a fit of one class keeps, as a first fit on evenly spread negatives ranks them."""
+    rows = np.flatnonzero(anchors.level.numpy() == level)
+    positive = targets.numpy()[rows] >= 0
+    negatives = rows[~positive]
+    step = -(-len(negatives) // limit)
+    spread, share = np.r_[rows[positive], negatives[::step]], np.ones(len(targets))
+    share[negatives] = step
+    v, o, _ = newton_level(anchors, targets, 0, level, prior_strength, spread, share)
+    z = anchors.embeds.double().numpy()[negatives] @ v + o
+    return np.sort(np.r_[rows[positive], negatives[np.argsort(-z)[:limit]]])
+
+
+def test_of_many_negatives_of_a_level_a_pilot_fit_finds_the_hardest(monkeypatch):
+    anchors, targets, _ = anchors_of(n=1, own=30, others=600)
+    prior_strength = torch.tensor([1.0])
+    every = fit_levels(anchors, targets, prior_strength, SPACE)
+    monkeypatch.setattr(module, "NEGATIVES", 60)  # of 200 at a level, so that the pilot sees every fourth
+    vectors, offsets = fit_levels(anchors, targets, prior_strength, SPACE)
+    for level in range(3):
+        rows = hardest_by_hand(anchors, targets, level, 1.0, 60)
+        v, o, _ = newton_level(anchors, targets, 0, level, 1.0, rows)
+        torch.testing.assert_close(vectors[0, level], torch.tensor(v).float(), rtol=0, atol=1e-2)
+        assert offsets[0, level].item() == pytest.approx(o, abs=5e-2)
+    assert not torch.allclose(offsets, every[1], atol=0.1)
+
+
+@pytest.mark.parametrize("limit", [10_000, 80])
+def test_a_fit_of_the_scale_is_the_minimum_along_the_mean_embedding(limit, monkeypatch):
+    monkeypatch.setattr(module, "NEGATIVES", limit)
+    anchors, targets, _ = anchors_of()
+    strengths = torch.tensor([3.0, 0.5, 0.1])
+    vectors, offsets = fit_scale(anchors, targets, strengths, SPACE)
+    level, e, w = anchors.level.numpy(), anchors.embeds.double().numpy(), anchors.weight.double().numpy()
+    bias = SPACE.bias.double().numpy()[level]
+    for c in range(3):
+        own = targets.numpy() == c
+        direction = np.stack([(e * w[:, None])[own & (level == i)].sum(0) for i in range(3)])
+        direction /= np.linalg.norm(direction)
+        x = (e * direction[level]).sum(1)
+        rows = np.arange(len(e))
+        if limit < len(e):
+            others = rows[~own]
+            rows = np.sort(np.r_[rows[own], others[np.argsort(-(x + bias)[others])[:limit]]])
+        _, t, weight, mass = problem_of(anchors, targets, c, rows)
+        features = np.stack([x[rows], np.ones(len(rows))], 1)
+        (scale, offset), _ = newton_logistic(
+            features, bias[rows], t, weight, mass, float(strengths[c]) * np.r_[1, 0.01]
+        )
+        expected = torch.tensor(scale * direction).float()
+        torch.testing.assert_close(vectors[c], expected, rtol=0, atol=1e-2)
+        assert offsets[c].tolist() == pytest.approx([offset] * 3, abs=5e-2) and scale > 0.1
+
+
+def test_the_fits_of_levels_leave_their_arguments_as_they_are():
+    anchors, targets, _ = anchors_of()
+    before = [x.clone() for x in (*anchors, targets)]
+    for fit in (fit_levels, fit_scale):
+        with torch.no_grad():
+            first = fit(anchors, targets, torch.ones(3), SPACE)
+        second = fit(anchors, targets, torch.ones(3), SPACE)
+        assert all(map(torch.equal, first, second)) and not any(x.requires_grad for x in first)
+    assert all(map(torch.equal, before, (*anchors, targets)))
+
+
+def test_the_weights_of_a_class_count_at_all_levels_together():
+    """With embeddings of zero the offset of a level has a closed form: the share of its anchors, without a prior."""
+    anchors, targets, _ = anchors_of(n=1, own=60, others=240)
+    weight = torch.where(targets >= 0, 0.8, 0.5)
+    anchors = anchors._replace(embeds=torch.zeros_like(anchors.embeds), weight=weight)
+    _, offsets = fit_levels(anchors, targets, torch.tensor([1e-6]), SPACE)
+    for level in range(3):
+        at = anchors.level == level
+        positive, negative = int((at & (targets >= 0)).sum()), int((at & (targets < 0)).sum())
+        rate = 0.8 * positive / (positive + 0.5 * negative)
+        expected = math.log(rate / (1 - rate)) - SPACE.bias[level].item()
+        assert offsets[0, level].item() == pytest.approx(expected, abs=2e-2)

@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch import nn
+from ultralytics import YOLO
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
-from ultralytics.utils.ops import xywh2xyxy
+from ultralytics.utils.ops import xywh2xyxy, xywhr2xyxyxyxy
 from ultralytics.utils.tal import TaskAlignedAssigner
 
 from yolo_fewshot.nn.assign import BoxAssignment, RecordingAssigner
@@ -166,3 +169,68 @@ def test_assignments_have_the_settings_of_ultralytics_losses():
             for name in ("topk", "topk2", "alpha", "beta", "stride", "eps"):
                 assert getattr(ours.assigner, name) == getattr(theirs.assigner, name)
             assert ours.assigner.num_classes == 1
+
+
+# Rotated boxes --------------------------------------------------------------------------------------------------------
+
+
+def enclosing(center, left_top, right_bottom, angle):
+    """The upright box about a rotated one, from its four corners."""
+    (left, t), (r, b) = left_top, right_bottom  # distances from the center of the anchor along the turned axes
+    cos, sin = math.cos(angle), math.sin(angle)
+    middle = [(r - left) / 2, (b - t) / 2]
+    middle = [center[0] + middle[0] * cos - middle[1] * sin, center[1] + middle[0] * sin + middle[1] * cos]
+    w, h = left + r, t + b
+    corners = [(x * w / 2, y * h / 2) for x in (-1, 1) for y in (-1, 1)]
+    corners = [(middle[0] + x * cos - y * sin, middle[1] + x * sin + y * cos) for x, y in corners]
+    xs, ys = zip(*corners)
+    return [min(xs), min(ys), max(xs), max(ys)]
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-obb.yaml", "yolo26n-obb.yaml"])
+def test_a_rotated_box_is_compared_by_the_upright_box_about_it(cfg):
+    torch.manual_seed(0)
+    model = YOLO(cfg).model.eval()
+    assignment = BoxAssignment(model)
+    points = torch.tensor([[0.5, 0.5], [3.5, 1.5], [7.5, 6.5], [2.5, 9.5]])
+    sides = torch.tensor([[2.0, 1.0, 2.0, 1.0], [1.0, 1.0, 3.0, 2.0], [0.5, 4.0, 1.5, 0.5], [1.0, 1.0, 1.0, 1.0]])
+    angles = torch.tensor([[0.0, 0.7, 1.2, math.pi / 4], [math.pi / 2, -0.6, 2.2, -math.pi / 4]])[..., None]
+    dist = sides if assignment.reg_max == 1 else _one_hot_bins(sides, assignment.reg_max)
+    assignment.angle = angles
+    found = assignment.bbox_decode(points, dist.expand(2, *dist.shape))
+    for b in range(2):
+        for a in range(4):
+            left, top, right, bottom = sides[a].tolist()
+            expected = enclosing(points[a].tolist(), (left, top), (right, bottom), angles[b, a].item())
+            assert found[b, a].tolist() == pytest.approx(expected, abs=1e-3)
+    assignment.angle = None
+    plain = torch.cat([points - sides[:, :2], points + sides[:, 2:]], 1)
+    torch.testing.assert_close(assignment.bbox_decode(points, dist[None])[0], plain, rtol=0, atol=1e-3)
+
+
+def _one_hot_bins(sides, reg_max):
+    """Logits of a distribution whose mean is the side: all of it at the two bins around."""
+    low = sides.floor().long()
+    part = torch.zeros(*sides.shape, reg_max)
+    part.scatter_(2, low[..., None], (1 - (sides - low))[..., None])
+    part.scatter_add_(2, low[..., None] + 1, (sides - low)[..., None])
+    return part.clamp(min=1e-9).log().flatten(1)
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n-obb.yaml", "yolo26n-obb.yaml"])
+def test_the_boxes_of_an_obb_model_enclose_those_that_ultralytics_decodes(cfg):
+    torch.manual_seed(0)
+    model = YOLO(cfg).model.eval()
+    for box in model.model[-1].cv2:
+        nn.init.normal_(box[-1].weight, std=1)
+    for angle in model.model[-1].cv4:
+        nn.init.normal_(angle[-1].weight, std=1)
+    batch = load_batch()
+    with torch.no_grad():
+        decoded, preds = model(batch["img"])
+        boxes = BoxAssignment(model)(preds.get("one2many", preds), batch)[4]
+    x, y, w, h, angle = *decoded[:, :4].unbind(1), decoded[:, -1]
+    assert angle.std() > 0.01
+    corners = xywhr2xyxyxyxy(torch.stack([x, y, w, h, angle], -1))
+    expected = torch.cat([corners.amin(2), corners.amax(2)], -1)
+    torch.testing.assert_close(boxes, expected, rtol=1e-3, atol=1e-2)

@@ -158,11 +158,11 @@ def forget(model: Any, name: str) -> None:
         known = f"Enrolled are {', '.join(rows.enrolled)}." if rows.enrolled else "No class is enrolled."
         raise ValueError(f"'{name}' was not enrolled, so it cannot be forgotten. {known}")
     index = next(i for i, n in model.names.items() if str(n) == name)
-    replaced = model.enrolled.pop(name)["replaced"]
+    replaced = rows.enrolled[name]["replaced"]
+    rows.remove(index) if replaced is None else rows.restore(index, replaced)
+    del model.enrolled[name]
     if replaced is not None:
-        rows.restore(index, replaced)
         return
-    rows.remove(index)
     model.names = dict(enumerate(n for i, n in model.names.items() if i != index))
     model.nc = model.yaml["nc"] = rows.head.nc
 

@@ -2,7 +2,7 @@
 
 A class is a row of each branch of the head. In a few-shot head it is a prototype, shared by all levels. In a stock head
 it is a row of the last layer of the class branch, a 1x1 conv, at each level. Rows of other classes are never touched,
-so their logits stay the same bit by bit.
+so their logits stay the same, bit by bit where the device sums the channels in the same order for any class count.
 """
 
 from __future__ import annotations
@@ -232,28 +232,32 @@ class StockRows(ClassRows):
         """
         super().__init__(model)
         self.branches = tuple(p for p in ("", "one2one_") if getattr(self.head, f"{p}cv3", None) is not None)
+        name = type(self.head).__name__
+        if not self.branches:
+            raise TypeError(
+                f"The {name} head has no class branch 'cv3', i.e. it was fused. Use the unfused checkpoint."
+            )
         for branch in self.branches:
-            widths = set()
-            for i, last in enumerate(self._convs(branch)):
-                pointwise = isinstance(last, nn.Conv2d) and last.kernel_size == (1, 1) and last.groups == 1
+            for i, stem in enumerate(getattr(self.head, f"{branch}cv3")):
+                is_stem = isinstance(stem, nn.Sequential) and len(stem) > 0
+                last = stem[-1] if is_stem else stem
+                pointwise = is_stem and isinstance(last, nn.Conv2d) and last.kernel_size == (1, 1) and last.groups == 1
                 if not pointwise or last.bias is None or last.out_channels != self.head.nc:
-                    name = f"model.{len(self.model.model) - 1}.{branch}cv3.{i}.{len(self._stem(branch, i))}"
-                    raise TypeError(
-                        f"Layer '{name}' of the {type(self.head).__name__} head is {last}, and enrollment needs a 1x1 Conv2d of "
-                        f"{self.head.nc} classes with a bias there, as in a stock YOLO head."
+                    layer = f"model.{len(self.model.model) - 1}.{branch}cv3.{i}" + (
+                        f".{len(stem) - 1}" if is_stem else ""
                     )
-                widths.add(last.in_channels)
-            if len(widths) > 1:
-                raise TypeError(
-                    f"The class branch '{branch}cv3' of the {type(self.head).__name__} head has {sorted(widths)} "
-                    "channels, and enrollment needs as many at every level, as in a stock YOLO head."
-                )
+                    raise TypeError(
+                        f"Layer '{layer}' of the {name} head is {last}, and enrollment needs a class branch that ends "
+                        f"with a 1x1 Conv2d of {self.head.nc} classes with a bias, as in a stock YOLO head."
+                    )
+        widths = {last.in_channels for branch in self.branches for last in self._convs(branch)}
+        if len(widths) > 1:
+            raise TypeError(
+                f"The class branch 'cv3' of the {name} head has {sorted(widths)} channels, and enrollment needs as "
+                "many at every level, as in a stock YOLO head."
+            )
         self.mean: list[torch.Tensor] | None = None  # of the features, (nl, D) per branch
         self.std: list[torch.Tensor] = []
-
-    def _stem(self, branch: str, level: int) -> nn.Sequential:
-        """Return the class branch of one level without its last layer."""
-        return getattr(self.head, f"{branch}cv3")[level][:-1]
 
     def _convs(self, branch: str) -> list[Any]:
         """Return the last layer of the class branch of every level."""
@@ -267,11 +271,11 @@ class StockRows(ClassRows):
         for branch in self.branches:
             stems = getattr(head, f"{branch}cv3")
             head._modules[f"{branch}cv3"] = nn.ModuleList(nn.Sequential(*s[:-1], _WithInput(s[-1])) for s in stems)
-        head.training, head.nc = True, head.nc + width
+        head.nc += width
         shallow._modules = {**self.model._modules, "model": nn.Sequential(*layers[:-1], head)}
-        preds = shallow.predict(img)
+        preds = shallow.predict(img)[1]  # not as in training, which needs layers that fusing removes
         preds = [preds["one2many"], preds["one2one"]] if "one2many" in preds else [preds]
-        found = [x for x in preds if x]  # fusing leaves one branch of a dual head
+        found = [x for x in preds if "scores" in x]  # fusing leaves one branch of a dual head
         for x in found:
             x["embeds"], x["scores"] = x["scores"][:, :width], x["scores"][:, width:]
         return found
@@ -283,7 +287,7 @@ class StockRows(ClassRows):
         for img in images:
             for b, preds in enumerate(self._raw(img)):
                 sizes = [f.shape[2] * f.shape[3] for f in preds["feats"]]
-                for i, f in enumerate(preds["embeds"].double().cpu().split(sizes, dim=2)):
+                for i, f in enumerate(preds["embeds"].cpu().double().split(sizes, dim=2)):
                     count = torch.full_like(f[0, :, 0], f.shape[0] * f.shape[2])
                     part = torch.stack([count, f.sum((0, 2)), f.square().sum((0, 2))])
                     k = b * len(sizes) + i
@@ -356,16 +360,13 @@ class StockRows(ClassRows):
         self, branch: str, index: int, weights: torch.Tensor | None = None, biases: torch.Tensor | None = None
     ) -> None:
         """Replace the row of one class at every level, append it, or remove it if no weights are given."""
-        for i, stem in enumerate(getattr(self.head, f"{branch}cv3")):
-            old = stem[-1]
-            new: list[torch.Tensor] = []
-            for x, row in ((old.weight, weights), (old.bias, biases)):
-                row = x[:0] if row is None else row[i].to(x).view(1, *x.shape[1:])
-                new.append(torch.cat([x[:index], row, x[index + 1 :]]))
-            conv = nn.Conv2d(old.in_channels, len(new[0]), 1, device=old.weight.device, dtype=old.weight.dtype)
-            for name, value in zip(("weight", "bias"), new):
-                setattr(conv, name, nn.Parameter(value, old.weight.requires_grad))
-            stem[-1] = conv.train(old.training)
+        for i, conv in enumerate(self._convs(branch)):
+            for name, rows in (("weight", weights), ("bias", biases)):
+                old = getattr(conv, name)
+                row = old[:0] if rows is None else rows[i].to(old).view(1, *old.shape[1:])
+                new = torch.cat([old[:index], row, old[index + 1 :]])
+                setattr(conv, name, nn.Parameter(new, old.requires_grad))
+            conv.out_channels = len(conv.weight)
 
     def _count_classes(self) -> None:
         """Set the class count to the number of rows."""

@@ -18,8 +18,6 @@ from yolo_fewshot.nn.ignore import outside_regions, without_ignored
 from yolo_fewshot.nn.prototypes import object_index, pool_rows
 from yolo_fewshot.nn.rows import ClassRows
 
-MAX_VALUES = 25_600_000  # in the embeddings of the anchors to keep of a support set, about 100 MB
-
 
 class View(NamedTuple):
     """Test-time augmentation of a support image.
@@ -110,8 +108,9 @@ def support_views(args: dict[str, Any], crops: bool, per_level: bool = False) ->
     flip, light = bool(args.get("fliplr")), 0.2 if args.get("hsv_v") else 0.0
     if crops:
         return [View(0.35), View(0.5, flip, 1 + light), View(0.25, False, 1 - light)]
-    small, large = (0.5, 2.0) if per_level else (0.8, 1.25)
-    return list(dict.fromkeys([View(), View(1.0, flip, 1 + light), View(small, False, 1 - light), View(large)]))
+    views = [View(), View(1.0, flip, 1 + light), View(0.8, False, 1 - light), View(1.25)]
+    views += [View(0.5), View(2.0)] if per_level else []  # levels are an octave apart
+    return list(dict.fromkeys(views))
 
 
 def make_view(batch: dict[str, Any], view: View, stride: int) -> dict[str, Any]:
@@ -185,7 +184,7 @@ def extract(
     imgsz: int,
     batch: int = 16,
     views: list[View] | None = None,
-    max_values: int = MAX_VALUES,
+    max_values: int | None = None,
     desc: str = "Enrolling",
 ) -> Features:
     """Extract the features of a support set, with one forward pass per view of an image.
@@ -198,7 +197,8 @@ def extract(
         imgsz (int): Image size in pixels.
         batch (int): Images per forward pass.
         views (list[View], optional): Views of the images, those of `support_views` if not given.
-        max_values (int): Approximate number of values in the embeddings of the anchors to keep; bounds the memory.
+        max_values (int, optional): Approximate number of values in the embeddings of the anchors to keep, which bounds
+            the memory; that of `rows` if not given.
         desc (str): Text of the progress bar.
 
     Returns:
@@ -210,6 +210,7 @@ def extract(
     imgsz = check_imgsz(imgsz, stride=stride)
     trained = [i for i, n in model.names.items() if str(n) not in rows.enrolled]
     assign = rows.assignments
+    max_values = rows.max_values if max_values is None else max_values
     cls, boxes, images = [], [], []
     embeds_of: list[list[torch.Tensor]] = [[] for _ in rows.branches]
     anchors_of: list[list[Anchors]] = [[] for _ in rows.branches]

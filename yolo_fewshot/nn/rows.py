@@ -75,11 +75,13 @@ class ClassRows(ABC):
     Attributes:
         model (nn.Module): The model.
         branches (tuple[str, ...]): Prefixes of the names of the head's branches: '' for one-to-many, 'one2one_'.
+        max_values (int): Approximate number of values in the embeddings of the anchors to keep of a support set.
         anchors_per_view (float): Maximum number of background anchors to keep of a view of an image.
         per_level (bool): Whether every level has a row and an embedding space of its own.
     """
 
     branches: tuple[str, ...]
+    max_values = 64_000_000  # about 250 MB
     anchors_per_view: float = float("inf")
     per_level = False
 
@@ -172,6 +174,7 @@ class ClassRows(ABC):
 class FewShotRows(ClassRows):
     """Rows of a few-shot head: the prototypes of its branches."""
 
+    max_values = 25_600_000  # about 100 MB
     anchors_per_view = 512
 
     def __init__(self, model: nn.Module):

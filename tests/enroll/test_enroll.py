@@ -527,11 +527,6 @@ def test_python_interface_enrolls_and_predicts_with_the_new_classes(file, tmp_pa
     assert FewShotYOLO(tmp_path / "enrolled.pt").names[81] == "disc"
 
 
-def test_stock_models_are_told_to_upgrade(file):
-    with pytest.raises(TypeError, match=r"cfg=stage1\.yaml"):
-        FewShotYOLO("yolo11n.yaml").enroll(file)
-
-
 def test_a_class_whose_name_the_model_has_twice_is_not_enrolled(tmp_path):
     model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=3, verbose=False).eval()
     model.names = {0: "a", 1: "b", 2: "a"}

@@ -261,7 +261,9 @@ def site(trained, images, demo, tmp_path_factory):
         shutil.copy(images[0], root / f"frames/{i}.jpg")
     thresholds = {"track_high_thresh": 0.02, "track_low_thresh": 0.01, "new_track_thresh": 0.02, "fuse_score": False}
     YAML.save(root / "tracker.yaml", {**YAML.load(ROOT / "cfg/trackers/bytetrack.yaml"), **thresholds})
-    YOLO("yolo11n.yaml").save(root / "stock.pt")
+    stock = YOLO("yolo11n.yaml")
+    stock.model.names.update(enumerate(BASE))
+    stock.save(root / "stock.pt")
     return root
 
 

@@ -130,7 +130,7 @@ def test_a_few_shot_checkpoint_is_a_few_shot_yolo_and_a_folded_one_holds_a_stock
     model.save(tmp_path / "folded.pt")
     folded = YOLO(tmp_path / "folded.pt")
     assert type(folded) is FewShotYOLO and type(folded.model) is DetectionModel and list(folded.names.values()) == ALL
-    assert list(folded.model.enrolled) == NOVEL
+    assert tuple(folded.model.enrolled) == NOVEL
     for a, b in zip(before, predict(folded, queries), strict=True):
         torch.testing.assert_close(a[:, 4:], b[:, 4:], rtol=0, atol=1e-4)
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)

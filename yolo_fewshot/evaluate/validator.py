@@ -34,6 +34,7 @@ class MatchesByName:
     is_coco: Any
     is_lvis: Any
     names: Any
+    matched: dict[int, int]  # from class indices of the data to those of the model
     class_index: torch.Tensor
 
     def get_dataloader(self, dataset_path: str, batch_size: int) -> DataLoader:
@@ -79,6 +80,7 @@ class MatchesByName:
                 f"The images of '{self.args.data}' show {', '.join(unknown)}, which the model does not know. Enroll "
                 "these classes first, i.e. FewShotYOLO(...).enroll('shots.yaml'), or validate on other data."
             )
+        self.matched = index
         self.class_index = torch.tensor([index[i] for i in range(len(names))], device=self.device)
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -140,8 +142,8 @@ class FewShotValidator(MatchesByName, DetectionValidator):
                 data's section `fewshot` is malformed.
         """
         super().init_metrics(model)
-        matched = dict(enumerate(self.class_index.tolist()))
-        self.metrics.novel = set() if self.training or self.args.single_cls else self._novel_classes(model, matched)
+        stock = self.training or self.args.single_cls
+        self.metrics.novel = set() if stock else self._novel_classes(model, self.matched)
 
     def _novel_classes(self, model: nn.Module, index: dict[int, int]) -> set[int]:
         """Return the novel classes as class indices of the model; `index` maps those of the data to them."""

@@ -335,6 +335,6 @@ def test_yolo_refuses_a_support_set_for_a_model_without_class_rows(site):
     assert code != 0
     last = text.strip().splitlines()[-1]
     assert last.startswith(
-        "TypeError: A Classify head has no row for each class. 'support=shots.yaml' needs a YOLO model"
+        "TypeError: model='classify.pt': A Classify head has no row for each class. 'support=shots.yaml' needs a YOLO"
     )
     assert not (site / "runs/c").exists()

@@ -769,3 +769,10 @@ def test_validating_with_a_support_set_gives_base_and_novel_results(model, both,
     again = model.val(data=both, support=SHOTS, enroll="fit", name="w", **{**settings, "plots": True})
     assert calls == [(SHOTS, 96, "fit")] and again.groups == metrics.groups
     assert [x.parent.name for x in tmp_path.rglob("support_check.png")] == ["w"]
+
+
+def test_models_that_ultralytics_turns_into_others_are_refused():
+    with pytest.raises(
+        TypeError, match=r"model='yoloe-11s.yaml' is a YOLOE model for task .*FewShotYOLO needs a YOLO model"
+    ):
+        FewShotYOLO("yoloe-11s.yaml")

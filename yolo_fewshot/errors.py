@@ -34,8 +34,8 @@ def no_rows(model: Any, what: str, reason: str = "") -> str:
     name = model.model_name
     if isinstance(model.model, (str, Path)):
         return f"model='{name}' is an exported model, and {what} needs a *.pt checkpoint. Enroll, then export."
-    reason = reason or f"model='{name}' is a {type(model).__name__} model for task '{model.task}'."
+    reason = f": {reason}" if reason else f" is a {type(model).__name__} model for task '{model.task}'."
     return (
-        f"{reason} {what} needs a YOLO model for detection, segmentation, pose or OBB, i.e. 'yolo predict "
-        "model=yolo11n.pt support=shots.yaml source=street.jpg'."
+        f"model='{name}'{reason} {what} needs a YOLO model for detection, segmentation, pose or OBB, i.e. 'yolo "
+        "predict model=yolo11n.pt support=shots.yaml source=street.jpg'."
     )

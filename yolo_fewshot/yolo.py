@@ -59,6 +59,20 @@ class FewShotYOLO(YOLO):
     _last_source: tuple[Any, ...] | None = None  # model, support set and arguments of the last enrollment by `support`
     _plot_pending = False
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Initialize the model.
+
+        Args:
+            *args (Any): Ultralytics' arguments.
+            **kwargs (Any): Ultralytics' arguments.
+
+        Raises:
+            TypeError: If it is a model of another class, such as YOLOE, which Ultralytics would turn this one into.
+        """
+        super().__init__(*args, **kwargs)
+        if not isinstance(self, FewShotYOLO):
+            raise TypeError(no_rows(self, "FewShotYOLO"))
+
     def enroll(
         self,
         support: str | Path,
@@ -107,7 +121,7 @@ class FewShotYOLO(YOLO):
             keys.check({"enroll": method})  # before the support set is read
             channels = model.yaml.get("channels") or 3
             # The command line turns a name of digits into an int.
-            shots = read_support(str(support), model.names, channels, objects)
+            shots = read_support(str(support), model.names, channels, objects, model.yaml.get("kpt_shape"))
             others = None if background is None else read_background(str(background), channels)
             kept = self._classes_to_keep(model, shots)
             train_args = (self.ckpt or {}).get("train_args") or {}

@@ -150,6 +150,14 @@ def test_channels_and_keypoints_of_a_data_yaml(root, monkeypatch):
     assert min(asked) == (str(root / "images/a.png"), str(root / "labels/a.txt"), "", False, 3, 2, 3, False)
 
 
+def test_keypoints_of_a_list_have_the_shape_of_the_model(root):
+    """Two keypoints of two values each would be read as a polygon."""
+    label(root / "labels/a.txt", "2 0.5 0.5 0.25 0.5 0.4 0.4 0.6 0.6")
+    label(root / "labels/b.txt", "2 0.1 0.2 0.2 0.3 0.1 0.2 0.1 0.2")
+    found = read_support(root / "list.txt", {2: "bird"}, kpt_shape=(2, 2))
+    np.testing.assert_allclose(found.labels[1]["bboxes"], [[0.5, 0.5, 0.25, 0.5]])
+
+
 def test_polygons_become_boxes(shots):
     label(shots.parent / "labels/a.txt", "2 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.6", "0 0.5 0.5 0.75 0.5 0.75 1")
     support = read_support(shots, NAMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +85,11 @@ class SupportDataset(YOLODataset):
 
 
 def read_support(
-    support: str | Path, names: dict[int, str] | None = None, channels: int = 3, objects: str | None = None
+    support: str | Path,
+    names: dict[int, str] | None = None,
+    channels: int = 3,
+    objects: str | None = None,
+    kpt_shape: Sequence[int] | None = None,
 ) -> Support:
     """Read and check a support set.
 
@@ -99,6 +103,8 @@ def read_support(
         channels (int): Channels of the images if the support set does not set them.
         objects (str, optional): Objects in the image that `support` is: class name and corners x1, y1, x2, y2 in pixels
             of each, separated by ';'.
+        kpt_shape (Sequence[int], optional): Keypoints per object and their dimensions if the support set does not set
+            them; they are dropped.
 
     Returns:
         (Support): Images in the order of the list, or sorted by folder, without duplicates.
@@ -120,7 +126,8 @@ def read_support(
     if not files:
         raise ValueError(f"{source} lists no images. List at least one labeled image per class.")
     label_files = utils.img2label_paths(files)
-    labels = _verify(files, label_files, len(data.get("names", ())) or sys.maxsize, data.get("kpt_shape") or (0, 0))
+    keypoints, dimensions = data.get("kpt_shape") or kpt_shape or (0, 0)
+    labels = _verify(files, label_files, len(data.get("names", ())) or sys.maxsize, (keypoints, dimensions))
     ids = sorted({int(c) for x in labels for c in x["cls"].flat})
     if not ids:
         raise ValueError(

@@ -34,8 +34,8 @@ class MatchesByName:
     is_coco: Any
     is_lvis: Any
     names: Any
+    matched: dict[int, int]  # from class indices of the data to those of the model
     class_index: torch.Tensor
-    matched: dict[int, int]
 
     def get_dataloader(self, dataset_path: str, batch_size: int) -> DataLoader:
         """Return Ultralytics' loader with all labels of the data.

@@ -136,7 +136,7 @@ def main(
             f"{folder}/query.yaml",
             {"path": str(root), "train": "images/novel_query", "val": "images/novel_query", "names": names},
         )
-        run = {"project": folder, "exist_ok": True, "plots": False, "verbose": False, "workers": 0}
+        run = {"batch": 1, "project": folder, "exist_ok": True, "plots": False, "verbose": False, "workers": 0}
         for seed in seeds.split(","):
             for k in shots.split(","):
                 lists = (root / f"novel_{k}shot_seed{seed}.txt").read_text().split()

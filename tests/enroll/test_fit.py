@@ -245,7 +245,7 @@ def test_classes_of_a_fit_of_levels_do_not_influence_each_other_and_are_fitted_i
     anchors, targets, _ = anchors_of(n=5)
     prior_strength = torch.tensor([3.0, 0.5, 1.0, 2.0, 0.7])
     expected = fit_levels(anchors, targets, prior_strength, SPACE)
-    monkeypatch.setattr(module, "CLASSES", 2)
+    monkeypatch.setattr(module, "CLASSES_AT_ONCE", 2)
     found = fit_levels(anchors, targets, prior_strength, SPACE)
     alone = fit_levels(anchors, torch.where(targets == 3, 0, -1), prior_strength[3:4], SPACE)
     for x, y, z in zip(expected, found, alone):
@@ -282,7 +282,7 @@ def test_of_many_negatives_of_a_level_a_pilot_fit_finds_the_hardest(monkeypatch)
     anchors, targets, _ = anchors_of(n=1, own=30, others=600)
     prior_strength = torch.tensor([1.0])
     every = fit_levels(anchors, targets, prior_strength, SPACE)
-    monkeypatch.setattr(module, "NEGATIVES", 60)  # of 200 at a level, so that the pilot sees every fourth
+    monkeypatch.setattr(module, "MAX_NEGATIVES", 60)  # of 200 at a level, so that the pilot sees every fourth
     vectors, offsets = fit_levels(anchors, targets, prior_strength, SPACE)
     for level in range(3):
         rows = hardest_by_hand(anchors, targets, level, 1.0, 60)
@@ -294,7 +294,7 @@ def test_of_many_negatives_of_a_level_a_pilot_fit_finds_the_hardest(monkeypatch)
 
 @pytest.mark.parametrize("limit", [10_000, 80])
 def test_a_fit_of_the_scale_is_the_minimum_along_the_mean_embedding(limit, monkeypatch):
-    monkeypatch.setattr(module, "NEGATIVES", limit)
+    monkeypatch.setattr(module, "MAX_NEGATIVES", limit)
     anchors, targets, _ = anchors_of()
     strengths = torch.tensor([3.0, 0.5, 0.1])
     vectors, offsets = fit_scale(anchors, targets, strengths, SPACE)

@@ -159,12 +159,13 @@ def forget(model: Any, name: str) -> None:
         raise ValueError(f"'{name}' was not enrolled, so it cannot be forgotten. {known}")
     index = next(i for i, n in model.names.items() if str(n) == name)
     replaced = rows.enrolled[name]["replaced"]
-    rows.remove(index) if replaced is None else rows.restore(index, replaced)
-    del model.enrolled[name]
-    if replaced is not None:
-        return
-    model.names = dict(enumerate(n for i, n in model.names.items() if i != index))
-    model.nc = model.yaml["nc"] = rows.head.nc
+    if replaced is None:
+        rows.remove(index)
+        model.names = dict(enumerate(n for i, n in model.names.items() if i != index))
+        model.nc = model.yaml["nc"] = rows.head.nc
+    else:
+        rows.restore(index, replaced)
+    del model.enrolled[name]  # last: what fails keeps its record
 
 
 def compact(features: Features, names: dict[int, str]) -> tuple[list[str], torch.Tensor]:

@@ -170,11 +170,9 @@ def standardize(rows: ClassRows, support: Support, imgsz: int, batch: int, views
         batch (int): Images per forward pass.
         views (list[View]): Views of the images.
     """
-    if rows.per_level:
-        model: Any = rows.model
-        stride = int(model.stride.max())
-        items = _loader(rows, support, check_imgsz(imgsz, stride=stride), batch)
-        rows.standardize(make_view(item, views[0], stride)["img"] for item in items)
+    stride = int(rows.model.stride.max())
+    items = _loader(rows, support, check_imgsz(imgsz, stride=stride), batch)  # loads nothing unless it is asked to
+    rows.standardize(make_view(item, views[0], stride)["img"] for item in items)
 
 
 @torch.no_grad()
@@ -292,9 +290,8 @@ def _features(
     """
     fg, gt_idx, weight, n_max, boxes = assigned
     embeds = preds["embeds"].transpose(1, 2).float()  # (B, A, D)
-    level = torch.cat([torch.full((f.shape[2] * f.shape[3],), i) for i, f in enumerate(preds["feats"])]).to(
-        fg[1].device
-    )
+    sizes = [f.shape[2] * f.shape[3] for f in preds["feats"]]
+    level = torch.cat([torch.full((n,), i, device=embeds.device) for i, n in enumerate(sizes)])
     part, parts = (level, len(preds["feats"])) if per_level else (torch.zeros_like(level), 1)
     index = object_index(image, n_max)
     owner_index = fg[0] * n_max + gt_idx.long()

@@ -246,9 +246,8 @@ class StockRows(ClassRows):
                 last = stem[-1] if is_stem else stem
                 pointwise = is_stem and isinstance(last, nn.Conv2d) and last.kernel_size == (1, 1) and last.groups == 1
                 if not pointwise or last.bias is None or last.out_channels != self.head.nc:
-                    layer = f"model.{len(self.model.model) - 1}.{branch}cv3.{i}" + (
-                        f".{len(stem) - 1}" if is_stem else ""
-                    )
+                    number = f".{len(stem) - 1}" if is_stem else ""
+                    layer = f"model.{len(self.model.model) - 1}.{branch}cv3.{i}{number}"
                     raise TypeError(
                         f"Layer '{layer}' of the {name} head is {last}, and enrollment needs a class branch that ends "
                         f"with a 1x1 Conv2d of {self.head.nc} classes with a bias, as in a stock YOLO head."

@@ -57,10 +57,14 @@ def detect_left_out(
         (Detections): Detections of classes that have shots outside of the fold; a class whose shots are all in one
             image counts no object.
     """
+    n = len(methods)
+    if (shots < 2).all() and not features.n_background:  # nothing to learn from in the other folds
+        none = torch.zeros(0)
+        return Detections(none.long(), none, none.bool(), torch.zeros(n, dtype=torch.long), none.bool(), 0)
     fold, first, parts = folds(features, labels), features.anchors[0], []
     for f in fold.unique().tolist():
         rest = torch.where(fold[features.image] == f, -1, labels)
-        known = torch.bincount(rest[rest >= 0], minlength=len(methods)) > 0
+        known = torch.bincount(rest[rest >= 0], minlength=n) > 0
         others = features._replace(anchors=[select(first, (first.image < 0) | (fold[first.image] != f))])
         weights = classifiers(others, rest, methods, shots, 0, space)
         out = detect(features, labels, fold == f, weights, space, nms=nms)

@@ -25,6 +25,7 @@ from yolo_fewshot.errors import few
 from yolo_fewshot.nn.rows import class_rows
 
 IOU_SAME = 0.9  # IoU above which two labels share a box
+SMALL = 16  # pixels, two cells of the finest level
 
 
 class Shot(NamedTuple):
@@ -230,7 +231,7 @@ def _check_anchors(
         imgsz (int): Image size in pixels.
     """
     owner = [str(support.names[c]) for c in features.cls.tolist()]
-    texts, shared, small = [], False, False
+    texts, shared, small, missed = [], False, False, False
     for i in (~_has_anchor(features)).nonzero()[:, 0].tolist():
         if owner[i] in keep:
             continue
@@ -241,12 +242,14 @@ def _check_anchors(
             shared, text = True, f"{owner[i]} shares its box with {owner[int(same.nonzero()[0])]}"
         else:
             w, h = (features.boxes[i, 2:] - features.boxes[i, :2]).tolist()
-            small, text = True, f"{owner[i]} ({w:.3g} x {h:.3g} pixels)"
+            text = f"{owner[i]} ({w:.3g} x {h:.3g} pixels)"
+            small, missed = small or min(w, h) < SMALL, missed or min(w, h) >= SMALL
         texts.append(f"{features.files[int(features.image[i])]}: {text}")
     if not texts:
         return
     advice = " An anchor belongs to one object only: of labels that share a box, keep one." if shared else ""
     advice += " Use a larger imgsz, or larger objects." if small else ""
+    advice += " The model proposes no box there: check that the label encloses the whole object." if missed else ""
     lost = [n for n, k in zip(names, counts) if not k and n not in keep]
     if lost:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from yolo_fewshot.enroll.features import Anchors
+from yolo_fewshot.enroll.features import Anchors, select
 from yolo_fewshot.nn.head import Prototypes
 from yolo_fewshot.nn.rows import LevelSpace
 
@@ -49,8 +49,7 @@ def fit_classes(
         index = torch.full((len(means) + 1,), -1)
         index[classes] = torch.arange(len(classes))
         rows = _hardest(anchors.embeds @ means[classes].t(), scale, bias, index[targets])
-        y = F.one_hot(index[targets[rows]] + 1, len(classes) + 1)[:, 1:] * anchors.weight[rows, None]
-        w = torch.where(anchors.objects[rows] < 0, anchors.weight[rows], 1.0)
+        y, w = _terms(select(anchors, rows), index[targets[rows]], len(classes))
         x, b = anchors.embeds[rows] * scale[rows, None], bias[rows]
         vectors[classes], offsets[classes] = _minimize(x, b, y, w, means[classes], prior_strength[classes])
     return vectors, offsets
@@ -80,44 +79,26 @@ def fit_levels(
     mass = _mass(anchors, targets, n)
     for level, prior in enumerate(space.bias):
         at_level = (anchors.level == level).nonzero()[:, 0]
+        of_level, target_of_level = select(anchors, at_level), targets[at_level]
         for classes in torch.arange(n).split(CLASSES_AT_ONCE):
             index = torch.full((n + 1,), -1)
             index[classes] = torch.arange(len(classes))
-            target = index[targets[at_level]]
-            problem = (
-                anchors,
-                at_level,
-                target,
-                prior,
-                vectors[classes, level],
-                prior_strength[classes],
-                mass[classes],
-            )
-            rows, share = _subsample(target)
-            v, o = _fit_rows(*problem, rows, share, PILOT_ITERATIONS)
-            logits = anchors.embeds[at_level] @ v.t() + o
-            rows = _hardest(logits, torch.ones(len(logits)), logits.new_zeros(len(logits)), target)
-            vectors[classes, level], offsets[classes, level] = _fit_rows(*problem, rows, 1.0, MAX_ITERATIONS)
+            target = index[target_of_level]
+            start, strength = vectors[classes, level], prior_strength[classes]
+            v, o = start, offsets[classes, level]
+            for pilot in (True, False):  # the pilot ranks the negatives of the fit
+                if pilot:
+                    rows, share = _subsample(target)
+                else:
+                    logits = of_level.embeds @ v.t() + o
+                    rows = _hardest(logits, torch.ones(len(logits)), logits.new_zeros(len(logits)), target)
+                    share = torch.ones(len(rows))
+                y, w = _terms(select(of_level, rows), target[rows], len(classes))
+                x, b = of_level.embeds[rows], prior.expand(len(rows))
+                iterations = PILOT_ITERATIONS if pilot else MAX_ITERATIONS
+                v, o = _minimize(x, b, y, w * share, start, strength, mass[classes], iterations)
+            vectors[classes, level], offsets[classes, level] = v, o
     return vectors, offsets
-
-
-def _fit_rows(
-    anchors: Anchors,
-    at_level: torch.Tensor,
-    target: torch.Tensor,
-    prior: torch.Tensor,
-    means: torch.Tensor,
-    prior_strength: torch.Tensor,
-    mass: torch.Tensor,
-    rows: torch.Tensor,
-    share: torch.Tensor | float,
-    iterations: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fit some classes on some anchors of a level, each weighted by `share`."""
-    y = F.one_hot(target[rows] + 1, len(means) + 1)[:, 1:] * anchors.weight[at_level[rows], None]
-    w = torch.where(anchors.objects[at_level[rows]] < 0, anchors.weight[at_level[rows]], 1.0) * share
-    x = anchors.embeds[at_level[rows]]
-    return _minimize(x, prior.expand(len(x)), y, w, means, prior_strength, mass, iterations)
 
 
 def fit_scale(
@@ -149,13 +130,18 @@ def fit_scale(
         x = space.logits(anchors.embeds, anchors.level, vectors[c : c + 1], offsets[c : c + 1]) - prior[:, None]
         target = torch.where(targets == c, 0, -1)
         rows = _hardest(x, torch.ones(len(x)), prior, target)
-        y = (target[rows, None] + 1) * anchors.weight[rows, None]
-        w = torch.where(anchors.objects[rows] < 0, anchors.weight[rows], 1.0)
+        y, w = _terms(select(anchors, rows), target[rows], 1)
         zero, one = torch.zeros(1, 1), slice(c, c + 1)
         scale, offset = _minimize(x[rows], prior[rows], y, w, zero, prior_strength[one], mass[one])
         vectors[c] *= scale[0, 0]
         offsets[c] = offset[0]
     return vectors, offsets
+
+
+def _terms(anchors: Anchors, target: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the target scores (M, n) and the weights (M,) of M anchors in the objective of n classes."""
+    y = F.one_hot(target + 1, n + 1)[:, 1:] * anchors.weight[:, None]
+    return y, torch.where(anchors.objects < 0, anchors.weight, 1.0)
 
 
 def _mass(anchors: Anchors, targets: torch.Tensor, n: int) -> torch.Tensor:

@@ -50,6 +50,12 @@ KEYS: dict[str, Key] = {
     "dfl_mean_max": Key(float, 15.0, "maximum mean DFL of a batch, four sides summed", above=True),
     "dfl_clamp_mode": Key(str, "hard", "gradient above a clamp: zero, or scaled down", choices=("hard", "rescale")),
     "grad_clip": Key(float, 5.0, "maximum gradient norm of the loss itself, not multiplied by batch size", above=True),
+    "graft": Key(
+        str,
+        "neck",
+        "what the new classes of stage 3 get of their own: head, neck (and head), or all layers; none: nothing",
+        choices=("head", "neck", "all", "none"),
+    ),
     "base_replay": Key(str, None, "data.yaml whose train images make half of each batch of stage 3"),
     "blend": Key(
         float,
@@ -72,7 +78,9 @@ KEYS: dict[str, Key] = {
 # Keys that work in any training, stock models included; keys that all stages use; and keys of stage 3.
 GUARD = ("grad_clip", "nonfinite", "nonfinite_limit")
 EVERY_STAGE = ("nonfinite", "nonfinite_limit", "doctor")
-ADAPTING = ("base_replay", "blend", "teacher", "memory", "steps")
+SHOT_KEYS = ("graft", "base_replay", "steps")
+FINE_TUNING = ("blend", "teacher", "memory")  # with graft=none
+ADAPTING = (*SHOT_KEYS, *FINE_TUNING)
 
 # Keys of predict, track, val and export.
 ENROLL_KEYS: dict[str, Key] = {
@@ -131,8 +139,31 @@ def check(args: dict[str, Any]) -> None:
             raise ValueError(f"'{k}={v}' is an invalid value. '{k}' must be finite and {sign} {key.low}.")
 
 
+def place_of(key: str) -> str:
+    """Return the settings with which a key has an effect, for messages.
+
+    Args:
+        key (str): One of our keys of a stage.
+
+    Returns:
+        (str): Recipe and value, such as 'cfg=stage3.yaml graft=none'.
+    """
+    if key in ADAPTING:
+        return f"cfg=stage3.yaml{' graft=none' if key in FINE_TUNING else ''}"
+    return "cfg=stage2.yaml"
+
+
+def grafts(args: dict[str, Any]) -> bool:
+    """Return whether a training grafts, i.e. is stage 3 with another `graft` than 'none'.
+
+    Args:
+        args (dict[str, Any]): A configuration or overrides.
+    """
+    return args.get("stage") == 3 and (args.get("graft") or KEYS["graft"].default) != "none"
+
+
 def refuse_support(args: dict[str, Any]) -> None:
-    """Refuse a support set in training.
+    """Refuse a support set in training; only grafting takes background images.
 
     Args:
         args (dict[str, Any]): A configuration or overrides.
@@ -141,7 +172,7 @@ def refuse_support(args: dict[str, Any]) -> None:
         ValueError: If `support` or `enroll` is set.
     """
     for k in ENROLL_KEYS:
-        if args.get(k) is not None:
+        if args.get(k) is not None and not (k == "background" and grafts(args)):
             raise ValueError(
                 f"'{k}={args[k]}' is not a training argument. To add classes from a few examples, train without it "
                 "and use it with predict, track, val or export; to train on them, make them the train split of data=."

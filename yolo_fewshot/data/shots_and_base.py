@@ -33,13 +33,14 @@ def merged_names(known: dict[int, str], names: dict[int, str], labels: list[dict
     return merged
 
 
-def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str]) -> None:
+def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str], known: bool = True) -> None:
     """Map the class indices of a data set to those of a model, by name.
 
     Args:
         dataset (YOLODataset): Data set, changed in place.
         names (dict[int, str]): Class names of its labels.
         classes (dict[int, str]): Class names of the model.
+        known (bool): Whether the model must know every labeled class; if not, objects of others become background.
 
     Raises:
         ValueError: If the name of a labeled class is unknown or ambiguous.
@@ -50,6 +51,14 @@ def relabel(dataset: YOLODataset, names: dict[int, str], classes: dict[int, str]
     table = np.array([index[i] for i in range(len(names))], dtype=np.float32)
     for x in dataset.labels:
         cls = x["cls"].astype(int)
+        if not known:
+            keep = table[cls.ravel()] >= 0
+            cls = cls[keep]
+            x["bboxes"] = x["bboxes"][keep]
+            if len(x["segments"]):
+                x["segments"] = [s for s, kept in zip(x["segments"], keep) if kept]
+            if x.get("keypoints") is not None:
+                x["keypoints"] = x["keypoints"][keep]
         unknown = {str(names[i]) for i in cls[table[cls] < 0].tolist()}
         if unknown:
             raise ValueError(

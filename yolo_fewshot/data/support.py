@@ -111,8 +111,7 @@ def read_support(
 
     Raises:
         FileNotFoundError: If the support set, or an image that it lists, does not exist.
-        ValueError: If there are no images or no boxes, a new class of a data.yaml has no box, or an image, a label
-            file or a box is unusable.
+        ValueError: If there are no images or no boxes, or an image, a label file or a box is unusable.
     """
     known = {int(i): str(n) for i, n in (names or {}).items()}
     source = _find(support)
@@ -148,10 +147,7 @@ def read_support(
         raise ValueError(f"Several class indices of {source} have the name {few(duplicates)}. Names must be unique.")
     missing = [n for n in names.values() if n not in labeled and n not in known.values()]
     if missing and source.suffix.lower() != ".txt":
-        raise ValueError(
-            f"No box for {few(missing)} in {source.name}. Label at least one object of every new class, or leave the "
-            "class out of 'names'."
-        )
+        LOGGER.warning(f"No box for {few(missing)} in {source.name}. To learn a class, label at least one object.")
     return Support(names, labels, False, source, data.get("channels") or channels, ignore_folder(data))
 
 

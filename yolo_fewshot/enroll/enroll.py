@@ -22,6 +22,7 @@ from yolo_fewshot.enroll.methods import classifiers
 from yolo_fewshot.enroll.replay import add_replay
 from yolo_fewshot.enroll.thresholds import thresholds
 from yolo_fewshot.errors import few
+from yolo_fewshot.nn.graft import drop_unused_levels
 from yolo_fewshot.nn.rows import class_rows
 
 IOU_SAME = 0.9  # IoU above which two labels share a box
@@ -162,6 +163,8 @@ def forget(model: Any, name: str) -> None:
     replaced = rows.enrolled[name]["replaced"]
     if replaced is None:
         rows.remove(index)
+        if rows.per_level:
+            drop_unused_levels(model)
         model.names = dict(enumerate(n for i, n in model.names.items() if i != index))
         model.nc = model.yaml["nc"] = rows.head.nc
     else:

@@ -14,7 +14,7 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.tal import make_anchors
 
 from yolo_fewshot.nn.assign import RecordingAssigner
-from yolo_fewshot.nn.head import BOX_PRIOR, class_prior
+from yolo_fewshot.nn.head import BOX_PRIOR, FewShotDetect, class_prior
 from yolo_fewshot.nn.ignore import blank_ignored, outside_regions
 from yolo_fewshot.nn.losses import ClampedDFLoss, DistillationLoss
 from yolo_fewshot.nn.own_terms import load_terms
@@ -177,7 +177,7 @@ class FewShotLoss(v8DetectionLoss):
         self.assigner, self.bce = RecordingAssigner.like(self.assigner), MaskedBCE()
         self.bbox_loss = RecordingBboxLoss(self.reg_max, self.clamped_dfl).to(self.device)
         self.episode_terms: list[EpisodeTerm] = []
-        if stage == 3:
+        if stage == 3 and isinstance(model.model[-1], FewShotDetect):  # a grafted copy has no old class to keep
             self.loss_names, self.distillation = (*self.loss_names, *RETENTION_TERMS), DistillationLoss()
         if self.episodic:
             self.project = model.model[-1].proj

@@ -252,7 +252,7 @@ class StockRows(ClassRows):
                         f"Layer '{layer}' of the {name} head is {last}, and enrollment needs a class branch that ends "
                         f"with a 1x1 Conv2d of {self.head.nc} classes with a bias, as in a stock YOLO head."
                     )
-        widths = {last.in_channels for branch in self.branches for last in self._convs(branch)}
+        widths = {last.in_channels for branch in self.branches for last in self.convs(branch)}
         if len(widths) > 1:
             raise TypeError(
                 f"The class branch 'cv3' of the {name} head has {sorted(widths)} channels, and enrollment needs as "
@@ -261,7 +261,7 @@ class StockRows(ClassRows):
         self.mean: list[torch.Tensor] | None = None  # of the features, (nl, D) per branch
         self.std: list[torch.Tensor] = []
 
-    def _convs(self, branch: str) -> list[Any]:
+    def convs(self, branch: str) -> list[Any]:
         """Return the last layer of the class branch of every level."""
         return [stem[-1] for stem in getattr(self.head, f"{branch}cv3")]
 
@@ -269,7 +269,7 @@ class StockRows(ClassRows):
         """Return the raw predictions of every branch, with the features before the last layer as `embeds`."""
         head, shallow, layers = copy(self.head), copy(self.model), list(self.model.model)
         head._modules = dict(head._modules)  # of this copy alone, so that other threads see no change
-        width = self._convs(self.branches[0])[0].in_channels
+        width = self.convs(self.branches[0])[0].in_channels
         for branch in self.branches:
             stems = getattr(head, f"{branch}cv3")
             head._modules[f"{branch}cv3"] = nn.ModuleList(nn.Sequential(*s[:-1], _WithInput(s[-1])) for s in stems)
@@ -314,11 +314,11 @@ class StockRows(ClassRows):
 
     def spaces(self) -> list[Space]:
         """Return the space of every branch; the prior logits are those of a detector with one class."""
-        return [LevelSpace(class_prior(1, self.head.stride), self._convs(b)[0].in_channels) for b in self.branches]
+        return [LevelSpace(class_prior(1, self.head.stride), self.convs(b)[0].in_channels) for b in self.branches]
 
     def get(self, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return weight (nl, D) and bias (nl,) of one class in every branch, see `ClassRows.get`."""
-        convs = [self._convs(b) for b in self.branches]
+        convs = [self.convs(b) for b in self.branches]
         return [
             (
                 torch.stack([c.weight.detach()[index, :, 0, 0].clone() for c in x]),
@@ -362,7 +362,7 @@ class StockRows(ClassRows):
         self, branch: str, index: int, weights: torch.Tensor | None = None, biases: torch.Tensor | None = None
     ) -> None:
         """Replace the row of one class at every level, append it, or remove it if no weights are given."""
-        for i, conv in enumerate(self._convs(branch)):
+        for i, conv in enumerate(self.convs(branch)):
             for name, rows in (("weight", weights), ("bias", biases)):
                 old = getattr(conv, name)
                 row = old[:0] if rows is None else rows[i].to(old).view(1, *old.shape[1:])
@@ -372,7 +372,7 @@ class StockRows(ClassRows):
 
     def _count_classes(self) -> None:
         """Set the class count to the number of rows."""
-        self.head.nc = self._convs(self.branches[0])[0].out_channels
+        self.head.nc = self.convs(self.branches[0])[0].out_channels
         self.head.no = self.head.nc + self.head.reg_max * 4
 
 

@@ -1,9 +1,8 @@
-"""Stage 3: fine-tuning from enrolled prototypes, with losses that keep the old classes."""
+"""Stage 3 with `graft=none`: fine-tuning from enrolled prototypes, with losses that keep the old classes."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
-from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
-from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_fewshot import args as table
 from yolo_fewshot.class_names import match_classes
-from yolo_fewshot.data.ignore import fully_labeled, masked
-from yolo_fewshot.data.shots_and_base import AdaptSampler, ShotsAndBase, merged_names, relabel
+from yolo_fewshot.data.ignore import fully_labeled
+from yolo_fewshot.data.shots_and_base import ShotsAndBase, merged_names, relabel
 from yolo_fewshot.data.support import Support, read_support
 from yolo_fewshot.enroll.detection import ap50, detect
 from yolo_fewshot.enroll.enroll import enroll, log_shots
@@ -34,26 +30,11 @@ from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.rows import class_rows
 from yolo_fewshot.train.retention import Teacher, replay_targets, unlabeled_classes
 from yolo_fewshot.train.run_plots import plot_enrolled_shots
-from yolo_fewshot.train.stage import Stage
+from yolo_fewshot.train.shots import ShotStage
 
-MIN_STEPS, MIN_PASSES = 300, 60  # optimizer steps, and passes over the support images
 BACKBONE = 10  # layers
 ENROLLED = "enrolled.pt"  # initial weights, saved beside last.pt
 MAX_DROP = 0.05  # of AP50 on the support set; beyond it the run ends with the enrolled weights
-CONFLICTS = {"single_cls": "keeps all classes of its model", "distill_model": "has its own teacher"}
-
-
-def steps_for(images: int, batch: int) -> int:
-    """Return the default number of optimizer steps.
-
-    Args:
-        images (int): Support images.
-        batch (int): Images in a batch.
-
-    Returns:
-        (int): At least `MIN_STEPS`, and at least `MIN_PASSES` over the images.
-    """
-    return max(MIN_STEPS, -(-MIN_PASSES * images // batch))
 
 
 def blend_for(labels: list[dict[str, Any]]) -> float:
@@ -121,32 +102,15 @@ def support_ap50(model: FewShotDetectionModel, support: Support, imgsz: int) -> 
     return ap50(detect(features, labels, images, rows, head.branch_prototypes[0]))
 
 
-class Adaptation(Stage):
-    """Stage 3: fine-tuning on shots, and on base images if there are any, from enrolled prototypes.
+class Adaptation(ShotStage):
+    """Fine-tuning of a few-shot model on shots, and on base images if there are any, from enrolled prototypes.
 
     Attributes:
         names (dict[int, str]): Classes of the initial model, then the new ones of the support set; known after `adopt`.
-        support (Support): Support set; known after `adopt`.
-        datasets (list[dict]): Checked data.yaml of the shots and, with `base_replay`, of the base images.
     """
 
-    keys = frozenset((*Stage.keys, *table.ADAPTING))
-    seeded_epochs = True
+    keys = frozenset((*ShotStage.keys, *table.FINE_TUNING))
     blends = True
-
-    @classmethod
-    def settings(cls, merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Return arguments for one optimizer step per batch.
-
-        Raises:
-            ValueError: If an argument does not work in stage 3.
-        """
-        for k, why in CONFLICTS.items():
-            if merged[k]:
-                raise ValueError(f"'{k}={merged[k]}' does not work in stage 3, which {why}. Leave it out.")
-        if merged["batch"] < 1:
-            raise ValueError(f"'batch={merged['batch']}' is an invalid value. In stage 3 'batch' must be >= 1.")
-        return {"rect": False, "nbs": merged["batch"], "cls_remap": True}  # classes are matched by name
 
     def __init__(self, trainer: DetectionTrainer, data: dict[str, Any]):
         """Initialize the stage.
@@ -159,8 +123,6 @@ class Adaptation(Stage):
             FileNotFoundError: If the base images do not exist.
         """
         super().__init__(trainer, data)
-        self.args = trainer.args
-        self.datasets = [data, *([check_det_dataset(self.args.base_replay)] if self.args.base_replay else [])]
         self.names: dict[int, str] = {}
         self._initial: dict[str, torch.Tensor] = {}
         self._blend = self.args.blend
@@ -190,8 +152,8 @@ class Adaptation(Stage):
             )
         if not isinstance(weights, FewShotDetectionModel):
             raise ValueError(
-                f"'model={self.args.model}' cannot be adapted. Stage 3 starts from a few-shot checkpoint, i.e. the "
-                "best.pt of stage 2."
+                f"'model={self.args.model}' cannot be adapted with graft=none, which starts from a few-shot "
+                "checkpoint, i.e. the best.pt of stage 2. Leave graft= out: the new classes get layers of their own."
             )
         self.adopt(weights)
         known = {int(i): str(n) for i, n in weights.names.items()}
@@ -212,46 +174,15 @@ class Adaptation(Stage):
         model.enrolled = {n: x for n, x in weights.enrolled.items() if n in names}
         model.prior_strength, model.memory = weights.prior_strength, weights.memory
 
-    def build_dataset(self, build: Callable[..., YOLODataset], img_path: str, mode: str, batch: int | None) -> Dataset:
-        """Return a data set with the class indices of the model, in training the shots and the base images.
+    def _relabel(self, dataset: YOLODataset, names: dict[int, str]) -> None:
+        """Give a data set the class indices of the model; every labeled class must be known."""
+        relabel(dataset, names, self.trainer.data["names"])
 
-        Raises:
-            ValueError: If a label is of a class that neither the model nor the support set has.
-        """
-        shots, *base = self.datasets
-        own = self._build_part(build, shots, img_path, mode, batch)
-        if mode != "train":
-            return own
-        return ShotsAndBase([own, *(self._build_part(build, x, x["train"], mode, batch) for x in base)])
-
-    def _build_part(
-        self, build: Callable[..., YOLODataset], data: dict[str, Any], img_path: str, mode: str, batch: int | None
-    ) -> YOLODataset:
-        """Return a data set that is labeled by `data`, with the class indices of the model."""
-        trainer, merged = self.trainer, self.trainer.data
-        trainer.data = data  # which Ultralytics' `build_dataset` reads
-        try:
-            dataset = masked(build(img_path, mode, batch), data, mode)
-        finally:
-            trainer.data = merged
-        relabel(dataset, data["names"], merged["names"])
-        dataset.data = merged
-        return dataset
-
-    def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
-        """Return a loader of shots and base images with `steps` / `epochs` batches, and log the settings."""
-        a, dataset, processes = self.args, loader.dataset, max(self.trainer.world_size, 1)
-        shots, base = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
-        steps = a.steps or steps_for(shots, batch_size * processes)
-        if a.blend is None:
+    def _log_settings(self, dataset: ShotsAndBase, steps: int, more: str = "") -> None:
+        """Log what is trained on what, and with which interpolation at the end."""
+        if self.args.blend is None:
             self._blend = blend_for(dataset.parts[0].labels)
-        LOGGER.info(
-            f"{colorstr('adapt:')} {steps} steps on {shots} support images and {base} base images, freeze={a.freeze}, "
-            f"blend={self._blend:g}"
-        )
-        batches, rank = -(-steps // a.epochs), max(RANK, 0)
-        sampler = AdaptSampler(shots, base, batch_size, batches, a.seed, rank, processes)
-        return self._resampled(loader, dataset, sampler, batch_size)
+        super()._log_settings(dataset, steps, f", freeze={self.args.freeze}, blend={self._blend:g}")
 
     def begin_run(self) -> None:
         """Save the initial weights to enrolled.pt; a resumed run reads the file beside its checkpoint.
@@ -305,7 +236,7 @@ class Adaptation(Stage):
         blend(model, self._initial, self._blend)
         before, after = (support_ap50(m, self.support, self.args.imgsz) for m in (initial, model))
         LOGGER.info(
-            f"{colorstr('adapt:')} Final weights: {self._blend:.0%} fine-tuned, {1 - self._blend:.0%} {ENROLLED}. "
+            f"{colorstr('stage 3:')} Final weights: {self._blend:.0%} fine-tuned, {1 - self._blend:.0%} {ENROLLED}. "
             f"AP50 on the support set {before:.3f} before, {after:.3f} after"
         )
         if after < before - MAX_DROP:

@@ -14,6 +14,7 @@ from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.utils import DEFAULT_CFG_DICT, DEFAULT_CFG_KEYS, LOGGER, RANK
 
 from yolo_fewshot.files import save_checkpoint
+from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.train.run_plots import plot_object_embeddings
 
 TRAINING_STATE = ("optimizer", "best_fitness", "stopper", "ema", "updates", "scaler")  # keys of a resumable checkpoint
@@ -37,6 +38,7 @@ def finish(trainer: DetectionTrainer) -> None:
         last, best = trainer.stage.final_checkpoints(last, best)
     model = _from_main_process(best["model"] if best else None)
     if model is not None:
+        trainer.stage.before_final_validation(model)
         _validate(trainer, model)
     final = {f: ckpt for f, ckpt in ((trainer.best, best), (trainer.last, last)) if ckpt}
     if final:  # empty where the run stopped before an epoch was saved
@@ -85,7 +87,9 @@ def _validate(trainer: DetectionTrainer, model: nn.Module) -> None:
 
 
 def _prepare_enrollment(trainer: DetectionTrainer, ckpts: list[dict[str, Any]]) -> None:
-    """Measure what enrollment needs of the base data with the first checkpoint, and store it in all of them."""
+    """Measure what a few-shot model needs of the base data with the first checkpoint, and store it in all of them."""
+    if not isinstance(ckpts[0]["model"], FewShotDetectionModel):
+        return
     model = deepcopy(ckpts[0]["model"]).float().to(trainer.device)
     trainer.stage.prepare_enrollment(model)
     if trainer.args.plots:

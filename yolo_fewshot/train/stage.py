@@ -23,6 +23,7 @@ from yolo_fewshot.data.shots_and_base import ShotsAndBase
 from yolo_fewshot.enroll.calibrate import choose_prior_strength
 from yolo_fewshot.enroll.replay import fill_replay_buffer
 from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.train.guard import nonfinite
 
 
 class Stage:
@@ -63,12 +64,50 @@ class Stage:
         """
         self.trainer = trainer
 
-    def adopt(self, model: FewShotDetectionModel) -> None:
+    def adopt(self, model: DetectionModel) -> None:
         """Accept a model that was built before, as in the processes of multi-GPU training.
 
         Args:
-            model (FewShotDetectionModel): The model.
+            model (DetectionModel): The model.
         """
+
+    def build_model(self, cfg: str | dict[str, Any], weights: DetectionModel | None, verbose: bool) -> DetectionModel:
+        """Return the model of the run, a few-shot model with the weights that training starts from.
+
+        Args:
+            cfg (str | dict): Model YAML or its content.
+            weights (DetectionModel, optional): Model given to the run.
+            verbose (bool): Whether to log the layers.
+
+        Returns:
+            (DetectionModel): The model.
+
+        Raises:
+            ValueError: If a weight is not finite, or the stage cannot start from these weights.
+        """
+        weights, data = self.initial_weights(weights), self.trainer.data
+        model = FewShotDetectionModel(cfg, ch=data["channels"], nc=data["nc"], verbose=verbose)
+        model = self.trainer.set_model_names_for_load(model)
+        if weights:
+            model.load(weights)
+            self.check_finite(model)
+            self.on_loaded(model, weights)
+        return model
+
+    def check_finite(self, model: DetectionModel) -> None:
+        """Refuse weights that are not finite.
+
+        Args:
+            model (DetectionModel): Model.
+
+        Raises:
+            ValueError: If one of its tensors has a NaN or Inf.
+        """
+        if bad := nonfinite({k: v for k, v in model.state_dict().items() if v.is_floating_point()}):
+            raise ValueError(
+                f"'model={self.trainer.args.model}' cannot be trained: {len(bad)} of its tensors have a NaN or Inf, "
+                f"such as {bad[0]}. Use another checkpoint."
+            )
 
     def initial_weights(self, weights: DetectionModel | None) -> DetectionModel | None:
         """Return the model whose weights training starts from, before the model of the run is built.
@@ -172,6 +211,13 @@ class Stage:
             best (dict | None): Content of best.pt.
         """
         return last, best
+
+    def before_final_validation(self, model: DetectionModel) -> None:
+        """Prepare the validation of the final weights, in every process.
+
+        Args:
+            model (DetectionModel): Model with the final weights.
+        """
 
     @property
     def base_dataset(self) -> YOLODataset:

@@ -21,18 +21,26 @@ from yolo_fewshot.compat import warn_untested
 from yolo_fewshot.data.ignore import has_ignored
 from yolo_fewshot.files import AtomicPath
 from yolo_fewshot.nn.criterion import branch_losses
-from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.own_terms import load_terms
 from yolo_fewshot.train.adaptation import Adaptation
 from yolo_fewshot.train.episodic import Episodes
 from yolo_fewshot.train.finish import finish
-from yolo_fewshot.train.guard import nonfinite
+from yolo_fewshot.train.grafting import Grafting
 from yolo_fewshot.train.guarded import GuardedTrainer
 from yolo_fewshot.train.monitor import LossMonitor, report
 from yolo_fewshot.train.run_plots import plot_loss_terms
 from yolo_fewshot.train.stage import Stage
 
-STAGES: dict[int, type[Stage]] = {1: Stage, 2: Episodes, 3: Adaptation}
+
+def stage_of(args: dict[str, Any]) -> type[Stage]:
+    """Return the class of the stage of a run.
+
+    Args:
+        args (dict[str, Any]): Resolved configuration.
+    """
+    if args["stage"] == 3:
+        return Grafting if table.grafts(args) else Adaptation
+    return Episodes if args["stage"] == 2 else Stage
 
 
 class AllEpochsDone(Exception):
@@ -109,13 +117,12 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     def _resolve(merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Return the values of our keys, and the arguments that follow from the stage."""
         values = table.resolve(merged)
-        number = values["stage"]
-        unused = [k for k in table.used(merged) if k not in STAGES[number].keys]
+        stage = stage_of(values)
+        unused = [k for k in table.used(merged) if k not in stage.keys]
         if unused:
-            recipes = sorted({f"cfg=stage{3 if k in table.ADAPTING else 2}.yaml" for k in unused})
-            keys = ", ".join(f"{k}=" for k in unused)
-            LOGGER.warning(f"{keys} has no effect in stage {number}. Use it with {' or '.join(recipes)}.")
-        return {**values, **STAGES[number].settings({**merged, **values}, given)}
+            keys, places = ", ".join(f"{k}=" for k in unused), sorted({table.place_of(k) for k in unused})
+            LOGGER.warning(f"{keys} has no effect in stage {values['stage']}. Use it with {' or '.join(places)}.")
+        return {**values, **stage.settings({**merged, **values}, given)}
 
     def get_dataset(self) -> dict[str, Any]:
         """Return the checked data.yaml as Ultralytics does, and make the stage.
@@ -124,13 +131,11 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             (dict): Paths, class names and so on.
         """
         data = super().get_dataset()
-        self.stage = STAGES[self.args.stage or 1](self, data)
+        self.stage = stage_of(dict(vars(self.args)))(self, data)
         return data
 
-    def get_model(
-        self, cfg: str | dict, weights: DetectionModel | None = None, verbose: bool = True
-    ) -> FewShotDetectionModel:
-        """Return the few-shot model, built from any detection YAML, with the weights of a stock or few-shot model.
+    def get_model(self, cfg: str | dict, weights: DetectionModel | None = None, verbose: bool = True) -> DetectionModel:
+        """Return the model of the stage, i.e. a few-shot model with the weights of a stock or few-shot model.
 
         Args:
             cfg (str | dict): Model YAML or its content.
@@ -138,23 +143,12 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             verbose (bool): Whether to log the layers.
 
         Returns:
-            (FewShotDetectionModel): The model.
+            (DetectionModel): The model.
 
         Raises:
             ValueError: If a weight is not finite, or the stage cannot start from these weights.
         """
-        weights = self.stage.initial_weights(weights)
-        model = FewShotDetectionModel(cfg, ch=self.data["channels"], nc=self.data["nc"], verbose=verbose and RANK == -1)
-        model = self.set_model_names_for_load(model)
-        if weights:
-            model.load(weights)
-            if bad := nonfinite({k: v for k, v in model.state_dict().items() if v.is_floating_point()}):
-                raise ValueError(
-                    f"'model={self.args.model}' cannot be trained: {len(bad)} of its tensors have a NaN or Inf, "
-                    f"such as {bad[0]}. Use another checkpoint."
-                )
-            self.stage.on_loaded(model, weights)
-        return model
+        return self.stage.build_model(cfg, weights, verbose and RANK == -1)
 
     def setup_model(self) -> dict[str, Any] | None:
         """Load or build the model as Ultralytics does; the processes of multi-GPU training get that of their launcher.
@@ -162,7 +156,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         Returns:
             (dict | None): Checkpoint to resume from.
         """
-        if isinstance(self.model, FewShotDetectionModel):
+        if isinstance(self.model, DetectionModel):
             self.stage.adopt(self.model)
         return super().setup_model()
 

@@ -1,0 +1,170 @@
+"""Stage 3: new classes get layers of their own, which are trained on the shots; the model itself stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+from torch.utils.data import Dataset
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import LOCAL_RANK, LOGGER, colorstr
+
+from yolo_fewshot.data.shots_and_base import ShotsAndBase, relabel
+from yolo_fewshot.data.support import Support, read_background, read_support
+from yolo_fewshot.errors import few
+from yolo_fewshot.files import restore_exact
+from yolo_fewshot.nn.graft import GraftModel, check_graftable, level_groups, new_graft, old_graft, unite
+from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.nn.rows import enrolled_classes
+from yolo_fewshot.train.shots import ShotStage
+
+
+class Grafting(ShotStage):
+    """Training of a copy of some layers on the classes of the shots, which is grafted onto the model at the end.
+
+    Classes that the model knows already are background in the shots' images, unless all classes of the shots were
+    grafted before: then their copy is trained further.
+    """
+
+    def __init__(self, trainer: DetectionTrainer, data: dict[str, Any]):
+        """Initialize the stage.
+
+        Args:
+            trainer (DetectionTrainer): Trainer of the run, which has its arguments and no model yet.
+            data (dict): Checked data.yaml of the shots.
+
+        Raises:
+            FileNotFoundError: If the base images or the background images do not exist.
+            ValueError: If a background image is corrupt.
+        """
+        super().__init__(trainer, data)
+        background = self.args.background
+        self.background = read_background(str(background), data["channels"]) if background else None
+
+    def build_model(self, cfg: str | dict[str, Any], weights: DetectionModel | None, verbose: bool) -> GraftModel:
+        """Return the copy to train, see `Stage.build_model`; a resumed run has it already.
+
+        Raises:
+            ValueError: If there are no trained weights, or the shots show no class to graft.
+            TypeError: If the model cannot be grafted onto.
+        """
+        if weights is None:
+            raise ValueError(
+                f"'model={self.args.model}' has no trained weights, and stage 3 adds classes to a trained detector. "
+                "Use a checkpoint, i.e. model=yolo11n.pt, and leave pretrained= out."
+            )
+        if isinstance(weights, GraftModel):  # resumed
+            model = weights
+        else:
+            source = weights.fold() if isinstance(weights, FewShotDetectionModel) else deepcopy(weights)
+            self.check_finite(source)
+            model = self._copy(source.float())
+        self.adopt(model)
+        return model
+
+    def adopt(self, model: DetectionModel) -> None:
+        """Take classes and frozen layers from the copy to train.
+
+        Args:
+            model (DetectionModel): The copy.
+        """
+        assert isinstance(model, GraftModel)
+        names = {int(i): str(n) for i, n in model.names.items()}
+        given = self.args.freeze or []
+        frozen = {*(range(given) if isinstance(given, int) else given), *model.graft["shared"]}
+        self.args.freeze = sorted(frozen - {len(model.model) - 1})
+        self.trainer.data = {**self.trainer.data, "names": names, "nc": len(names)}
+
+    def _copy(self, source: DetectionModel) -> GraftModel:
+        """Return the copy to train for the classes of the shots."""
+        check_graftable(source)
+        support = read_support(self.args.data, source.names, source.yaml.get("channels") or 3)
+        labeled = {str(support.names[int(c)]) for x in support.labels for c in x["cls"].flat}
+        known = [str(n) for n in source.names.values()]
+        new = [n for n in dict.fromkeys(map(str, support.names.values())) if n in labeled - set(known)]
+        if new:
+            if old := sorted(labeled & set(known)):
+                LOGGER.info(
+                    f"{colorstr('stage 3:')} {few(old)}: classes of the model, whose objects in the images of the "
+                    "shots are background for the new classes."
+                )
+            model = new_graft(source, new, self.args.graft)
+        else:
+            model = self._again(source, labeled)
+        LOGGER.info(
+            f"{colorstr('stage 3:')} layers of their own for {few([str(n) for n in model.names.values()])}; "
+            f"{len(model.graft['shared'])} of {len(model.model)} layers are shared with the model"
+        )
+        model.shots = {str(n): _count(support, str(n)) for n in model.names.values()}
+        return model
+
+    def _again(self, source: DetectionModel, labeled: set[str]) -> GraftModel:
+        """Return the copy that was grafted before for these classes."""
+        names = {int(i): str(n) for i, n in source.names.items()}
+        data = self.args.data
+        for group in level_groups(source)[1:]:
+            own = {names[i] for i in group.classes}
+            if labeled <= own:
+                if missing := sorted(own - labeled):
+                    raise ValueError(
+                        f"The layers of {few(sorted(labeled))} are those of {few(missing)}, too. "
+                        f"Add shots of {few(missing)} to {data}, which they would forget."
+                    )
+                return old_graft(source, group)
+        raise ValueError(
+            f"The model knows all classes of {data}: {few(sorted(labeled))}. Give the new class another name, or "
+            "train the model itself with graft=none."
+        )
+
+    def _relabel(self, dataset: YOLODataset, names: dict[int, str]) -> None:
+        """Give a data set the class indices of the copy; objects of other classes are background."""
+        relabel(dataset, names, self.trainer.data["names"], known=False)
+
+    def build_dataset(self, build: Callable[..., YOLODataset], img_path: str, mode: str, batch: int | None) -> Dataset:
+        """Return a data set with the class indices of the copy, in training with base and background images."""
+        dataset = super().build_dataset(build, img_path, mode, batch)
+        if mode != "train" or not self.background:
+            return dataset
+        assert isinstance(dataset, ShotsAndBase)
+        files = [x["im_file"] for x in self.background.labels]
+        plain = self._build_part(build, {**self.datasets[0], "fewshot": None}, files, mode, batch)
+        plain.labels = [{**x, "cls": x["cls"][:0], "bboxes": x["bboxes"][:0], "segments": []} for x in plain.labels]
+        return ShotsAndBase([*dataset.parts, plain])
+
+    def final_checkpoints(
+        self, last: dict[str, Any] | None, best: dict[str, Any] | None
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Graft the copy onto the model, whose own layers and rows keep their exact values.
+
+        Without validation during training, no epoch is better than the last.
+        """
+        if not self.args.val:
+            best = last
+        for ckpt in {id(x): x for x in (last, best) if x}.values():
+            trained = ckpt["model"].float()
+            exact = unite(trained)
+            record = {"method": f"graft-{self.args.graft}", "conf": None, "replaced": None}
+            exact.enrolled = enrolled_classes(exact) | {n: {"shots": k, **record} for n, k in trained.shots.items()}
+            exact.args, exact.criterion = trained.args, None
+            ckpt["model"] = deepcopy(exact).half().requires_grad_(False)
+            restore_exact(ckpt["model"], exact)
+        return last, best
+
+    def before_final_validation(self, model: DetectionModel) -> None:
+        """Load the val images with the labels of all classes, those of the model and the new ones."""
+        trainer = self.trainer
+        trainer.data = {**trainer.data, "names": model.names, "nc": len(model.names)}
+        old = trainer.test_loader
+        loader = trainer.get_dataloader(trainer.data["val"], old.batch_size, LOCAL_RANK, "val")
+        trainer.test_loader = trainer.validator.dataloader = loader
+
+    def prepare_enrollment(self, model: DetectionModel) -> None:
+        """Do nothing: classes are enrolled into a stock head from the shots alone."""
+
+
+def _count(support: Support, name: str) -> int:
+    """Return the number of objects of a class."""
+    return sum(str(support.names[int(c)]) == name for x in support.labels for c in x["cls"].flat)

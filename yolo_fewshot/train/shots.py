@@ -1,0 +1,126 @@
+"""What the kinds of stage 3 share: their arguments, their data, and their batches of shots and other images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import Dataset
+from ultralytics.data.build import InfiniteDataLoader
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.utils import check_det_dataset
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import LOGGER, RANK, colorstr
+
+from yolo_fewshot import args as table
+from yolo_fewshot.data.ignore import masked
+from yolo_fewshot.data.shots_and_base import AdaptSampler, ShotsAndBase
+from yolo_fewshot.data.support import Support
+from yolo_fewshot.train.stage import Stage
+
+MIN_STEPS, MIN_PASSES = 300, 60  # optimizer steps, and passes over the support images
+CONFLICTS = {"single_cls": "keeps all classes of its model", "distill_model": "has its own teacher"}
+
+
+def steps_for(images: int, batch: int) -> int:
+    """Return the default number of optimizer steps.
+
+    Args:
+        images (int): Support images.
+        batch (int): Images in a batch.
+
+    Returns:
+        (int): At least `MIN_STEPS`, and at least `MIN_PASSES` over the images.
+    """
+    return max(MIN_STEPS, -(-MIN_PASSES * images // batch))
+
+
+class ShotStage(Stage):
+    """Stage 3: training on shots, and on base images if there are any.
+
+    Attributes:
+        support (Support): Support set; known after `adopt`.
+        datasets (list[dict]): Checked data.yaml of the shots and, with `base_replay`, of the base images.
+    """
+
+    keys = frozenset((*Stage.keys, *table.SHOT_KEYS))
+    seeded_epochs = True
+    support: Support
+
+    @classmethod
+    def settings(cls, merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments for one optimizer step per batch.
+
+        Raises:
+            ValueError: If an argument does not work in stage 3.
+        """
+        for k, why in CONFLICTS.items():
+            if merged[k]:
+                raise ValueError(f"'{k}={merged[k]}' does not work in stage 3, which {why}. Leave it out.")
+        if merged["batch"] < 1:
+            raise ValueError(f"'batch={merged['batch']}' is an invalid value. In stage 3 'batch' must be >= 1.")
+        return {"rect": False, "nbs": merged["batch"], "cls_remap": True}  # classes are matched by name
+
+    def __init__(self, trainer: DetectionTrainer, data: dict[str, Any]):
+        """Initialize the stage.
+
+        Args:
+            trainer (DetectionTrainer): Trainer of the run, which has its arguments and no model yet.
+            data (dict): Checked data.yaml of the shots.
+
+        Raises:
+            FileNotFoundError: If the base images do not exist.
+        """
+        super().__init__(trainer, data)
+        self.args = trainer.args
+        self.datasets = [data, *([check_det_dataset(self.args.base_replay)] if self.args.base_replay else [])]
+
+    def build_dataset(self, build: Callable[..., YOLODataset], img_path: str, mode: str, batch: int | None) -> Dataset:
+        """Return a data set with the class indices of the model, in training the shots and the other images.
+
+        Raises:
+            ValueError: If a label is of a class that neither the model nor the support set has.
+        """
+        shots, *base = self.datasets
+        own = self._build_part(build, shots, img_path, mode, batch)
+        if mode != "train":
+            return own
+        return ShotsAndBase([own, *(self._build_part(build, x, x["train"], mode, batch) for x in base)])
+
+    def _build_part(
+        self,
+        build: Callable[..., YOLODataset],
+        data: dict[str, Any],
+        img_path: str | list[str],
+        mode: str,
+        batch: int | None,
+    ) -> YOLODataset:
+        """Return a data set that is labeled by `data`, with the class indices of the model."""
+        trainer, merged = self.trainer, self.trainer.data
+        trainer.data = data  # which Ultralytics' `build_dataset` reads
+        try:
+            dataset = masked(build(img_path, mode, batch), data, mode)
+        finally:
+            trainer.data = merged
+        self._relabel(dataset, data["names"])
+        dataset.data = merged
+        return dataset
+
+    def _relabel(self, dataset: YOLODataset, names: dict[int, str]) -> None:
+        """Give a data set with these class names the class indices of the model."""
+        raise NotImplementedError
+
+    def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
+        """Return a loader of shots and other images with `steps` / `epochs` batches, and log the settings."""
+        a, dataset, processes = self.args, loader.dataset, max(self.trainer.world_size, 1)
+        shots, others = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
+        steps = a.steps or steps_for(shots, batch_size * processes)
+        self._log_settings(dataset, steps)
+        batches, rank = -(-steps // a.epochs), max(RANK, 0)
+        sampler = AdaptSampler(shots, others, batch_size, batches, a.seed, rank, processes)
+        return self._resampled(loader, dataset, sampler, batch_size)
+
+    def _log_settings(self, dataset: ShotsAndBase, steps: int, more: str = "") -> None:
+        """Log what is trained on what."""
+        shots, others = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
+        LOGGER.info(f"{colorstr('stage 3:')} {steps} steps on {shots} support images and {others} other images{more}")

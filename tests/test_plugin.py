@@ -243,7 +243,7 @@ def test_the_stage_is_what_is_given(given: dict, stage: int):
     values = args.resolve({**DEFAULT_CFG_DICT, **given})
     assert list(values) == list(args.KEYS)
     everywhere = {"nonfinite", "nonfinite_limit", "doctor"}
-    adapting = {"base_replay", "blend", "teacher", "memory", "steps"}
+    adapting = {"graft", "base_replay", "blend", "teacher", "memory", "steps"}
     used = everywhere | {1: set(), 2: set(args.KEYS) - adapting, 3: adapting}[stage]
     defaults = {k: key.default if k in used else None for k, key in args.KEYS.items()}
     assert values == {**defaults, **given, "stage": stage}

@@ -621,16 +621,12 @@ def test_many_bad_boxes_name_five(root, shots):
         read_support(shots, NAMES)
 
 
-def test_new_classes_need_a_box(root, shots):
+def test_new_classes_without_a_box_are_named(root, shots, warnings):
     data_yaml(shots, train="images", names=["cat", "dog", "bird", "fish", "crab"])
-    with pytest.raises(ValueError) as e:
-        read_support(shots, NAMES)
-    assert str(e.value) == (
-        "No box for fish, crab in shots.yaml. Label at least one object of every new class, or leave the class out of "
-        "'names'."
-    )
-    with fails(ValueError, "No box for dog, fish, crab in"):
-        read_support(shots)
+    assert read_support(shots, NAMES).class_names == {"cat", "bird"}
+    assert warnings.pop() == "No box for fish, crab in shots.yaml. To learn a class, label at least one object."
+    read_support(shots)
+    assert warnings.pop().startswith("No box for dog, fish, crab in")
     assert len(read_support(shots, {**NAMES, 5: "fish", 8: "crab"}).names) == 5
     (root / "classes.txt").write_text("cat\ndog\nbird\nfish")  # the predefined classes of a labeling tool
     assert len(read_support(root / "list.txt").names) == 4

@@ -70,9 +70,10 @@ def test_the_best_model_validates_enrolls_and_predicts(stages, gray, tmp_path):
     np.testing.assert_allclose(again[0].boxes.conf, found[0].boxes.conf, atol=1e-4)
 
 
-def test_stage_three_adapts_to_gray_shots_beside_gray_base_images(stages, gray):
+@pytest.mark.parametrize("graft", ["none", "neck"])
+def test_stage_three_learns_gray_shots_beside_gray_base_images(stages, gray, graft):
     YAML.save(gray / "shots.yaml", YAML.load(gray / "data.yaml") | {"names": ["w", "x", "y", "z"]})
-    replay = {"base_replay": str(gray / "data.yaml"), "steps": 2, "batch": 4}
+    replay = {"base_replay": str(gray / "data.yaml"), "steps": 2, "batch": 4, "graft": graft}
     keys = {**FEW, "data": str(gray / "shots.yaml"), "project": str(gray), "name": "three", "model": stages[1].best}
     trainer = FewShotTrainer("stage3.yaml", {**keys, **replay})
     trainer.train()

@@ -172,6 +172,7 @@ def test_stage_two_trains_and_resumes_in_two_processes_with_a_custom_term(root, 
 def test_stage_three_trains_and_resumes_in_two_processes(root, stage1):
     """It starts from what the model holds in memory, a class enrolled just before, which no file has."""
     settings = {"cfg": "stage3.yaml", "data": str(root / "shots.yaml"), "steps": 4, "plots": True, "val": True}
+    settings["graft"] = "none"
     more = f"yolo.enroll({str(root / 'crops')!r}, imgsz=64)"
     ends, rows = train_twice(root, root / "stage1/weights/best.pt", "stage3", more, **settings)
     assert [x["steps"] for x in ends] == [2, 2] and [x["batch"] for x in ends] == [4, 4]

@@ -638,6 +638,8 @@ def test_a_key_of_all_stages_alone_runs_stage_one(tiny, log, key):
         (1, {"n_way": 3, "grad_clip": 2.0}, "n_way= has no effect in stage 1. Use it with cfg=stage2.yaml."),
         (1, {"n_way": 3, "steps": 4}, "n_way=, steps= has no effect in stage 1. Use it with cfg=stage2.yaml or cfg=st"),
         (2, {"steps": 4, "supcon": 1.0}, "steps= has no effect in stage 2. Use it with cfg=stage3.yaml."),
+        (2, {"blend": 0.5}, "blend= has no effect in stage 2. Use it with cfg=stage3.yaml graft=none."),
+        (3, {"teacher": 0.5}, "teacher= has no effect in stage 3. Use it with cfg=stage3.yaml graft=none."),
     ],
 )
 def test_keys_of_other_stages_are_named_with_their_recipe(tiny, log, cfg, keys, text):
@@ -660,6 +662,7 @@ def test_resolving_keys():
     assert resolve({"steps": 9, "stage": 3}) == {
         **nothing,
         **defaults,
+        "graft": "neck",
         "teacher": 0.5,
         "memory": 0.5,
         "steps": 9,

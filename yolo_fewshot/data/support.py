@@ -58,22 +58,24 @@ class Support(NamedTuple):
 
 
 class SupportDataset(YOLODataset):
-    """Data set of the images of a support set, without augmentation, scan or label cache.
+    """Data set of the images of a support set, without scan or label cache.
 
     Examples:
         >>> dataset = SupportDataset(read_support("shots.yaml"), imgsz=640)
     """
 
-    def __init__(self, support: Support, imgsz: int):
+    def __init__(self, support: Support, imgsz: int, hyp: Any = None):
         """Initialize the data set.
 
         Args:
             support (Support): Support set.
             imgsz (int): Image size in pixels.
+            hyp (Any): Arguments of a training whose augmentation applies; without them there is none.
         """
         self.support = support
         data = {"names": support.names, "channels": support.channels}
-        super().__init__(img_path=str(support.source), imgsz=imgsz, augment=False, data=data, prefix="support: ")
+        augment = {"augment": False} if hyp is None else {"augment": True, "hyp": hyp}
+        super().__init__(img_path=str(support.source), imgsz=imgsz, data=data, prefix="support: ", **augment)
 
     def get_img_files(self, img_path: str | list[str]) -> list[str]:
         """Return the image files of the support set."""

@@ -13,7 +13,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOCAL_RANK, LOGGER, colorstr
 
 from yolo_fewshot.data.shots_and_base import ShotsAndBase, relabel
-from yolo_fewshot.data.support import Support, read_background, read_support
+from yolo_fewshot.data.support import Support, SupportDataset, read_background, read_support
 from yolo_fewshot.errors import few
 from yolo_fewshot.files import restore_exact
 from yolo_fewshot.nn.graft import GraftModel, check_graftable, level_groups, new_graft, old_graft, unite
@@ -85,39 +85,41 @@ class Grafting(ShotStage):
         labeled = {str(support.names[int(c)]) for x in support.labels for c in x["cls"].flat}
         known = [str(n) for n in source.names.values()]
         new = [n for n in dict.fromkeys(map(str, support.names.values())) if n in labeled - set(known)]
-        if new:
-            if old := sorted(labeled & set(known)):
-                LOGGER.info(
-                    f"{colorstr('stage 3:')} {few(old)}: classes of the model, whose objects in the images of the "
-                    "shots are background for the new classes."
-                )
-            model = new_graft(source, new, self.args.graft)
-        else:
-            model = self._again(source, labeled)
+        model = new_graft(source, new, self.args.graft) if new else self._again(source, labeled)
+        trained = [str(n) for n in model.names.values()]
+        if background := sorted(labeled - set(trained)):
+            LOGGER.info(
+                f"{colorstr('stage 3:')} {few(background)}: classes of the model, whose objects in the images of the "
+                f"shots are background for {few(trained)}."
+            )
         LOGGER.info(
-            f"{colorstr('stage 3:')} layers of their own for {few([str(n) for n in model.names.values()])}; "
+            f"{colorstr('stage 3:')} layers of their own for {few(trained)}; "
             f"{len(model.graft['shared'])} of {len(model.model)} layers are shared with the model"
         )
-        model.shots = {str(n): _count(support, str(n)) for n in model.names.values()}
+        model.shots = {n: _count(support, n) for n in trained}
         return model
 
     def _again(self, source: DetectionModel, labeled: set[str]) -> GraftModel:
         """Return the copy that was grafted before for these classes."""
-        names = {int(i): str(n) for i, n in source.names.items()}
-        data = self.args.data
-        for group in level_groups(source)[1:]:
-            own = {names[i] for i in group.classes}
-            if labeled <= own:
-                if missing := sorted(own - labeled):
-                    raise ValueError(
-                        f"The layers of {few(sorted(labeled))} are those of {few(missing)}, too. "
-                        f"Add shots of {few(missing)} to {data}, which they would forget."
-                    )
-                return old_graft(source, group)
-        raise ValueError(
-            f"The model knows all classes of {data}: {few(sorted(labeled))}. Give the new class another name, or "
-            "train the model itself with graft=none."
-        )
+        data, names = self.args.data, {int(i): str(n) for i, n in source.names.items()}
+        owners = {g: {names[i] for i in group.classes} for g, group in enumerate(level_groups(source)) if g}
+        found = [g for g, own in owners.items() if own & labeled]
+        if not found:
+            raise ValueError(
+                f"The model knows all classes of {data}: {few(sorted(labeled))}. Give the new class another name, or "
+                "train the model itself with graft=none."
+            )
+        shown = few(sorted(labeled & set().union(*owners.values())))
+        if missing := sorted(set().union(*(owners[g] for g in found)) - labeled):
+            raise ValueError(
+                f"The layers of {shown} are those of {few(missing)}, too. Add shots of {few(missing)} to "
+                f"{data}, which they would forget."
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"{shown} have different layers of their own. Train them one after the other, with a data.yaml for each."
+            )
+        return old_graft(source, level_groups(source)[found[0]])
 
     def _relabel(self, dataset: YOLODataset, names: dict[int, str]) -> None:
         """Give a data set the class indices of the copy; objects of other classes are background."""
@@ -129,10 +131,7 @@ class Grafting(ShotStage):
         if mode != "train" or not self.background:
             return dataset
         assert isinstance(dataset, ShotsAndBase)
-        files = [x["im_file"] for x in self.background.labels]
-        plain = self._build_part(build, {**self.datasets[0], "fewshot": None}, files, mode, batch)
-        plain.labels = [{**x, "cls": x["cls"][:0], "bboxes": x["bboxes"][:0], "segments": []} for x in plain.labels]
-        return ShotsAndBase([*dataset.parts, plain])
+        return ShotsAndBase([*dataset.parts, SupportDataset(self.background, self.args.imgsz, self.args)])
 
     def final_checkpoints(
         self, last: dict[str, Any] | None, best: dict[str, Any] | None
@@ -146,8 +145,8 @@ class Grafting(ShotStage):
         for ckpt in {id(x): x for x in (last, best) if x}.values():
             trained = ckpt["model"].float()
             exact = unite(trained)
-            record = {"method": f"graft-{self.args.graft}", "conf": None, "replaced": None}
-            exact.enrolled = enrolled_classes(exact) | {n: {"shots": k, **record} for n, k in trained.shots.items()}
+            old, new = enrolled_classes(exact), {"method": f"graft-{self.args.graft}", "conf": None, "replaced": None}
+            exact.enrolled = old | {n: {**new, **old.get(n, {}), "shots": k} for n, k in trained.shots.items()}
             exact.args, exact.criterion = trained.args, None
             ckpt["model"] = deepcopy(exact).half().requires_grad_(False)
             restore_exact(ckpt["model"], exact)

@@ -91,7 +91,7 @@ class ShotStage(Stage):
         self,
         build: Callable[..., YOLODataset],
         data: dict[str, Any],
-        img_path: str | list[str],
+        img_path: str,
         mode: str,
         batch: int | None,
     ) -> YOLODataset:

@@ -1,4 +1,4 @@
-"""The full path on the built-in data: base training, episodes, enrollment, adaptation, ONNX.
+"""The full path on the built-in data: base training, episodes, enrollment, grafting, ONNX.
 
     python examples/full_path.py
 
@@ -17,7 +17,7 @@ from yolo_fewshot import FewShotYOLO
 
 
 def main(base: str = "fewshot-demo.yaml", novel: str = "fewshot-demo-novel.yaml", **settings: Any) -> dict[str, float]:
-    """Train, enroll, adapt and export, and measure after each step.
+    """Train, enroll, graft and export, and measure after each step.
 
     Args:
         base (str): data.yaml of the base classes.
@@ -42,15 +42,15 @@ def main(base: str = "fewshot-demo.yaml", novel: str = "fewshot-demo-novel.yaml"
     few_shot = str(model.trainer.best)
     map50s["episodes, enrolled"] = measure(few_shot, novel)
 
-    # 3: fine-tuning on the shots, from the enrolled weights. The result has the novel classes.
+    # 3: layers of their own for the novel classes, trained on the shots. The result is a stock model of all classes.
     model = FewShotYOLO(few_shot)
     model.train(data=novel, **{"cfg": "stage3.yaml", **common})
-    adapted = FewShotYOLO(model.trainer.best)
-    map50s["adapted"] = adapted.val(data=novel, plots=False).box.map50
+    grafted = FewShotYOLO(model.trainer.best)
+    map50s["grafted"] = grafted.val(data=novel, plots=False).box.map50
 
     # An ordinary ONNX file; serve_onnx.py runs it.
-    file = adapted.export(format="onnx")
-    map50s["adapted, ONNX"] = YOLO(file, task="detect").val(data=novel, plots=False).box.map50
+    file = grafted.export(format="onnx")
+    map50s["grafted, ONNX"] = YOLO(file, task="detect").val(data=novel, plots=False).box.map50
     for step, map50 in map50s.items():
         print(f"{step:<26}novel mAP50 {map50:.3f}")
     print(f"The model for deployment is {file}")

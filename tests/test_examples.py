@@ -57,12 +57,12 @@ def test_add_classes(tmp_path, capsys, monkeypatch):
 def test_the_full_path(example, base, novel, capsys, tmp_path):
     runs = {"project": str(tmp_path), "name": "run", "steps": 2}
     found = example("full_path").main(str(base / "data.yaml"), str(novel / "data.yaml"), **QUICK, **runs)
-    assert list(found) == ["base training, enrolled", "episodes, enrolled", "adapted", "adapted, ONNX"]
-    assert found["adapted, ONNX"] == pytest.approx(found["adapted"], abs=1e-3)
-    adapted = FewShotYOLO(tmp_path / "run-3" / "weights" / "best.pt")
-    assert list(adapted.names.values()) == ["blue", "green", "red", "black", "w", "x", "y", "z"]
+    assert list(found) == ["base training, enrolled", "episodes, enrolled", "grafted", "grafted, ONNX"]
+    assert found["grafted, ONNX"] == pytest.approx(found["grafted"], abs=1e-3)
+    grafted = FewShotYOLO(tmp_path / "run-3" / "weights" / "best.pt")
+    assert list(grafted.names.values()) == ["blue", "green", "red", "black", "w", "x", "y", "z"]
     assert (tmp_path / "run-3" / "weights" / "best.onnx").exists()
-    assert "adapted, ONNX             novel mAP50 0." in capsys.readouterr().out
+    assert "grafted, ONNX             novel mAP50 0." in capsys.readouterr().out
 
 
 def test_splits_of_yolo_folders_and_of_a_coco_json_are_the_same(example, base, tmp_path):

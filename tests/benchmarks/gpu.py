@@ -271,7 +271,7 @@ def train(s: Settings, model: str, stage: int, steps: int, **keys: Any) -> list[
         overrides |= {"episodes": total}
     else:
         overrides |= {"data": str(s.folder / "few.yaml"), "base_replay": str(s.folder / "base.yaml")}
-        overrides |= {"model": str(start(s, model)), "steps": total, "epochs": 1}
+        overrides |= {"model": str(start(s, model)), "graft": "none", "steps": total, "epochs": 1}
     overrides |= keys
     monitor, trainer = Monitor(s.device), None
     try:

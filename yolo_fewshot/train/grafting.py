@@ -117,7 +117,8 @@ class Grafting(ShotStage):
             )
         if len(found) > 1:
             raise ValueError(
-                f"{shown} have different layers of their own. Train them one after the other, with a data.yaml for each."
+                f"{shown} have different layers of their own. Train them one after the other, with a data.yaml "
+                "for each."
             )
         return old_graft(source, level_groups(source)[found[0]])
 

@@ -20,7 +20,8 @@ from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses
 from yolo_fewshot.nn.ignore import IGNORED
 from yolo_fewshot.paths import cfg_dir
 from yolo_fewshot.train import adaptation as module
-from yolo_fewshot.train.adaptation import blend_for, freeze_for, steps_for, support_ap50
+from yolo_fewshot.train.adaptation import blend_for, freeze_for, support_ap50
+from yolo_fewshot.train.shots import steps_for
 
 ROWS = ("weight", "gain", "offset")  # tensors of a bank with a row for each class
 NEW = tuple(reversed(NOVEL))  # the order in which the shots of these tests number the novel classes

@@ -11,9 +11,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from ultralytics import YOLO
 from ultralytics.utils import YAML
 
-from yolo_fewshot.train.adaptation import steps_for
+from yolo_fewshot.train.shots import steps_for
 
 HERE = Path(__file__).parent
 QUICK = {
@@ -185,6 +186,19 @@ def test_stage_three_trains_and_resumes_in_two_processes(root, stage1):
     assert [*start.names.values()] == [*end.names.values()] == names
     assert [*start.enrolled] == [*end.enrolled] == names[4:]
     assert (root / "stage3/support_check.png").exists()
+
+
+def test_grafting_trains_and_resumes_in_two_processes(root):
+    """It starts from what the model holds in memory, class names that no file has."""
+    YOLO(root / "stock11n.yaml").save(root / "stock.pt")
+    settings = {"cfg": "stage3.yaml", "data": str(root / "shots.yaml"), "steps": 4, "val": True}
+    more = "yolo.model.names = {i: f'old{i}' for i in range(80)}"
+    ends, rows = train_twice(root, root / "stock.pt", "graft", more, **settings)
+    assert [x["steps"] for x in ends] == [2, 2] and all(x["train/steps"] == 2 for x in rows)
+    model = torch.load(root / "graft/weights/best.pt", weights_only=False)["model"]
+    names = YAML.load(root / "shots.yaml")["names"]
+    assert list(model.names.values()) == [*(f"old{i}" for i in range(80)), *names]
+    assert model.model[-1].nl == 6 and list(model.enrolled) == names
 
 
 def test_steps_of_stage_three_do_not_grow_with_the_processes():

@@ -99,7 +99,7 @@ def benchmark(**kwargs: Any) -> None:
     """
     from yolo_fewshot.evaluate.benchmark import benchmark
 
-    benchmark(**_as_text(kwargs, {"data", "model", "stock", "stage1", "base_val", "out"}))
+    benchmark(**_as_text(kwargs, {"data", "model", "stock", "stage1", "base_val", "published", "out"}))
 
 
 COMMANDS = {
@@ -112,6 +112,7 @@ COMMANDS = {
         },
         {
             "base_val": "data.yaml whose val split shows classes of model=, to measure what it forgets",
+            "published": "CSV of others' results, method,shots,ap,params_m,source, for a plot of AP by parameters",
             "stock": "stock detector to fine-tune (model=, folded if it is few-shot)",
             "stage1": "few-shot checkpoint before stage 2, for the ablations",
             "shots": "numbers of shots (1,3,5,10)",

@@ -352,6 +352,7 @@ def test_further_arguments_reach_the_runs_that_accept_them():
         ({"base_replay": "a.yaml", "seed": 1}, ValueError, r"^base_replay=, seed= cannot be set"),
         ({"data": "none"}, FileNotFoundError, r"data\.yaml does not exist"),
         ({"base_val": "none.yaml"}, FileNotFoundError, r"^base_val=.*none\.yaml does not exist"),
+        ({"published": "none.csv"}, FileNotFoundError, r"^published=none\.csv does not exist"),
         ({"graft": "neck"}, ValueError, r"^graft= cannot be set"),
     ],
 )
@@ -406,6 +407,7 @@ def test_the_command_takes_all_keys_that_it_lists(monkeypatch):
         "stock=3",
         "stage1=4",
         "base_val=6",
+        "published=7",
         "out=5",
         "shots=1,3",
         "seeds=2",

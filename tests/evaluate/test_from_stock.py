@@ -312,9 +312,12 @@ def test_what_is_left_is_said(stock, far, tmp_path, monkeypatch, caplog):
     assert re.search(r"Benchmark: 1 rows done, 1 to do, about \d+ s; now fit, 1 shots, seed 0", caplog.text)
     rows = {("mean", 1, 0): {"wall": 10.0}, ("mean", 1, 1): {"wall": 20.0}, ("fit", 1, 0): {"wall": 45.0}}
     tasks = [(m, 1, s) for s in range(4) for m in ("mean", "fit", "auto")]
-    # Two of mean, three of fit, and four of auto, which take the average of the others.
-    left = 2 * 15 + 3 * 45 + 4 * 30
-    assert module._progress(rows, tasks) == f"3 rows done, 9 to do, about {left / 60:.0f} min"
+    unknown = "and 4 rows of methods without a time yet"
+    assert module._progress(rows, tasks) == f"3 rows done, 9 to do, about {(2 * 15 + 3 * 45) / 60:.0f} min {unknown}"
+    assert module._progress(rows, tasks[:4]) == "3 rows done, 1 to do"
+    assert (
+        module._progress(rows | {("auto", 1, 0): {"wall": 7200.0}}, tasks[-1:]) == "0 rows done, 1 to do, about 2.0 h"
+    )
 
 
 def test_a_missing_faster_coco_eval_is_one_warning(stock, far, tmp_path, monkeypatch, caplog):

@@ -29,6 +29,7 @@ from yolo_fewshot.evaluate.plan import (
     find_shots,
     read_data,
 )
+from yolo_fewshot.evaluate.published import read_published
 from yolo_fewshot.evaluate.report import FILES, START, Row, Rows, add_row, read_rows, report
 
 
@@ -38,6 +39,7 @@ def benchmark(
     stock: str | Path | None = None,
     stage1: str | Path | None = None,
     base_val: str | Path | None = None,
+    published: str | Path | None = None,
     shots: str | int | Iterable[int] = (1, 3, 5, 10),
     seeds: int = 3,
     methods: str | Iterable[str] | None = None,
@@ -61,6 +63,8 @@ def benchmark(
         stage1 (str | Path, optional): Few-shot checkpoint before stage 2, from which the ablations start.
         base_val (str | Path, optional): data.yaml whose val split shows classes of `model`, which are matched by name.
             Together with the novel queries these are the images of the mixed protocol.
+        published (str | Path, optional): CSV file of results of others, with the columns method, shots, ap (in %),
+            params_m (in millions) and source, for a table and a plot of AP against parameters.
         shots (str | int | Iterable[int]): Numbers of shots.
         seeds (int): Number of draws.
         methods (str | Iterable[str], optional): Some of `yolo_fewshot.evaluate.methods.METHODS`; those that fit model
@@ -71,7 +75,8 @@ def benchmark(
             `lr0`, `lrf`, `patience` and `val` go to the stage 2 of ablations alone.
 
     Returns:
-        (Path): The folder with `rows.csv`, `benchmark.json`, `results.md` and `results.png`.
+        (Path): The folder with `rows.csv`, `benchmark.json`, `results.md`, `results.png` and, with `published`,
+            `published.png`.
 
     Raises:
         FileNotFoundError: If a file or a draw of shots does not exist.
@@ -90,6 +95,9 @@ def benchmark(
     if type(seeds) is not int or seeds < 1:
         raise ValueError(f"'seeds={seeds}' is an invalid value. It must be an int of at least 1, the number of draws.")
     check_settings(settings)
+    others = read_published(published) if published is not None else []
+    if others and not coco.available():
+        raise ValueError(f"published= is compared with COCO AP. {coco.INSTALL}")
     few_shot, names = check_models(files)
     read = read_data(folder, base_val, names)
     chosen = chosen or default_methods(few_shot, read.base_yaml is not None)
@@ -106,10 +114,24 @@ def benchmark(
         LOGGER.warning(coco.INSTALL)
     target.mkdir(parents=True, exist_ok=True)
     provenance.write(target, record)
-    draws = [{key: describe(read, target, *sources) for key, sources in x.items()} for x in (found, balanced)]
-    checkpoints = files["model"], few_shot, files.get("stock"), files.get("stage1")
-    _do_missing(Plan(read, target, *checkpoints, *draws, tuple(chosen), settings, save), record)
-    report(target, record, len(read.novel))
+    drawn, drawn_of_all = (
+        {key: describe(read, target, *sources) for key, sources in x.items()} for x in (found, balanced)
+    )
+    plan = Plan(
+        data=read,
+        out=target,
+        model=files["model"],
+        few_shot=few_shot,
+        stock=files.get("stock"),
+        stage1=files.get("stage1"),
+        shots=drawn,
+        balanced=drawn_of_all,
+        methods=tuple(chosen),
+        settings=settings,
+        save=save,
+    )
+    _do_missing(plan, record)
+    report(target, record, len(read.novel), others)
     LOGGER.info(f"Results saved to {target}")
     return target
 
@@ -157,17 +179,17 @@ def _do_missing(plan: Plan, record: dict[str, Any]) -> None:
 
 
 def _progress(rows: Rows, tasks: list[tuple[str, int, int]]) -> str:
-    """Say how many rows are done and to do, and how long those take, as long as those of the same method on average."""
+    """Say how many rows are done and to do, and how long these take by the mean of their methods so far."""
     left = [x for x in tasks if x not in rows]
-    text = f"{len(tasks) - len(left)} rows done, {len(left)} to do"
     past: dict[str, list[float]] = {}
     for (method, _, _), row in rows.items():
         past.setdefault(method, []).append(row["wall"])
-    means = {m: float(np.nanmean(x)) for m, x in past.items() if m != START}
-    if not means:
+    text = f"{len(tasks) - len(left)} rows done, {len(left)} to do"
+    timed = [float(np.mean(past[m])) for m, _, _ in left if m in past]
+    if not timed:
         return text
-    seconds = sum(means.get(m, float(np.mean(list(means.values())))) for m, _, _ in left if m != START)
-    return f"{text}, about {_duration(seconds)}"
+    rest = f" and {len(left) - len(timed)} rows of methods without a time yet" if len(timed) < len(left) else ""
+    return f"{text}, about {_duration(sum(timed))}{rest}"
 
 
 def _duration(seconds: float) -> str:

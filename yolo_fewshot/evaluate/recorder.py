@@ -88,9 +88,11 @@ class Recorder(MatchesByName, DetectionValidator):
         result = super()._process_batch(preds, batch)
         boxes = ops.scale_boxes(batch["imgsz"], batch["bboxes"].clone(), batch["ori_shape"], batch["ratio_pad"])
         found = self.scale_preds(preds, batch)["bboxes"]
-        arrays = [x.float().cpu().numpy() for x in (boxes, batch["cls"], found, preds["cls"], preds["conf"])]
-        arrays[1], arrays[3] = (arrays[i].astype(int) for i in (1, 3))
-        self.images.append(Recorded(batch["im_file"], tuple(batch["ori_shape"]), *arrays, result["tp"]))
+        boxes, classes, found, found_classes, scores = (
+            x.float().cpu().numpy() for x in (boxes, batch["cls"], found, preds["cls"], preds["conf"])
+        )
+        of = classes.astype(int), found, found_classes.astype(int), scores
+        self.images.append(Recorded(batch["im_file"], tuple(batch["ori_shape"]), boxes, *of, hits=result["tp"]))
         return result
 
     def print_results(self) -> None:

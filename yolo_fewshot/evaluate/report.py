@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ultralytics.utils import LOGGER, plt_settings
 
 from yolo_fewshot.evaluate.leakage import LEAKAGE
 from yolo_fewshot.evaluate.methods import is_stock
+from yolo_fewshot.evaluate.published import Result, format_published, plot_published
 from yolo_fewshot.files import AtomicPath
 
 BASELINE = "best stock"  # of both and all `freeze`, by the main metric of the protocol
@@ -181,13 +182,14 @@ def _text(figures: tuple[float, float | None], sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
-def report(out: Path, record: dict[str, Any], novel: int) -> None:
+def report(out: Path, record: dict[str, Any], novel: int, published: Sequence[Result] = ()) -> None:
     """Write and log the tables, and draw the plot.
 
     Args:
         out (Path): Folder of the results.
         record (dict[str, Any]): Arguments and environment of the run, as in benchmark.json.
         novel (int): Number of novel classes.
+        published (Sequence[Result]): Results of others.
     """
     counts, seeds, methods = record["shots"], record["seeds"], record["methods"]
     read, tables = read_rows(out / "rows.csv"), {}
@@ -203,6 +205,9 @@ def report(out: Path, record: dict[str, Any], novel: int) -> None:
             before = [f"{_title(c)} {_text((start[c], None))}" for c in ("GFSOD_bAP50", "GFSOD_bAP")]
             lines += [f"Before learning: {', '.join(before)}.", ""]
         lines += [*format_table(kind, tables[kind], listed, counts, seeds, best), ""]
+    if published:
+        lines += ["## Published", "", *format_published(published), ""]
+        plot_published(_own_results(tables["FSOD"], methods, counts, seeds), published, out / "published.png")
     lines += [NOTES, ""]
     if seeds > 1:
         lines += ["Means over the seeds, ± the half-width of the 95 % Student-t interval; differences are paired.", ""]
@@ -212,6 +217,15 @@ def report(out: Path, record: dict[str, Any], novel: int) -> None:
     LOGGER.info("\n" + "\n".join(lines))
     shown = [m for m in listed if not is_stock(m)]
     _plot(tables, shown, counts, seeds, leakage.strip(), out / "results.png")
+
+
+def _own_results(rows: Rows, methods: list[str], counts: list[int], seeds: int) -> list[Result]:
+    """Return the COCO AP of each method and number of shots in %."""
+    results = []
+    for k, m in product(counts, methods):
+        mean, half = interval(100 * rows[m, k, s]["FSOD_cAP"] for s in range(seeds))
+        results.append(Result(m, k, mean, rows[m, k, 0]["params"], "", half))
+    return results
 
 
 @plt_settings()

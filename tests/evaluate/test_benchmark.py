@@ -421,6 +421,7 @@ def test_the_command_takes_all_keys_that_it_lists(monkeypatch):
         "stock": "3",
         "stage1": "4",
         "base_val": "6",
+        "published": "7",
         "out": "5",
         "methods": "stock,mean",
     }

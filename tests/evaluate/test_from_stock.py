@@ -309,7 +309,7 @@ def test_what_is_left_is_said(stock, far, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "_run_method", lambda *_: {"FSOD_nAP50": 0.5})
     benchmark(far, stock, methods="mean,fit", out=tmp_path, **QUICK)
     assert "Benchmark: 0 rows done, 2 to do; now mean, 1 shots, seed 0" in caplog.text
-    assert re.search(r"Benchmark: 1 rows done, 1 to do, about \d+ s; now fit, 1 shots, seed 0", caplog.text)
+    assert "Benchmark: 1 rows done, 1 to do; now fit, 1 shots, seed 0" in caplog.text
     rows = {("mean", 1, 0): {"wall": 10.0}, ("mean", 1, 1): {"wall": 20.0}, ("fit", 1, 0): {"wall": 45.0}}
     tasks = [(m, 1, s) for s in range(4) for m in ("mean", "fit", "auto")]
     unknown = "and 4 rows of methods without a time yet"

@@ -17,7 +17,7 @@ from ultralytics.cfg import get_cfg, merge_equals_args, parse_key_value_pair
 from ultralytics.utils import DEFAULT_CFG_DICT, ROOT, YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO, args, cli
-from yolo_fewshot.evaluate import benchmark
+from yolo_fewshot.evaluate import learn
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "examples").glob("*.md"))]
@@ -111,8 +111,8 @@ def run(words, folder):
 
 
 def test_every_command_of_the_readme_runs(folder, large_data, monkeypatch):
-    monkeypatch.setattr(benchmark, "MIN_STEPS", 1)
-    monkeypatch.setattr(benchmark, "MIN_EPOCHS", 1)
+    monkeypatch.setattr(learn, "MIN_STEPS", 1)
+    monkeypatch.setattr(learn, "MIN_EPOCHS", 1)
     monkeypatch.setattr(sys, "argv", ["yolo"])
     listed = commands(PROJECT / "README.md")
     assert len(listed) > 15

@@ -99,27 +99,33 @@ def benchmark(**kwargs: Any) -> None:
     """
     from yolo_fewshot.evaluate.benchmark import benchmark
 
-    benchmark(**_as_text(kwargs, {"data", "model", "stock", "stage1", "out"}))
+    benchmark(**_as_text(kwargs, {"data", "model", "stock", "stage1", "base_val", "published", "out"}))
 
 
 COMMANDS = {
     "benchmark": Command(
         benchmark,
         "measure stock fine-tuning, enrollment, adaptation and ablations with K shots, over several draws",
-        {"data": "folder that yolo-fewshot split wrote", "model": "few-shot checkpoint after stage 2, i.e. best.pt"},
         {
-            "stock": "stock detector trained on base.yaml (model=, folded)",
+            "data": "folder that yolo-fewshot split wrote, or one with data.yaml and novel_{K}shot_seed{S} alone",
+            "model": "checkpoint to start from, i.e. yolo11n.pt, or the best.pt of stage 2",
+        },
+        {
+            "base_val": "data.yaml whose val split shows classes of model=, to measure what it forgets",
+            "published": "CSV of others' results, method,shots,ap,params_m,source, for a plot of AP by parameters",
+            "stock": "stock detector to fine-tune (model=, folded if it is few-shot)",
             "stage1": "few-shot checkpoint before stage 2, for the ablations",
             "shots": "numbers of shots (1,3,5,10)",
             "seeds": "number of draws (3)",
-            "methods": "some of stock,stock_all,mean,fit,auto,adapt,replay,adapt_full,adapt_all (these), "
+            "methods": "some of stock,mean,fit,auto,graft-head,graft-neck,graft-all (these if model= is stock), "
+            "stock_all,adapt,replay,adapt_full,adapt_all (these and enrollment if it is few-shot), "
             "no_episodes,full,minus_supcon,minus_cpe,minus_triplet,minus_contrast,two_way; "
             "stock-0 is stock with freeze=0 only",
             "out": "folder to write or to continue (benchmark)",
             "save": "keep the training runs (False)",
             "KEY": "any other argument of yolo train, i.e. imgsz=160 fliplr=0 device=0",
         },
-        "yolo-fewshot benchmark data=voc1 model=best.pt stock=stock.pt shots=1,5 out=voc1-results",
+        "yolo-fewshot benchmark data=steel model=yolo11n.pt methods=stock,auto shots=1,5 base_val=coco.yaml out=steel1",
     ),
     "doctor": Command(
         doctor,

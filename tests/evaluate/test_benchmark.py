@@ -12,8 +12,12 @@ from ultralytics.utils import YAML
 from yolo_fewshot import FewShotYOLO, __version__, cli
 from yolo_fewshot.data.demo import BASE, NOVEL
 from yolo_fewshot.evaluate import benchmark as module
-from yolo_fewshot.evaluate.benchmark import FREEZES, METHODS, benchmark
-from yolo_fewshot.evaluate.report import BASELINE, COLUMNS, FIGURES, read_rows
+from yolo_fewshot.evaluate import learn as learning
+from yolo_fewshot.evaluate.benchmark import benchmark
+from yolo_fewshot.evaluate.leakage import leakage
+from yolo_fewshot.evaluate.meter import Meter
+from yolo_fewshot.evaluate.methods import FREEZES, METHODS
+from yolo_fewshot.evaluate.report import BASELINE, COLUMNS, FIGURES, NUMBERS, START, read_rows
 
 QUICK = {"imgsz": 96, "workers": 0, "shots": 1}
 NAMES = [*BASE, *NOVEL]
@@ -53,6 +57,7 @@ def asked(monkeypatch):
         return {f: x + i / 1000 for i, f in enumerate(figures)} | {"seconds": 1.5}
 
     monkeypatch.setattr(module, "_run_method", run_method)
+    monkeypatch.setattr(module, "_run_start", lambda _: {"GFSOD_bAP50": 0.75, "GFSOD_bAP": 0.5})
     return calls
 
 
@@ -61,12 +66,19 @@ def model(trained):
     return trained[1].best
 
 
+def meter_of(seconds):
+    """A meter that has measured."""
+    meter = Meter()
+    meter.seconds, meter.ram, meter.gpu = seconds, 9.0, float("nan")
+    return meter
+
+
 # End to end
 
 
 def test_stock_enrollment_and_adaptation_end_to_end(data, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MIN_STEPS", 1)
-    monkeypatch.setattr(module, "MIN_EPOCHS", 1)
+    monkeypatch.setattr(learning, "MIN_STEPS", 1)
+    monkeypatch.setattr(learning, "MIN_EPOCHS", 1)
     seen, train = [], YOLO.train
     monkeypatch.setattr(
         YOLO, "train", lambda self, **kwargs: seen.append((type(self), kwargs)) or train(self, **kwargs)
@@ -76,10 +88,14 @@ def test_stock_enrollment_and_adaptation_end_to_end(data, model, tmp_path, monke
     with open(out / "rows.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     methods = ["stock-0", "stock-10", "stock-22", "mean", "adapt"]
-    assert [(x["method"], x["seed"]) for x in rows] == [(m, s) for s in "01" for m in methods]
+    assert [(x["method"], x["seed"]) for x in rows] == [(START, "0"), *((m, s) for s in "01" for m in methods)]
+    start = rows.pop(0)
+    assert 0.1 < float(start["GFSOD_bAP50"]) <= 1 and start["FSOD_nAP50"] == start["GFSOD_nAP50"] == ""
     for x in rows:
         assert tuple(x) == COLUMNS and x["stock"] == "folded" and x["stage1"] == "" and x["version"] == __version__
-        assert len(x["model"]) == 12 and 0 < float(x["seconds"]) < 100
+        assert len(x["model"]) == 12 and 0 < float(x["seconds"]) < float(x["wall"]) < 100
+        assert 0 < float(x["ms"]) < 1000 and 50 < float(x["ram"]) < 1e5 and x["gpu"] == ""
+        assert 0 <= float(x["GFSOD_alarms"]) < 1000
         for suffix in ("50", ""):
             b, n, hm = (float(x[f"GFSOD_{k}{suffix}"]) for k in ("bAP", "nAP", "HM"))
             assert hm == pytest.approx(2 * b * n / (b + n) if b and n else 0, abs=2e-6)
@@ -98,9 +114,10 @@ def test_stock_enrollment_and_adaptation_end_to_end(data, model, tmp_path, monke
     # The figures are those of a model that is enrolled by hand.
     yolo = FewShotYOLO(model)
     yolo.enroll(out / "novel_1shot_seed1.yaml", imgsz=96, method="mean")
-    found = yolo.val(data=str(data / "data.yaml"), imgsz=96, workers=0, batch=32, plots=False).box
-    novel = [a for c, a in zip(found.ap_class_index, found.ap50) if yolo.names[c] in NOVEL]
-    assert float(enrolled[1]["GFSOD_nAP50"]) == pytest.approx(sum(novel) / len(novel), abs=5e-3)
+    groups = yolo.val(data=str(data / "data.yaml"), imgsz=96, workers=0, batch=1, plots=False).groups
+    for name in ("base", "novel"):
+        assert float(enrolled[1][f"GFSOD_{name[0]}AP50"]) == pytest.approx(groups[name]["mAP50"], abs=1e-5)
+        assert float(enrolled[1][f"GFSOD_{name[0]}AP"]) == pytest.approx(groups[name]["mAP50-95"], abs=1e-5)
 
 
 def test_ablations_end_to_end(data, model, trained, tmp_path, monkeypatch):
@@ -109,28 +126,28 @@ def test_ablations_end_to_end(data, model, trained, tmp_path, monkeypatch):
     keys = {**QUICK, "epochs": 1, "episodes": 2, "val": False, "save": True, "shots": (1, 5), "seeds": 1}
     out = benchmark(data, model, stage1=trained[0].best, methods=["minus_cpe"], out=tmp_path / "out", **keys)
     assert len(seen) == 1 and seen[0]["cpe"] == 0 and seen[0]["episodes"] == 2 and "n_way" not in seen[0]
-    assert list(read_rows(out / "rows.csv")) == [("minus_cpe", 1, 0), ("minus_cpe", 5, 0)]
-    kept = {"minus_cpe_seed0", "minus_cpe_seed0.pt", "minus_cpe_1shot_seed0", "minus_cpe_5shot_seed0"}
+    assert list(read_rows(out / "rows.csv")) == [(START, 0, 0), ("minus_cpe", 1, 0), ("minus_cpe", 5, 0)]
+    kept = {START, "minus_cpe_seed0", "minus_cpe_seed0.pt", "minus_cpe_1shot_seed0", "minus_cpe_5shot_seed0"}
     assert {x.name for x in (out / "runs").iterdir()} == kept
     assert YOLO(out / "runs" / "minus_cpe_seed0.pt").ckpt["train_args"]["cpe"] == 0
 
 
 def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatch):
     enrolled, runs = [], []
-    means = {"base": [0.5, 0.4], "novel": [0.25, 0.1]}
 
     def enroll(plan, folder, start, shots, method):
         enrolled.append((start.name, method, shots.name))
-        return start, 1.0
+        return learning.Learned(start, meter_of(1.0))
 
     def train(start, folder, **keys):
         folder.mkdir(parents=True)
         runs.append((start.name, Path(keys.pop("cfg")).name, Path(keys.pop("data")).name, keys))
-        return SimpleNamespace(last=start, best=start), 1.0
+        return SimpleNamespace(last=start, best=start), meter_of(1.0)
 
-    monkeypatch.setattr(module, "_enroll", enroll)
-    monkeypatch.setattr(module, "_train", train)
-    monkeypatch.setattr(module, "_measure", lambda *_: means)
+    monkeypatch.setattr(learning, "_enroll", enroll)
+    monkeypatch.setattr(learning, "_train", train)
+    monkeypatch.setattr(module, "measure", lambda *_: {"FSOD_nAP50": 0.25, "GFSOD_HM": 1 / 3})
+    monkeypatch.setattr(module, "measure_start", lambda *_: {"GFSOD_bAP50": 0.5})
     keys = {**QUICK, "shots": (1, 5), "seeds": 1, "out": tmp_path / "out", "episodes": 9, "steps": 7, "supcon": 2.0}
     shutil.copy(trained[0].best, tmp_path / "stage1.pt")
     shutil.copy(model, tmp_path / "model.pt")
@@ -156,7 +173,9 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
     ]
     assert enrolled == [(*x, y) for x in [*expected, ("model.pt", "fit")] for y in (first, second)]
     row = read_rows(tmp_path / "out" / "rows.csv")["fit", 5, 0]
-    assert [row[c] for c in COLUMNS[3:12]] == [0.25, 0.1, 0.5, 0.25, 0.333333, 0.4, 0.1, 0.16, 1.0]
+    assert {c: row[c] for c in NUMBERS if row[c] == row[c] and c != "wall"} == {
+        **{"FSOD_nAP50": 0.25, "GFSOD_HM": 0.333333, "seconds": 1.0, "ram": 9.0}
+    }
     assert not (tmp_path / "out" / "runs").exists()
     runs.clear()
     benchmark(data, tmp_path / "model.pt", methods="adapt_all", **{**keys, "shots": (1,), "out": tmp_path / "all"})
@@ -168,19 +187,19 @@ def test_methods_of_all_classes_see_shots_of_them_and_are_measured_as_the_others
 
     def fine_tune(plan, folder, shots, freeze, seed):
         trained.append((shots.name, freeze, seed))
-        return model, 1.0
+        return learning.Learned(model, meter_of(1.0))
 
     def train(start, folder, **keys):
         trained.append((Path(keys["data"]).name, Path(keys["cfg"]).name, keys["seed"]))
-        return SimpleNamespace(last=model), 1.0
+        return SimpleNamespace(last=model), meter_of(1.0)
 
-    monkeypatch.setattr(module, "_fine_tune", fine_tune)
-    monkeypatch.setattr(module, "_train", train)
-    means = {"base": [0.5, 0.4], "novel": [0.25, 0.1]}
-    monkeypatch.setattr(module, "_measure", lambda plan, folder, file, of: measured.append(of.name) or means)
+    monkeypatch.setattr(learning, "_fine_tune", fine_tune)
+    monkeypatch.setattr(learning, "_train", train)
+    monkeypatch.setattr(module, "measure", lambda plan, file, queries, folder: measured.append(queries.name) or {})
+    monkeypatch.setattr(module, "measure_start", lambda *_: {})
     benchmark(data, model, methods="stock_all-0,stock_all-22,stock_all-0,adapt_all", seeds=2, out=tmp_path, **QUICK)
     assert trained == [(f"all_1shot_seed{s}.yaml", f, s) for s in range(2) for f in (0, 22, "stage3.yaml")]
-    assert measured == [x for s in range(2) for _ in range(3) for x in (f"novel_1shot_seed{s}.yaml", "data.yaml")]
+    assert measured == [f"novel_1shot_seed{s}.yaml" for s in range(2) for _ in range(3)]
     with pytest.raises(
         FileNotFoundError, match=r"has no all_5shot_seed0\.yaml\. It has all_1shot_seed0, all_1shot_seed1:"
     ):
@@ -271,7 +290,7 @@ def test_leakage_is_in_the_title(data, model, tmp_path, asked, caplog):
     titles = re.findall("^## .*$", (out / "results.md").read_text(), re.M)
     assert all(x.endswith("1 seed. LEAKAGE: the starting checkpoint was trained on flag, hash") for x in titles)
     (tmp_path / "pretrained.pt").unlink()
-    assert module._leakage([tmp_path / "stock.pt"], NOVEL) == []
+    assert leakage([tmp_path / "stock.pt"], NOVEL) == [] and "audit lacks pretrained.pt" in caplog.text
 
 
 # Length of the stock fine-tuning, and where further arguments go
@@ -281,7 +300,7 @@ def test_leakage_is_in_the_title(data, model, tmp_path, asked, caplog):
     "images, batch, epochs", [(1, 16, 300), (12, 16, 300), (17, 16, 150), (100, 16, 60), (12, 8, 300), (3, 1, 1600)]
 )
 def test_the_stock_fine_tuning_takes_enough_steps(images, batch, epochs):
-    assert module._epochs_for(images, batch) == epochs
+    assert learning.epochs_for(images, batch) == epochs
 
 
 def test_further_arguments_reach_the_runs_that_accept_them():
@@ -290,13 +309,13 @@ def test_further_arguments_reach_the_runs_that_accept_them():
         **{"doctor": 0, "val": True, "iou": 0.6, "blend": 0.3, "grad_clip": 1.0},
     }
     of = {
-        what: module._settings_for(what, given).keys() - {"plots", "verbose"} for what in ("stock", "stage2", "stage3")
+        what: learning.settings_for(what, given).keys() - {"plots", "verbose"} for what in ("stock", "stage2", "stage3")
     }
     common = {"imgsz", "fliplr", "iou"}
     assert of["stock"] == common | {"batch"}
     assert of["stage2"] == common | {"n_way", "epochs", "episodes", "lr0", "doctor", "val", "grad_clip"}
     assert of["stage3"] == common | {"batch", "steps", "doctor", "blend", "grad_clip"}
-    assert module._settings_for("val", given) == {"imgsz": 96, "iou": 0.6}
+    assert learning.settings_for("val", given) == {"imgsz": 96, "iou": 0.6}
 
 
 # Errors
@@ -331,7 +350,10 @@ def test_further_arguments_reach_the_runs_that_accept_them():
         ({"steps": 0}, ValueError, "'steps=0' is an invalid value"),
         ({"batch": -1}, ValueError, "'batch=-1' is an invalid value"),
         ({"base_replay": "a.yaml", "seed": 1}, ValueError, r"^base_replay=, seed= cannot be set"),
-        ({"data": "none"}, FileNotFoundError, r"base\.yaml does not exist"),
+        ({"data": "none"}, FileNotFoundError, r"data\.yaml does not exist"),
+        ({"base_val": "none.yaml"}, FileNotFoundError, r"^base_val=.*none\.yaml does not exist"),
+        ({"published": "none.csv"}, FileNotFoundError, r"^published=none\.csv does not exist"),
+        ({"graft": "neck"}, ValueError, r"^graft= cannot be set"),
     ],
 )
 def test_everything_is_checked_first(data, model, tmp_path, asked, change, error, text):
@@ -344,8 +366,6 @@ def test_everything_is_checked_first(data, model, tmp_path, asked, change, error
 def test_models_of_the_wrong_kind(data, model, tmp_path, asked):
     YOLO("yolo11n.yaml").save(tmp_path / "plain.pt")
     keys = {**QUICK, "methods": "mean", "seeds": 2, "out": tmp_path / "out"}
-    with pytest.raises(TypeError, match=r"plain\.pt' has no few-shot head, which yolo-fewshot benchmark needs"):
-        benchmark(data, tmp_path / "plain.pt", **keys)
     with pytest.raises(TypeError, match=r"plain\.pt' has no few-shot head"):
         benchmark(data, model, stage1=tmp_path / "plain.pt", **keys)
     with pytest.raises(TypeError, match="must be a stock detector"):
@@ -386,6 +406,8 @@ def test_the_command_takes_all_keys_that_it_lists(monkeypatch):
         "model=2",
         "stock=3",
         "stage1=4",
+        "base_val=6",
+        "published=7",
         "out=5",
         "shots=1,3",
         "seeds=2",
@@ -393,7 +415,16 @@ def test_the_command_takes_all_keys_that_it_lists(monkeypatch):
         "save=True",
     ]
     cli.main(["benchmark", *argv, "imgsz=160", "fliplr=0", "device=0"])
-    texts = {"data": "1", "model": "2", "stock": "3", "stage1": "4", "out": "5", "methods": "stock,mean"}
+    texts = {
+        "data": "1",
+        "model": "2",
+        "stock": "3",
+        "stage1": "4",
+        "base_val": "6",
+        "published": "7",
+        "out": "5",
+        "methods": "stock,mean",
+    }
     assert seen == [{**texts, "shots": (1, 3), "seeds": 2, "save": True, "imgsz": 160, "fliplr": 0, "device": 0}]
     known = {**cli.COMMANDS["benchmark"].required, **cli.COMMANDS["benchmark"].optional}
     assert known.keys() - {"KEY"} == {*texts, "shots", "seeds", "save"}

@@ -159,8 +159,8 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
         *(("stage1.pt", "stage2.yaml", "base.yaml") for _ in range(3)),
     ]
     common = {"imgsz": 96, "workers": 0, "plots": False, "verbose": False, "seed": 0}
-    assert runs[0][3] == runs[1][3] == {**common, "steps": 7, "base_replay": str(data / "base.yaml")}
-    assert runs[2][3] == runs[3][3] == {**common, "steps": 7, "blend": 1.0}
+    assert runs[0][3] == runs[1][3] == {**common, "graft": "none", "steps": 7, "base_replay": str(data / "base.yaml")}
+    assert runs[2][3] == runs[3][3] == {**common, "graft": "none", "steps": 7, "blend": 1.0}
     ways = {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False}
     assert runs[4][3] == {**common, "episodes": 9, "supcon": 2.0}
     assert runs[5][3] == {**common, "episodes": 9, "supcon": 2.0, **ways}
@@ -179,7 +179,7 @@ def test_what_each_method_starts_from(data, model, trained, tmp_path, monkeypatc
     assert not (tmp_path / "out" / "runs").exists()
     runs.clear()
     benchmark(data, tmp_path / "model.pt", methods="adapt_all", **{**keys, "shots": (1,), "out": tmp_path / "all"})
-    assert runs == [("model.pt", "stage3.yaml", "all_1shot_seed0.yaml", {**common, "steps": 7})]
+    assert runs == [("model.pt", "stage3.yaml", "all_1shot_seed0.yaml", {**common, "graft": "none", "steps": 7})]
 
 
 def test_methods_of_all_classes_see_shots_of_them_and_are_measured_as_the_others(data, model, tmp_path, monkeypatch):

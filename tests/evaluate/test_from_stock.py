@@ -13,7 +13,6 @@ from ultralytics import YOLO
 from ultralytics.utils import YAML
 
 from yolo_fewshot import FewShotYOLO
-from yolo_fewshot import args as table
 from yolo_fewshot.data.demo import BASE, NOVEL
 from yolo_fewshot.evaluate import benchmark as module
 from yolo_fewshot.evaluate import coco, methods
@@ -217,7 +216,6 @@ def test_grafts_pass_their_part_and_keep_the_best_checkpoint(stock, far, tmp_pat
     assert measured == [(Path("best.pt"), far / "data.yaml")] * 3
 
 
-@pytest.mark.skipif("graft" not in table.KEYS, reason="training has no key graft= yet")
 def test_a_graft_end_to_end(stock, far, near, tmp_path):
     keys = {**QUICK, "methods": "graft-neck", "steps": 2, "base_val": near / "base.yaml"}
     out = benchmark(far, stock, out=tmp_path, **keys)

@@ -399,7 +399,7 @@ def test_the_built_in_data_sets(site, start, seen, monkeypatch):
     logged = []
     monkeypatch.setattr(LOGGER, "info", logged.append)
     assert len(trainer.get_dataloader(trainer.data["train"], 5, -1)) == 150
-    assert "300 steps on 12 support images and 0 base images" in logged[-1]
+    assert "300 steps on 12 support images and 0 other images" in logged[-1]
     assert sorted(set(loader.sampler)) == list(range(12))
     assert {int(c) for x in loader.dataset.labels for c in x["cls"].flat} == set(range(24, 32))
 

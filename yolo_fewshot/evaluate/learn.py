@@ -24,9 +24,6 @@ STOCK: dict[str, Any] = {
     "save": False,
 }  # fmt: skip
 MIN_STEPS, MIN_EPOCHS = 300, 60  # of the stock fine-tuning
-NO_GRAFT: dict[str, Any] = {
-    # "graft": "none",
-}  # of the methods that adapt a few-shot checkpoint
 STAGE2_ONLY = {"epochs", "episodes", "lr0", "lrf", "val", "patience"}
 VAL_KEYS = ("imgsz", "device", "workers", "max_det", "iou", "conf", "half")
 
@@ -65,7 +62,7 @@ def learn(plan: Plan, method: str, shots: int, seed: int, folder: Path) -> Learn
             "replay": {"base_replay": str(plan.data.base_yaml)},
             "adapt_full": {"blend": 1.0},
         }
-        own = {"graft": GRAFTS[method]} if method in GRAFTS else {**NO_GRAFT, **extra.get(method, {})}
+        own = {"graft": GRAFTS[method]} if method in GRAFTS else {"graft": "none", **extra.get(method, {})}
         keys = {**settings_for("stage3", plan.settings), **own}
         trainer, meter = _train(plan.model, folder, cfg=_recipe(3), data=str(train), seed=seed, **keys)
         return Learned(Path(trainer.best if method in GRAFTS else trainer.last), meter)

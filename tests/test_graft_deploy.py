@@ -131,8 +131,8 @@ def test_yolo_grafts_from_another_folder(folder, tmp_path):
         "workers=0",
     ]
     yolo = Path(sys.executable).with_name("yolo")
-    done = run([yolo, *command, f"imgsz={IMGSZ}", "plots=False", "project=runs", "name=x"], tmp_path)
+    done = run([yolo, *command, f"imgsz={IMGSZ}", "plots=False", f"project={tmp_path}", "name=x"], tmp_path)
     assert done.returncode == 0, done.stderr
     text = done.stdout + done.stderr
     assert "23 of 24 layers are shared with the model" in text and "2 steps on 12 support images" in text
-    assert len(YOLO(tmp_path / "runs/x/weights/best.pt").names) == len(BASE) + len(NOVEL)
+    assert len(YOLO(tmp_path / "x/weights/best.pt").names) == len(BASE) + len(NOVEL)

@@ -50,6 +50,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "Detect.one2one",
         "Detect.bias_init",
         "Detect.fuse",
+        "v10Detect",
     ),
     "ultralytics.nn.tasks": ("DetectionModel.init_criterion", "DetectionModel.load", "yaml_model_load"),
     "ultralytics.engine.model": (
@@ -327,10 +328,11 @@ def _allow_loading() -> None:
     import torch
 
     if hasattr(torch.serialization, "add_safe_globals"):
+        from yolo_fewshot.nn.graft import GraftModel
         from yolo_fewshot.nn.head import Embedding, FewShotDetect, Prototypes
         from yolo_fewshot.nn.model import FewShotDetectionModel
 
-        torch.serialization.add_safe_globals([FewShotDetectionModel, FewShotDetect, Embedding, Prototypes])
+        torch.serialization.add_safe_globals([FewShotDetectionModel, FewShotDetect, Embedding, GraftModel, Prototypes])
 
 
 _CHANGES: dict[str, Callable[[Any], None]] = {

@@ -239,6 +239,20 @@ def test_further_training_needs_shots_of_all_classes_of_the_layers(root, run):
         built(root, model=str(run.best), data=str(root / "reds.yaml"))
 
 
+def test_a_class_is_enrolled_into_a_grafted_model_and_forgotten(root, run):
+    crops = root / "crops/hat"
+    crops.mkdir(parents=True)
+    shutil.copy(root / "images/train/02.png", crops / "0.png")
+    yolo, before = FewShotYOLO(run.best), model_of(run.best).float()
+    yolo.enroll(root / "crops", imgsz=64)
+    assert list(yolo.names.values()) == [*before.names.values(), "hat"] and yolo.model.model[-1].nl == 6
+    assert_old_layers_are_those_of(before, yolo.model, 5)
+    yolo.forget("hat")
+    assert yolo.model.model[-1].nl == 6 and yolo.names == before.names
+    state = before.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in yolo.model.state_dict().items())
+
+
 # Data
 
 

@@ -41,7 +41,7 @@ from yolo_fewshot.enroll.methods import classifiers
 from yolo_fewshot.enroll.replay import add_replay
 from yolo_fewshot.enroll.thresholds import thresholds
 from yolo_fewshot.errors import no_rows
-from yolo_fewshot.nn.rows import class_rows, enrolled_classes
+from yolo_fewshot.nn.rows import ClassRows, class_rows, enrolled_classes
 from yolo_fewshot.studio.project import Box, LabeledImage, Project, display_name, iou
 from yolo_fewshot.yolo import FewShotYOLO
 
@@ -49,6 +49,7 @@ CONF = 0.25  # threshold of a class without a better one, as in Ultralytics
 CONF_MIN = 0.02  # of what is kept, so that a threshold can be lowered
 MAX_FOUND = 100  # in an image
 IOU_SAME = 0.5  # IoU from which two boxes are the same object
+REJECTED = 10.0  # weight of an anchor of what the user rejected; one of the background has 1
 IOU_SNAP = 0.6  # IoU from which a drawn box snaps to a proposal
 ANCHORS_PER_VIEW = 512  # background anchors to keep of a view of an image with labels
 STATISTICS = 32  # maximum number of images that the features are standardized with
@@ -79,11 +80,13 @@ class Scene(NamedTuple):
     Attributes:
         features (Features): All anchors of its first view.
         boxes (torch.Tensor): Their boxes in the predicting branch, corners in 0..1 of the image, (A, 4) float32.
+        rival (torch.Tensor): Largest score there of the detector's own classes, (A,) float32.
         statistics (tuple[str, ...]): Images that the features were standardized with.
     """
 
     features: Features
     boxes: torch.Tensor
+    rival: torch.Tensor
     statistics: tuple[str, ...]
 
     @property
@@ -204,8 +207,10 @@ class Studio:
         self.version = 0
         self._scenes: dict[str, Scene] = {}
         self._shots: dict[str, tuple[Any, Features]] = {}  # by image, with what they depend on
-        self._fresh: dict[str, tuple[Learned | None, tuple[str, ...]]] = {}  # what `found` of an image follows from
+        self._fresh: dict[str, tuple[int, tuple[str, ...]]] = {}  # what `found` of an image follows from
+        self._lesson = 0  # number of the last time of learning
         self._methods: dict[str, str] = {}
+        self._defaults: dict[str, float] = {}  # thresholds of classes of too few shots for a suggested one
         self._network = threading.RLock()  # guards the network and what is kept of it
         self._statistics: tuple[str, ...] = ()
 
@@ -362,14 +367,14 @@ class Studio:
     # What there is to see
 
     def threshold(self, name: str) -> float:
-        """Return the threshold of a learned class: the user's, the suggested one, or Ultralytics' default.
+        """Return the threshold of a learned class: the user's, the suggested one, or with few shots a guess.
 
         Args:
             name (str): Class name.
         """
         figures = self.figures.get(name)
-        suggested = CONF if figures is None or figures.suggested is None else figures.suggested
-        return self.project.conf.get(name, suggested)
+        suggested = None if figures is None else figures.suggested
+        return self.project.conf.get(name, self._defaults.get(name, CONF) if suggested is None else suggested)
 
     def shown(self, key: str, trained: bool = False) -> list[Found]:
         """Return the detections of the learned classes in an image, without those that the user has judged.
@@ -448,8 +453,9 @@ class Studio:
             (bool): Whether there are more.
         """
         with self._network:
-            self._standardize()
-            state = (self.learned, self._statistics)
+            if self._standardize() and self.learned is not None:
+                self.learn()  # what was learned is in the units of the old statistics
+            state = (self._lesson, self._statistics)
             todo = [k for k in list(self.project.images) if self._fresh.get(k) != state]
             for start in range(0, min(len(todo), n or len(todo)), CHUNK):
                 keys = [k for k in todo[start : start + CHUNK][:n] if k in self.project.images]
@@ -476,11 +482,13 @@ class Studio:
             else:
                 features, names, labels, _ = gathered
                 self.learned = self._fit(features, names, labels)
-            state = (self.learned, self._statistics)
+            self._lesson += 1
+            state = (self._lesson, self._statistics)
             for key, scene in list(self._scenes.items()):
                 if scene.statistics == self._statistics:
                     self.found[key] = self._detect(scene)
                     self._fresh[key] = state
+            self._defaults = self._as_sure_as_of_shots()
         self._changed()
 
     def assess(self) -> bool:
@@ -630,15 +638,21 @@ class Studio:
             raise ValueError("No model was trained yet.")
         return FewShotYOLO(self.trained_file)
 
-    def _standardize(self) -> None:
-        """Learn the statistics of the features from the first images, again when there are twice as many."""
+    def _standardize(self) -> bool:
+        """Learn the statistics of the features from the first images, again when there are twice as many.
+
+        Returns:
+            (bool): Whether they have changed.
+        """
         keys = list(self.project.images)
         if not (self.rows.per_level and keys):
-            return
+            return False
         sample = tuple(keys[: min(2 ** int(math.log2(len(keys))), STATISTICS)])
-        if sample != self._statistics:
+        changed = sample != self._statistics
+        if changed:
             standardize(self.rows, self._blank(sample), self.imgsz, CHUNK, [View()])
             self._statistics = sample
+        return changed
 
     def _support(self, images: Iterable[tuple[LabeledImage, Sequence[Box]]]) -> Support:
         """Return images and boxes as a support set, with a class of its own for each box of an image."""
@@ -670,9 +684,11 @@ class Studio:
         new = [k for k in keys if k not in self._scenes or self._scenes[k].statistics != self._statistics]
         scenes = {k: self._scenes[k] for k in keys if k not in new}
         if new:
-            seen = extract(self.rows, self._blank(new), self.imgsz, CHUNK, [View()], WHOLE, desc="Reading images")
+            rows: Any = _Watched(self.rows, [i for i, n in self.rows.model.names.items() if str(n) in self.own])
+            seen = extract(rows, self._blank(new), self.imgsz, CHUNK, [View()], WHOLE, desc="Reading images")
+            rivals = torch.cat(rows.best)
             for i, key in enumerate(new):
-                scenes[key] = scene = self._scene(seen, i, self.project.images[key])
+                scenes[key] = scene = self._scene(seen, i, rivals[i], self.project.images[key])
                 self._scenes.pop(key, None)
                 if sum(x.size for x in self._scenes.values()) + scene.size <= MAX_KEPT:
                     self._scenes[key] = scene
@@ -681,12 +697,12 @@ class Studio:
             self.known |= dict(zip(unknown, self._predict(self.yolo, unknown, set())))
         return scenes
 
-    def _scene(self, seen: Features, i: int, image: LabeledImage) -> Scene:
+    def _scene(self, seen: Features, i: int, rival: torch.Tensor, image: LabeledImage) -> Scene:
         """Return the i-th image of some features as a scene."""
         anchors = [select(a, a.image == i) for a in seen.anchors]
         anchors = [a._replace(image=torch.zeros_like(a.image)) for a in anchors]
         one = seen._replace(files=seen.files[i : i + 1], anchors=anchors)
-        return Scene(one, _in_image(anchors[0].boxes, image.size, self.imgsz), self._statistics)
+        return Scene(one, _in_image(anchors[0].boxes, image.size, self.imgsz), rival, self._statistics)
 
     def _predict(self, yolo: FewShotYOLO, keys: Sequence[str], new: set[str]) -> list[list[Found]]:
         """Return what a model finds in images; classes outside of `new` are its own."""
@@ -771,15 +787,25 @@ class Studio:
             [n for c, n in enumerate(names) if n not in self.own and not counts[c]],
         )
 
+    def _as_sure_as_of_shots(self) -> dict[str, float]:
+        """Return half the median confidence of the shots of every class, at most Ultralytics' default threshold."""
+        sure: dict[str, list[float]] = {}
+        for key, image in list(self.project.images.items()):
+            for box in list(image.boxes):
+                same = [x for x in self.found.get(key, []) if x.name == box.name]
+                same = [x for x in same if iou(x.xyxy, box.xyxy) >= IOU_SAME]
+                sure.setdefault(box.name, []).append(max((x.conf for x in same), default=0.0))
+        return {n: round(min(max(float(np.median(x)) / 2, 2 * CONF_MIN), CONF), 3) for n, x in sure.items()}
+
     def _detect(self, scene: Scene) -> list[Found]:
         """Find the learned classes in a scene."""
         learned = self.learned
         if learned is None or not learned.names:
             return []
         anchors, space = scene.features.anchors[0], self.rows.spaces()[0]
-        scores = space.logits(anchors.embeds, anchors.level, *learned.weights[0]).sigmoid()
-        a, c = (scores > CONF_MIN).nonzero(as_tuple=True)
-        conf, boxes = scores[a, c], scene.boxes[a]
+        scores, cls = space.logits(anchors.embeds, anchors.level, *learned.weights[0]).sigmoid().max(1)
+        a = ((scores > CONF_MIN) & (scores >= scene.rival)).nonzero()[:, 0]  # as in Ultralytics, the best class alone
+        conf, c, boxes = scores[a], cls[a], scene.boxes[a]
         if self.rows.branches[0]:  # the one-to-one branch has no double detections
             best = conf.argsort(descending=True)
         else:
@@ -787,6 +813,32 @@ class Studio:
         best = best[:MAX_FOUND]
         rows = zip(c[best].tolist(), conf[best].tolist(), boxes[best].tolist())
         return [Found(learned.names[i], p, tuple(b), False) for i, p, b in rows]
+
+
+class _Watched:
+    """Class rows of which all anchors are kept, and that note the largest score of some classes at every anchor.
+
+    Attributes:
+        best (list[torch.Tensor]): Of every batch in the predicting branch, (B, A).
+    """
+
+    anchors_per_view = float("inf")
+
+    def __init__(self, rows: ClassRows, classes: list[int]):
+        """Initialize the rows."""
+        self.best: list[torch.Tensor] = []
+        self._rows, self._classes = rows, classes
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the rows have."""
+        return getattr(self._rows, name)
+
+    def predict(self, img: torch.Tensor) -> list[dict[str, Any]]:
+        """Predict, see `ClassRows.predict`."""
+        predictions = self._rows.predict(img)
+        scores = predictions[0]["scores"][:, self._classes].float().sigmoid().cpu()
+        self.best.append(scores.amax(1) if self._classes else torch.zeros(len(scores), scores.shape[2]))
+        return predictions
 
 
 def _uncertainty(conf: float, threshold: float) -> float:
@@ -827,8 +879,9 @@ def _rejected(scene: Scene, image: LabeledImage) -> torch.Tensor:
 
 
 def _only(scene: Scene, chosen: torch.Tensor) -> Features:
-    """Return some anchors of a scene, as features of an image without objects."""
-    return scene.features._replace(anchors=[select(a, chosen) for a in scene.features.anchors])
+    """Return some anchors of a scene as hard negatives, i.e. features of an image without objects."""
+    anchors = [select(a, chosen) for a in scene.features.anchors]
+    return scene.features._replace(anchors=[a._replace(weight=torch.full_like(a.weight, REJECTED)) for a in anchors])
 
 
 def _join(parts: Sequence[Features]) -> Features:

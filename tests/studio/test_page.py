@@ -25,7 +25,7 @@ import pytest
 pytest.importorskip("nicegui", reason="the page needs NiceGUI: pip install 'yolo-fewshot[studio]'")
 webdriver = pytest.importorskip("selenium.webdriver", reason="the browser is driven by Selenium")
 
-from selenium.common.exceptions import StaleElementReferenceException, WebDriverException  # noqa: E402
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException, WebDriverException  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -87,13 +87,17 @@ class Browser:
         return self.all(css)[0]
 
     def until(self, condition, what="", timeout=WAIT):
-        ignored = (StaleElementReferenceException, IndexError)
-        wait = WebDriverWait(self.driver, timeout, 0.1, ignored_exceptions=ignored)
-        return wait.until(lambda _: condition(), f"waited for {what or condition}; the page says: {self.text[-500:]}")
+        """Wait for a condition, and return its value."""
+        wait = WebDriverWait(self.driver, timeout, 0.1, (StaleElementReferenceException, StopIteration))
+        try:
+            return wait.until(lambda _: condition())
+        except TimeoutException:
+            self.shoot("timeout")
+            pytest.fail(f"waited for {what or condition}; the page says: {self.text[-800:]} {self.errors()}")
 
     @property
     def text(self):
-        return self.one("body").text
+        return self.driver.find_element(By.TAG_NAME, "body").text
 
     def says(self, text):
         self.until(lambda: text in self.text, text)
@@ -103,14 +107,14 @@ class Browser:
         self.until(lambda: self.one('[role="status"]').text == "Saved", "Saved")
 
     def button(self, text):
-        return self.until(lambda: [b for b in self.all("button") if b.is_displayed() and text in b.text][0], text)
+        return self.until(lambda: next(b for b in self.all("button") if b.is_displayed() and text in b.text), text)
 
     def upload(self, *files):
         self.one("input[type=file]").send_keys("\n".join(map(str, files)))
 
     def open(self, key):
         self.one(f'.card[data-key="{key}"]').click()
-        self.until(lambda: key in self.all(".canvas img")[0].get_attribute("src"), f"image {key}")
+        self.until(lambda: key in self.one(".canvas img").get_attribute("src"), f"image {key}")
         self.until(
             lambda: self.driver.execute_script("return document.querySelector('.canvas img').naturalWidth > 0"), "image"
         )
@@ -235,18 +239,20 @@ def boxes_of(tmp_path, key, kind="boxes"):
     return next(x[kind] for x in session(tmp_path)["images"] if x["file"].startswith(key))
 
 
-def test_the_whole_way(browse, shots, studio, tmp_path):
+def test_the_whole_way(browse, shots, demo, tmp_path):
     """1. images, 2. a box, 3. what is found, 4. thresholds, 5. training, 6. saving; then it is opened again."""
     page = browse()
     page.says("Drop a few photos anywhere")
     page.shoot("1-start")
-    page.upload(*(f for f, _ in shots))
-    page.until(lambda: len([c for c in page.all(".card") if c.is_displayed()]) == len(shots), "cards")
+    (tmp_path / "old").mkdir()
+    old = [shutil.copy(demo / f"images/val/{i:04}.jpg", tmp_path / f"old/old{i}.jpg") for i in (6, 11)]
+    page.upload(*old, *(f for f, _ in shots))
+    page.until(lambda: len([c for c in page.all(".card") if c.is_displayed()]) == len(shots) + 2, "cards")
     page.settled()
     keys = keys_of(tmp_path)
     name = max((n for _, b in shots for n, _ in b), key=lambda n: sum(n == x for _, b in shots for x, _ in b))
     showing = [(f, dict(b)[name]) for f, b in shots if name in dict(b)]
-    page.open(keys[showing[0][0].name])
+    page.open(keys["old11.jpg"])
     page.until(lambda: page.all(".canvas rect.known"), "the detector's own classes")
     page.shoot("2-known")
 
@@ -269,7 +275,7 @@ def test_the_whole_way(browse, shots, studio, tmp_path):
 
     # A threshold below everything, so that there are detections to judge.
     slider = page.one(".cls .q-slider [tabindex]")
-    slider.send_keys(Keys.HOME)
+    slider.send_keys(Keys.ARROW_LEFT * 30)
     page.until(lambda: session(tmp_path)["conf"].get(name) == 0.01, "the threshold on disk")
     page.until(lambda: page.all(".card svg rect.found"), "detections in other images")
     key = page.until(
@@ -370,7 +376,7 @@ def test_a_name_is_asked_for_and_shown_as_it_is(browse, shots, tmp_path):
     page.draw(box)
     page.says("What is it?")
     name = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-    field = page.until(lambda: [x for x in page.all("input") if x.is_displayed() and x.get_attribute("autofocus")][0])
+    field = page.until(lambda: next(x for x in page.all("input") if x.is_displayed() and x.get_attribute("autofocus")))
     field.send_keys(name, Keys.ENTER)
     page.until(lambda: page.all(".canvas rect.label"), "the label")
     page.settled()

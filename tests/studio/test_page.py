@@ -132,8 +132,9 @@ class Browser:
         self.place(x2, y2).release().perform()
 
     def press(self, css):
-        """Click at a button that is drawn over the image, and return the title of its box."""
-        circle = self.one(f".canvas circle.{css}")
+        """Click at a button that is drawn over the image, the one on top."""
+        self.one(f".canvas circle.{css}")
+        circle = self.all(f".canvas circle.{css}")[-1]
         width, height = self.driver.execute_script(
             "const i = document.querySelector('.canvas img'); return [i.naturalWidth, i.naturalHeight]"
         )
@@ -295,8 +296,10 @@ def test_the_whole_way(browse, shots, demo, tmp_path):
     if page.all(".canvas circle.yes"):
         page.press("yes")
         page.until(lambda: boxes_of(tmp_path, key), "the new shot on disk")
+        page.until(lambda: page.all(".canvas rect.label"), "the new shot")
         page.press("remove")
-    page.settled()
+        page.until(lambda: not boxes_of(tmp_path, key), "the end of the new shot on disk")
+        page.settled()
     page.button("Suggested").click()
     page.until(lambda: name not in session(tmp_path)["conf"], "the suggested threshold")
 
@@ -323,7 +326,7 @@ def test_the_whole_way(browse, shots, demo, tmp_path):
     time.sleep(1)
     page.shoot("7-compare")
     page.one("body").send_keys(Keys.ESCAPE)
-    page.until(lambda: not page.one(".both").is_displayed(), "the end of the comparison")
+    page.until(lambda: not any(x.is_displayed() for x in page.all(".both")), "the end of the comparison")
 
     page.button("Save").click()
     page.says("Take it with you")

@@ -376,25 +376,25 @@ class Studio:
         suggested = None if figures is None else figures.suggested
         return self.project.conf.get(name, self._defaults.get(name, CONF) if suggested is None else suggested)
 
-    def shown(self, key: str, trained: bool = False) -> list[Found]:
-        """Return the detections of the learned classes in an image, without those that the user has judged.
+    def shown(self, key: str, trained: bool = False, judged: bool = False) -> list[Found]:
+        """Return the detections of the learned classes in an image.
 
         Args:
             key (str): Image.
             trained (bool): Whether those of the trained model.
+            judged (bool): Whether to include what the user has labeled or rejected.
 
         Returns:
             (list[Found]): Above the threshold of their class.
         """
         image = self.project.images[key]
-        judged = [*image.boxes, *image.rejected]
+        said = [] if judged else [*image.boxes, *image.rejected]
         found = (self.trained if trained else self.found).get(key, [])
         limits = {n: self.project.conf.get(n, CONF) if trained else self.threshold(n) for n in {x.name for x in found}}
         return [
             x
             for x in found
-            if x.conf >= limits[x.name]
-            and not any(j.name == x.name and iou(j.xyxy, x.xyxy) >= IOU_SAME for j in judged)
+            if x.conf >= limits[x.name] and not any(b.name == x.name and iou(b.xyxy, x.xyxy) >= IOU_SAME for b in said)
         ]
 
     def proposals(self, key: str) -> list[Found]:

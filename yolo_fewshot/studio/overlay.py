@@ -70,7 +70,7 @@ def marks_of(studio: Studio, key: str, trained: bool = False, known: bool = True
         key (str): Image.
         trained (bool): Whether to draw what the trained model finds.
         known (bool): Whether to draw the detector's own classes.
-        labels (bool): Whether to draw labels and what was rejected.
+        labels (bool): Whether to draw labels and what was rejected, and not what is found there.
     """
     image, names, marks = studio.project.images[key], studio.project.names, []
     if known:
@@ -79,7 +79,7 @@ def marks_of(studio: Studio, key: str, trained: bool = False, known: bool = True
         marks += [Mark("known", f"{x.name} {x.conf:.0%}", GRAY, x.xyxy, x) for x in own]
     if labels:
         marks += [Mark("rejected", f"not {b.name}", GRAY, b.xyxy, b) for b in image.rejected]
-    for x in studio.shown(key, trained):
+    for x in studio.shown(key, trained, judged=not labels):
         if not x.known:
             marks.append(Mark("found", f"{x.name} {x.conf:.0%}", color_of(x.name, names), x.xyxy, x))
     if labels:

@@ -63,6 +63,7 @@ body { background: #f1f5f9; color: #0f172a; overflow: hidden; }
 .badge { white-space: nowrap; font-size: 11px; }
 .badge.new { background: #fef3c7; color: #92400e; } .badge.bad { background: #fee2e2; color: #b91c1c; }
 .badge.ok { background: #dcfce7; color: #166534; }
+.canvas line { vector-effect: non-scaling-stroke; }
 .canvas { cursor: crosshair; user-select: none; border-radius: 8px; overflow: hidden; box-shadow: 0 1px 8px #0f172a26; }
 .cls { border: 1.5px solid #e2e8f0; border-radius: 10px; padding: 8px 10px; width: 100%; gap: 2px; }
 .cls.on { border-color: #4f46e5; background: #f8faff; }
@@ -370,9 +371,8 @@ class Page:
         elif image.empty:
             badge = '<span class="badge">nothing here</span>'
         else:
-            n = sum(not x.known for x in found)
-            kind = "new" if useful > 1.5 else ""
-            badge = f'<span class="badge {kind}">{n} found{" ?" if kind else ""}</span>' if n or kind else ""
+            n, kind = sum(not x.known for x in found), "new" if useful > 1.5 else ""
+            badge = f'<span class="badge {kind}">{f"{n} found" if n else "uncertain"}</span>' if n or kind else ""
         kinds = "card" + " on" * (key == self.key) + " suspect" * (useful >= 3)
         name = escape(image.name)
         return (

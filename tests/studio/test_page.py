@@ -379,7 +379,8 @@ def test_a_name_is_asked_for_and_shown_as_it_is(browse, shots, tmp_path):
     page.draw(box)
     page.says("What is it?")
     name = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-    field = page.until(lambda: next(x for x in page.all("input") if x.is_displayed() and x.get_attribute("autofocus")))
+    field = page.one('[data-role="ask"]')
+    page.until(field.is_displayed)
     field.send_keys(name, Keys.ENTER)
     page.until(lambda: page.all(".canvas rect.label"), "the label")
     page.settled()
@@ -420,6 +421,22 @@ def test_files_that_are_no_images_do_no_harm(browse, shots, tmp_path):
     assert {x for x in tmp_path.rglob("*") if "project" not in x.parts} == outside
     kinds = {x.relative_to(tmp_path / "project").parts[0] for x in (tmp_path / "project").rglob("*") if x.is_file()}
     assert kinds == {".lock", "session.json", "images", "thumbs"}
+
+
+def test_files_are_dropped_anywhere(browse, shots, tmp_path):
+    page = browse()
+    page.says("Drop a few photos anywhere")
+    page.until(lambda: page.driver.execute_script("return !!window.addToStudio"), "the uploader")
+    page.driver.execute_script(
+        """
+        const data = new DataTransfer();
+        data.items.add(new File([Uint8Array.from(arguments[0])], "../../dropped.jpg"));
+        document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
+        """,
+        list(shots[0][0].read_bytes()),
+    )
+    page.until(lambda: page.all(".card"), "the image")
+    assert list(keys_of(tmp_path)) == ["dropped.jpg"]
 
 
 def test_nothing_is_lost_in_a_crash(browse, shots, studio, trained, tmp_path):

@@ -281,7 +281,7 @@ class Studio:
         keys = []
         try:
             total = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-            places = np.unique(np.linspace(0, max(total - 1, 0), max(frames, 1)).astype(int)) if total > 0 else []
+            places = np.unique(np.linspace(0, max(total - 1, 0), max(frames, 1)).astype(int))[: max(total, 0)]
             for i, place in enumerate(places):
                 video.set(cv2.CAP_PROP_POS_FRAMES, int(place))
                 ok, image = video.read()
@@ -656,7 +656,7 @@ class Studio:
 
     def _support(self, images: Iterable[tuple[LabeledImage, Sequence[Box]]]) -> Support:
         """Return images and boxes as a support set, with a class of its own for each box of an image."""
-        labels = []
+        labels: list[dict[str, Any]] = []
         for image, boxes in images:
             corners = np.array([x.xyxy for x in boxes], np.float32).reshape(-1, 4)
             center, side = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
@@ -887,7 +887,9 @@ def _only(scene: Scene, chosen: torch.Tensor) -> Features:
 def _join(parts: Sequence[Features]) -> Features:
     """Join the features of images."""
     anchors: list[list[Anchors]] = [[] for _ in parts[0].anchors]
-    images, files, objects = [], [], 0
+    images: list[torch.Tensor] = []
+    files: list[str] = []
+    objects = 0
     for part in parts:
         for joined, a in zip(anchors, part.anchors):
             moved = torch.where(a.objects < 0, -1, a.objects + objects)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import (
     BmpImagePlugin,
@@ -18,7 +18,7 @@ from PIL import (
 )
 
 # By how a file begins. Not by `Image.open`: Ultralytics has it install a package when it meets an unknown format.
-READERS = {
+READERS: dict[bytes, Any] = {
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
     b"RIFF": WebPImagePlugin.WebPImageFile,

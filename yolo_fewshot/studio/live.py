@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from yolo_fewshot.studio.engine import CHUNK, Found, Studio
 from yolo_fewshot.studio.project import Box
 from yolo_fewshot.studio.training import Progress, Training
 from yolo_fewshot.studio.worker import Worker
 
+PAUSE = 0.7  # seconds without an action until what was learned is checked
 GRAFT = "yolo_fewshot.studio.training:graft"
 
 
@@ -43,7 +43,12 @@ class Live:
         self.exported: dict[str, str] = {}
         self.exports = studio.project.folder / "exports"
         self._lock = threading.RLock()
+        for left in (studio.project.folder / "train", *studio.project.folder.glob(".train-data")):  # by a crash
+            shutil.rmtree(left, ignore_errors=True)
+        for left in studio.project.folder.glob(".video*"):
+            left.unlink(missing_ok=True)
         self._jobs: list[Callable[[], None]] = []
+        self._closed, self._learned = threading.Event(), 0.0  # when it learned last
         self._front = Worker({"learn": self._learn, "refresh": self._refresh}, self._failed)
         self._back = Worker({"jobs": self._do_job, "assess": self._assess, "look": studio.look}, self._failed)
         self._front.ask("learn")
@@ -70,6 +75,7 @@ class Live:
 
     def close(self) -> None:
         """End all work, and let another studio open the project."""
+        self._closed.set()
         with self._lock:
             if self.training is not None:
                 self.training.finish()
@@ -133,6 +139,11 @@ class Live:
         self.studio.project.rename(old, new)
         self._front.ask("learn")
 
+    def set_conf(self, name: str, conf: float | None) -> None:
+        """Set the threshold of a class, see `Studio.set_conf`."""
+        self.studio.set_conf(name, conf)
+        self._outdated("model")
+
     # Training
 
     def train(self, minutes: float) -> None:
@@ -151,16 +162,8 @@ class Live:
             if studio.learned is None or not studio.learned.names:
                 raise ValueError("Nothing is labeled yet. Draw a box first.")
             folder, self.progress = studio.project.folder / "train", Progress()
-            # A copy of the labels: what is labeled meanwhile is for the next training.
             data = folder.with_name(".train-data")
-            shutil.rmtree(data, ignore_errors=True)
-            (data / "labels").mkdir(parents=True)
-            with studio.project.lock:
-                os.symlink(studio.project.folder / "images", data / "images", target_is_directory=True)
-                for file in (studio.project.folder / "labels").glob("*.txt"):
-                    shutil.copy(file, data / "labels")
-                for name in ("train.txt", "data.yaml"):
-                    shutil.copy(studio.project.folder / name, data)
+            self._copy(data)
             self.training = Training(
                 folder,
                 self.trainer,
@@ -226,6 +229,8 @@ class Live:
     def _learn(self) -> None:
         """Learn, then look through the other images and check what was learned."""
         self.studio.learn()
+        self._learned = time.monotonic()
+        self._outdated("model", "labels")
         self._front.ask("refresh")
         self._back.ask("assess")
 
@@ -234,9 +239,10 @@ class Live:
         return self.studio.refresh(CHUNK)
 
     def _assess(self) -> None:
-        """Check what was learned, on one core, so that the other one is left to learning."""
-        torch.set_num_threads(1)  # of this thread
-        if self.studio.assess():
+        """Check what was learned, once the user pauses: it takes longer than learning, which it would slow down."""
+        while not self._closed.wait(0.05) and (time.monotonic() - self._learned < PAUSE or not self._front.idle):
+            pass
+        if not self._closed.is_set() and self.studio.assess():
             self._front.ask("learn")
 
     def _follow(self, training: Training, data: Path) -> None:
@@ -249,6 +255,7 @@ class Live:
             checkpoint = training.result()
             if checkpoint is not None:
                 self.studio.adopt(checkpoint)
+                self._outdated("trained")
                 self._back.ask("look")
         except Exception as e:
             self._failed(str(e))
@@ -258,6 +265,29 @@ class Live:
             with self._lock:
                 self.training = None
             self.studio.version += 1
+
+    def _outdated(self, *stems: str) -> None:
+        """Note that files in `exports/` are no longer what they would be now."""
+        for name, state in list(self.exported.items()):
+            if name.partition(".")[0] in stems and state == "done":
+                del self.exported[name]
+
+    def _copy(self, folder: Path) -> None:
+        """Copy the data set, so that what is labeled during a training is for the next one."""
+        project = self.studio.project
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("images", "labels"):
+            (folder / name).mkdir(parents=True)
+        with project.lock:
+            for file in (*(project.folder / "labels").glob("*.txt"), project.folder / "train.txt", project.data):
+                shutil.copy(file, folder / file.relative_to(project.folder))
+            for image in project.images.values():
+                if image.labeled:
+                    source, copy = project.path(image), folder / "images" / image.file
+                    try:
+                        os.link(source, copy)  # takes no space
+                    except OSError:
+                        shutil.copy(source, copy)
 
     def _take(self, progress: Progress) -> None:
         """Show the progress of a training."""

@@ -80,7 +80,8 @@ document.addEventListener("drop", async e => {
   if (e.target.closest(".q-uploader")) return;
   const files = [];
   const walk = async entry => {
-    if (entry.isFile) files.push(await new Promise((ok, no) => entry.file(ok, no)));
+    if (entry instanceof File) files.push(entry);
+    else if (entry.isFile) files.push(await new Promise((ok, no) => entry.file(ok, no)));
     else {
       const reader = entry.createReader();
       for (;;) {
@@ -90,7 +91,7 @@ document.addEventListener("drop", async e => {
       }
     }
   };
-  await Promise.all([...e.dataTransfer.items].map(x => x.webkitGetAsEntry()).filter(x => x).map(walk));
+  await Promise.all([...e.dataTransfer.items].map(x => x.webkitGetAsEntry() || x.getAsFile()).filter(x => x).map(walk));
   window.addToStudio(files);
 });
 </script>
@@ -191,7 +192,7 @@ class Page:
             auto_upload=True,
             max_file_size=MAX_UPLOAD,
             on_upload=self._uploaded,
-            on_multi_upload=lambda: upload.reset(),
+            on_multi_upload=lambda e: e.sender.reset(),
             on_rejected=lambda: ui.notify(f"A file has more than {MAX_UPLOAD >> 20} MiB.", type="negative"),
             label="Drop images or a video",
         ).classes("drop")
@@ -203,7 +204,10 @@ class Page:
             ),
             once=True,
         )
-        self.count = ui.label().classes("muted")
+        with ui.row().classes("w-full items-center no-wrap gap-2").style("flex: none"):
+            self.count = ui.label().classes("muted").style("flex: 1")
+            self.frames = ui.number("Frames of a video", value=20, min=1, max=1000, precision=0)
+            self.frames.props("dense borderless").style("width: 104px")
         self.list = ui.element("div").classes("list")
 
     def _center(self) -> None:
@@ -217,7 +221,7 @@ class Page:
             )
             self.title = ui.label().classes("head ellipsis").style("flex: 1; min-width: 0")
             self.which = ui.toggle({False: "Instant", True: "Trained"}, value=False, on_change=self._switch)
-            self.which.props("dense no-caps unelevated toggle-color=primary").mark("which")
+            self.which.props("no-caps padding='2px 10px' unelevated toggle-color=primary").mark("which")
             ui.checkbox("Detector's own classes", value=True, on_change=self._show_known).classes("text-xs").props(
                 "dense"
             )
@@ -256,7 +260,9 @@ class Page:
         self.rows = ui.column().classes("w-full gap-2")
         with ui.dialog() as self.ask, ui.card().classes("p-5"):
             ui.label("What is it?").classes("text-lg font-semibold")
-            self.asked = ui.input("Class name", autocomplete=known).props("outlined dense autofocus maxlength=60")
+            self.asked = ui.input("Class name", autocomplete=known).props(
+                'outlined dense autofocus maxlength=60 data-role="ask"'
+            )
             self.asked.on("keydown.enter", lambda: self.ask.submit(self.asked.value))
             ui.button("Label it", on_click=lambda: self.ask.submit(self.asked.value)).props("unelevated no-caps")
 
@@ -323,7 +329,7 @@ class Page:
         """Show what has changed, in this page or in another one."""
         live, studio = self.live, self.studio
         for text in live.messages[self._told :]:
-            ui.notify(text, type="negative", multi_line=True, timeout=8000, close_button=True)
+            ui.notify(text, type="negative", multi_line=True, timeout=8000, position="top")
         self._told = len(live.messages)
         state = (studio.version, live.busy, self.key, self.name, self.trained, self.known, id(self._selected))
         if state == self._seen:
@@ -484,7 +490,11 @@ class Page:
             make.set_enabled(state != "busy")
             make.set_text("Making …" if state == "busy" else "Make again" if state == "done" else "Make")
             get.set_visibility(state == "done")
-            note.set_text({"": text, "busy": text, "done": str(self.live.exports / file)}.get(state, state))
+            note.set_text(
+                {"": text, "busy": text, "done": f"{self.live.exports.name}/{file} in the folder of the project"}.get(
+                    state, state
+                )
+            )
 
     # What the user does
 
@@ -617,7 +627,7 @@ class Page:
 
     def _set_conf(self, name: str, conf: float | None) -> None:
         """Set the threshold of a class."""
-        self._do(lambda: self.studio.set_conf(name, conf))
+        self._do(lambda: self.live.set_conf(name, conf))
 
     def _train(self) -> None:
         """Start a training."""
@@ -643,14 +653,14 @@ class Page:
                 with tempfile.NamedTemporaryFile(dir=self.studio.project.folder, prefix=".video", delete=False) as file:
                     path = Path(file.name)
                 await e.file.save(path)
-                self.live.add_video(path, name, 20)
+                self.live.add_video(path, name, int(self.frames.value or 20))
             elif e.file.size() > MAX_BYTES:
                 raise ValueError(f"{name} has more than {MAX_BYTES >> 20} MiB.")
             else:
                 data = await e.file.read()
                 await run.io_bound(self.live.add, data, name)
         except ValueError as error:
-            ui.notify(str(error), type="negative", multi_line=True, timeout=8000, close_button=True)
+            ui.notify(str(error), type="negative", multi_line=True, timeout=8000, position="top")
         self.sync()
 
 
@@ -741,6 +751,7 @@ def serve(live: Live, host: str = "127.0.0.1", port: int = 0, show: bool = True)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # from now on a browser waits instead of failing
     except (OSError, OverflowError) as e:
         listener.close()
         raise ValueError(f"host={host} port={port} cannot be used: {e}. Name another port, or none.") from e

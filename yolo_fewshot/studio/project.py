@@ -393,8 +393,10 @@ class Project:
             if state["version"] != VERSION:
                 raise ValueError(f"its version is {state['version']}, and this studio reads {VERSION}")
             for x in state["images"]:
-                boxes = ([Box(b["id"], str(b["name"]), tuple(b["xyxy"])) for b in x[k]] for k in ("boxes", "rejected"))
-                image = LabeledImage(x["file"], str(x["name"]), tuple(x["size"]), *boxes, bool(x["empty"]))
+                boxes, rejected = (
+                    [Box(b["id"], str(b["name"]), tuple(b["xyxy"])) for b in x[k]] for k in ("boxes", "rejected")
+                )
+                image = LabeledImage(x["file"], str(x["name"]), tuple(x["size"]), boxes, rejected, bool(x["empty"]))
                 if not FILE.fullmatch(image.file):
                     raise ValueError(f"'{image.file}' is not the name of an image of the studio")
                 self.images[image.key] = image

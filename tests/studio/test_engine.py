@@ -431,6 +431,18 @@ def test_sources_without_images_are_errors(start, tmp_path):
         studio.add_source(tmp_path / "film.mp4")
 
 
+@pytest.mark.parametrize(
+    "text", ["#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "ffconcat version 1.0\nfile a.avi\n", ""]
+)
+def test_a_playlist_is_no_video(text, start, tmp_path, monkeypatch):
+    studio, opened, capture = start(), [], cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda file: opened.append(file) or capture(file))
+    (tmp_path / "film.mp4").write_text(text)
+    with pytest.raises(ValueError, match=r"film\.mp4 is not a video"):
+        studio.add_video(tmp_path / "film.mp4", "film.mp4")
+    assert opened == [""]
+
+
 def test_a_model_without_rows_is_refused_before_a_project_is_made(tmp_path):
     model = YOLO("yolo11n-cls.yaml", verbose=False)
     model.save(tmp_path / "cls.pt")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,7 @@ from yolo_fewshot.enroll.replay import add_replay
 from yolo_fewshot.enroll.thresholds import thresholds
 from yolo_fewshot.errors import no_rows
 from yolo_fewshot.nn.rows import ClassRows, class_rows, enrolled_classes
+from yolo_fewshot.studio.images import MAX_PIXELS
 from yolo_fewshot.studio.project import Box, LabeledImage, Project, display_name, iou
 from yolo_fewshot.yolo import FewShotYOLO
 
@@ -55,6 +56,9 @@ ANCHORS_PER_VIEW = 512  # background anchors to keep of a view of an image with 
 STATISTICS = 32  # maximum number of images that the features are standardized with
 CHUNK = 8  # images read at once
 MAX_KEPT = 2**30  # bytes of features kept; images beyond are read again
+CONTAINERS = (  # place in a video file, and what is there: MP4, AVI, Matroska, ASF, MPEG, transport stream, GIF
+    (4, b"ftyp"), (8, b"AVI "), (0, b"\x1aE\xdf\xa3"), (0, b"0&\xb2u"), (0, b"\0\0\1\xba"), (0, b"G"),
+)  # fmt: skip
 WHOLE = 10**12  # values: all anchors are kept
 
 
@@ -260,16 +264,13 @@ class Studio:
                 skipped.append(str(e))
         return list(dict.fromkeys(keys))
 
-    def add_video(
-        self, file: str | Path, name: str, frames: int = 20, report: Callable[[float], None] | None = None
-    ) -> list[str]:
+    def add_video(self, file: str | Path, name: str, frames: int = 20) -> list[str]:
         """Add frames of a video, evenly spread.
 
         Args:
             file (str | Path): The video.
             name (str): Its name, for display only.
             frames (int): Number of frames.
-            report (Callable, optional): Takes the share of them that was read.
 
         Returns:
             (list[str]): Keys of the images.
@@ -277,19 +278,21 @@ class Studio:
         Raises:
             ValueError: If it cannot be read.
         """
-        video = cv2.VideoCapture(str(file))
+        with open(file, "rb") as f:
+            start = f.read(12)
+        # No playlists, which may name other files and hosts.
+        video = cv2.VideoCapture(str(file) if any(start[i:].startswith(x) for i, x in CONTAINERS) else "")
         keys = []
         try:
-            total = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+            large = video.get(cv2.CAP_PROP_FRAME_WIDTH) * video.get(cv2.CAP_PROP_FRAME_HEIGHT) > MAX_PIXELS
+            total = 0 if large else int(video.get(cv2.CAP_PROP_FRAME_COUNT))
             places = np.unique(np.linspace(0, max(total - 1, 0), max(frames, 1)).astype(int))[: max(total, 0)]
-            for i, place in enumerate(places):
+            for place in places:
                 video.set(cv2.CAP_PROP_POS_FRAMES, int(place))
                 ok, image = video.read()
                 if ok:
                     data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
                     keys.append(self.add(data, f"{display_name(name)[:80]} frame {place}"))
-                if report:
-                    report((i + 1) / len(places))
         finally:
             video.release()
         if not keys:

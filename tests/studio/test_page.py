@@ -303,7 +303,7 @@ def test_the_whole_way(browse, shots, demo, tmp_path):
     page.button("Suggested").click()
     page.until(lambda: name not in session(tmp_path)["conf"], "the suggested threshold")
 
-    minutes = page.one("input[type=number]")
+    minutes = page.one('[data-role="minutes"]')
     _fill(minutes, "100")
     page.button("Train").click()
     page.until(lambda: (tmp_path / "project" / "train" / "progress.jsonl").exists(), "training")

@@ -303,7 +303,11 @@ class Page:
             "the trained model is beside it."
         ).classes("muted")
         with ui.row().classes("w-full items-center no-wrap gap-2"):
-            self.minutes = ui.number("Minutes", value=5, min=0.1, max=600).props("outlined dense").style("width: 96px")
+            self.minutes = (
+                ui.number("Minutes", value=5, min=0.1, max=600)
+                .props('outlined dense data-role="minutes"')
+                .style("width: 96px")
+            )
             self.train = ui.button("Train", icon="bolt", on_click=self._train).props("unelevated no-caps").mark("train")
             self.cancel = (
                 ui.button("Cancel", on_click=self.live.cancel).props("outline no-caps color=negative").mark("cancel")

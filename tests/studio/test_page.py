@@ -320,6 +320,7 @@ def test_the_whole_way(browse, shots, demo, tmp_path):
     _fill(minutes, "0.5")
     page.button("Train").click()
     page.until(lambda: (tmp_path / "project" / "trained.pt").exists(), "the trained model")
+    page.open(keys[showing[0][0].name])
     page.button("Compare").click()
     page.says("Before: learned at once")
     page.until(lambda: len(page.all(".both img")) == 2, "before and after")

@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from yolo_fewshot.studio.training import PROGRESS, Progress, Training
+from yolo_fewshot.studio.training import PROGRESS, Progress, Training, graft
 from yolo_fewshot.studio.worker import Worker
 
 WAIT = 60  # seconds until a test gives up
@@ -166,6 +168,51 @@ def test_a_training_ends_with_the_studio(tmp_path):
     while _alive(child) and time.monotonic() < until:
         time.sleep(0.05)
     assert not _alive(child)
+
+
+class Trained:
+    """What `graft` trains with: three epochs of two batches, and the validation of the best model."""
+
+    def __init__(self, model):
+        self.model, self.callbacks = model, {}
+        Trained.last = self
+
+    def add_callback(self, event, function):
+        self.callbacks[event] = function
+
+    def train(self, **kwargs):
+        self.kwargs, folder = kwargs, Path(kwargs["project"]) / "run" / "weights"
+        best, last = folder / "best.pt", folder / "last.pt"
+        self.trainer = trainer = SimpleNamespace(best=best, last=last, metrics={}, tloss={})
+        for trainer.epoch in range(3):
+            for _ in range(2):
+                self.callbacks["on_train_batch_end"](trainer)
+            trainer.tloss = {"box_loss": torch.tensor(1.0), "cls_loss": torch.tensor(2.0 - trainer.epoch)}
+            self.callbacks["on_train_epoch_end"](trainer)
+            trainer.metrics = {"metrics/mAP50(B)": trainer.epoch / 4} if trainer.epoch else {}
+            self.callbacks["on_fit_epoch_end"](trainer)
+        trainer.epoch += 1
+        self.callbacks["on_fit_epoch_end"](trainer)
+
+
+def test_grafting_reports_every_epoch_once(monkeypatch, tmp_path):
+    monkeypatch.setattr("yolo_fewshot.yolo.FewShotYOLO", Trained)
+    reports = []
+    file = graft("yolo.pt", "data.yaml", str(tmp_path), 3, 320, "0", lambda **x: reports.append(x))
+    assert file == str(tmp_path / "run" / "weights" / "last.pt") and Trained.last.model == "yolo.pt"
+    assert [x for x in reports if "epoch" in x] == [
+        {"epoch": 1, "loss": 3.0, "ap": None},
+        {"epoch": 2, "loss": 2.0, "ap": 0.25},
+        {"epoch": 3, "loss": 1.0, "ap": 0.5},
+    ]
+    assert all(0 <= x["done"] < 1 for x in reports if "done" in x) and len(reports) == 9
+    asked = {k: Trained.last.kwargs[k] for k in ("cfg", "graft", "data", "imgsz", "device", "time")}
+    assert asked == {
+        "cfg": "stage3.yaml", "graft": "neck", "data": "data.yaml", "imgsz": 320, "device": "0", "time": 0.05
+    }  # fmt: skip
+    (tmp_path / "run" / "weights").mkdir(parents=True)
+    (tmp_path / "run" / "weights" / "best.pt").touch()
+    assert graft("yolo.pt", "data.yaml", str(tmp_path), 3, 320, None, lambda **_: None).endswith("best.pt")
 
 
 def _alive(pid):

@@ -55,7 +55,8 @@ body { background: #f1f5f9; color: #0f172a; overflow: hidden; }
 .card.on { border-color: #4f46e5; box-shadow: 0 0 0 3px #e0e7ff; }
 .card.suspect { border-color: #dc2626; }
 .card .ph { position: relative; background: #e2e8f0; }
-.card img { width: 100%; display: block; }
+.card .ph { aspect-ratio: 4 / 3; }
+.card img { width: 100%; height: 100%; object-fit: contain; display: block; }
 .card svg { position: absolute; inset: 0; width: 100%; height: 100%; }
 .card .cap { display: flex; gap: 6px; align-items: center; font-size: 11px; padding: 3px 7px; color: #475569; }
 .card .cap span:first-child { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -397,8 +398,7 @@ class Page:
         svg = overlay.svg_of([m for m in marks if m.kind != "rejected"], image, texts=large)
         source = f"{self.root}/{'image' if large else 'thumb'}/{key}"
         size = f"{image.size[0]} {image.size[1]}"
-        style = f"aspect-ratio: {image.size[0]} / {image.size[1]}"
-        return f'<img src="{source}" loading="lazy" style="{style}" alt=""><svg viewBox="0 0 {size}">{svg}</svg>'
+        return f'<img src="{source}" loading="lazy" alt=""><svg viewBox="0 0 {size}">{svg}</svg>'
 
     def _sync_image(self) -> None:
         """Show the image that is open."""
@@ -465,7 +465,7 @@ class Page:
             return "Learning …" if self.live.busy else ""
         precision, recall = figures.at(conf)
         parts = [f"precision {precision:.0%}"] if precision is not None else []
-        parts += [f"recall {recall:.0%}"] if recall is not None else ["more images with shots give figures"]
+        parts += [f"recall {recall:.0%}"] if recall is not None else ["shots in more images give figures"]
         if figures.likeness is not None:
             parts.append(f"likeness {figures.likeness:.2f}")
         return " · ".join(parts)

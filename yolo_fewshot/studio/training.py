@@ -56,18 +56,22 @@ def graft(model: str, data: str, folder: str, minutes: float, imgsz: int, device
     from yolo_fewshot.yolo import FewShotYOLO
 
     start, limit = time.monotonic(), minutes * 60
+    trained: list[int] = []
     yolo = FewShotYOLO(model)
 
     def share(trainer: Any) -> None:
         report(done=min((time.monotonic() - start) / limit, 0.99))
 
     def epoch(trainer: Any) -> None:
+        if trainer.epoch not in trained:  # the best model is validated once more at the end
+            return
         loss = trainer.tloss
         values = loss.values() if isinstance(loss, dict) else loss
         ap = trainer.metrics.get("metrics/mAP50(B)") if trainer.metrics else None
         report(epoch=trainer.epoch + 1, loss=float(sum(values)), ap=None if ap is None else float(ap))
 
     yolo.add_callback("on_train_batch_end", share)
+    yolo.add_callback("on_train_epoch_end", lambda trainer: trained.append(trainer.epoch))
     yolo.add_callback("on_fit_epoch_end", epoch)
     length = {"time": minutes / 60, "val": True}
     files = {"project": folder, "name": "run", "exist_ok": True, "plots": False, "workers": 0}

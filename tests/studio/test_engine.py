@@ -381,7 +381,7 @@ def test_a_class_of_one_uncertain_shot_is_shown(start, shots):
     studio.label(studio.keys[0], name, box, snap=False)
     studio.refresh()
     studio.found = {studio.keys[0]: [Found(name, 0.3, box, False)], studio.keys[1]: [Found(name, 0.2, box, False)]}
-    studio._defaults = studio._as_sure_as_of_shots()
+    studio._defaults = studio._as_sure_as_of_shots(studio.found)
     assert studio.threshold(name) == 0.15 and len(studio.shown(studio.keys[1])) == 1
     studio.figures = {name: Figures(0.5, None, torch.zeros(0), torch.zeros(0), 0)}
     assert studio.threshold(name) == 0.5  # a suggested one is better
@@ -463,6 +463,8 @@ def test_the_trained_model_is_looked_at_and_kept(start, shots, tmp_path):
     names = set(studio.project.names)
     assert {x.name for k in studio.keys for x in studio.trained[k] if not x.known} <= names
     assert any(not x.known for k in studio.keys for x in studio.trained[k])
+    shown = [x for k in studio.keys for x in studio.shown(k, trained=True, judged=True)]
+    assert {x.name for x in shown if not x.known} and min(x.conf for x in shown) >= 2 * engine.CONF_MIN
     assert names <= set(FewShotYOLO(studio.save(tmp_path / "out.pt", trained=True)).names.values())
 
 

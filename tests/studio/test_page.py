@@ -391,6 +391,16 @@ def test_a_name_is_asked_for_and_shown_as_it_is(browse, shots, tmp_path):
     with pytest.raises(WebDriverException):
         page.driver.switch_to.alert.accept()
     page.shoot("9-escaped")
+    next(b for b in page.all(".cls button") if b.text == "edit").click()
+    field = page.one('[data-role="rename"]')
+    page.until(field.is_displayed)
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("flag pole", Keys.ENTER)
+    page.until(
+        lambda: boxes_of(tmp_path, keys_of(tmp_path)[file.name])[0]["name"] == "flag pole", "the new name on disk"
+    )
+    page.until(lambda: "flag pole" in [x.text for x in page.all(".canvas text")], "the new name")
+    assert page.one('[data-role="name"]').get_attribute("value") == "flag pole"
 
 
 def test_files_that_are_no_images_do_no_harm(browse, shots, tmp_path):

@@ -215,6 +215,7 @@ class Studio:
         self._lesson = 0  # number of the last time of learning
         self._methods: dict[str, str] = {}
         self._defaults: dict[str, float] = {}  # thresholds of classes of too few shots for a suggested one
+        self._trained_defaults: dict[str, float] = {}  # thresholds in the trained model
         self._network = threading.RLock()  # guards the network and what is kept of it
         self._statistics: tuple[str, ...] = ()
 
@@ -393,7 +394,9 @@ class Studio:
         image = self.project.images[key]
         said = [] if judged else [*image.boxes, *image.rejected]
         found = (self.trained if trained else self.found).get(key, [])
-        limits = {n: self.project.conf.get(n, CONF) if trained else self.threshold(n) for n in {x.name for x in found}}
+        limits = {x.name: self.threshold(x.name) for x in found}
+        if trained:  # whose confidences are others
+            limits = {n: self._trained_defaults.get(n, CONF) for n in limits}
         return [
             x
             for x in found
@@ -491,7 +494,7 @@ class Studio:
                 if scene.statistics == self._statistics:
                     self.found[key] = self._detect(scene)
                     self._fresh[key] = state
-            self._defaults = self._as_sure_as_of_shots()
+            self._defaults = self._as_sure_as_of_shots(self.found)
         self._changed()
 
     def assess(self) -> bool:
@@ -620,6 +623,7 @@ class Studio:
             return
         yolo, keys = FewShotYOLO(self.trained_file), list(self.project.images)
         self.trained = dict(zip(keys, self._predict(yolo, keys, set(self.project.names))))
+        self._trained_defaults = self._as_sure_as_of_shots(self.trained)
         self._changed()
 
     # Parts
@@ -790,12 +794,12 @@ class Studio:
             [n for c, n in enumerate(names) if n not in self.own and not counts[c]],
         )
 
-    def _as_sure_as_of_shots(self) -> dict[str, float]:
+    def _as_sure_as_of_shots(self, found: dict[str, list[Found]]) -> dict[str, float]:
         """Return half the median confidence of the shots of every class, at most Ultralytics' default threshold."""
         sure: dict[str, list[float]] = {}
         for key, image in list(self.project.images.items()):
             for box in list(image.boxes):
-                same = [x for x in self.found.get(key, []) if x.name == box.name]
+                same = [x for x in found.get(key, []) if x.name == box.name]
                 same = [x for x in same if iou(x.xyxy, box.xyxy) >= IOU_SAME]
                 sure.setdefault(box.name, []).append(max((x.conf for x in same), default=0.0))
         return {n: round(min(max(float(np.median(x)) / 2, 2 * CONF_MIN), CONF), 3) for n, x in sure.items()}

@@ -274,6 +274,8 @@ class Page:
                 dot = ui.element("div").classes("dot")
                 title = ui.label(name).classes("head ellipsis cursor-pointer").style("flex: 1; min-width: 0")
                 shots = ui.label().classes("badge")
+                button = ui.button(icon="edit", on_click=lambda: self._rename(name)).props("flat round dense size=xs")
+                button.tooltip("Rename the class")
                 button = ui.button(icon="close", on_click=lambda: self._forget(name)).props("flat round dense size=xs")
                 button.tooltip("Remove all labels of the class")
             with ui.row().classes("w-full items-center no-wrap gap-3"):
@@ -623,6 +625,18 @@ class Page:
         if image.boxes and not await _confirm(f"Remove the image and its {len(image.boxes)} labels?"):
             return
         self._do(lambda: self.live.remove(image.key))
+
+    async def _rename(self, name: str) -> None:
+        """Rename a class, or make it one with another."""
+        with ui.dialog() as dialog, ui.card().classes("p-5"):
+            ui.label(f"Rename {name}").classes("text-lg font-semibold")
+            field = ui.input("New name", value=name).props('outlined dense autofocus maxlength=60 data-role="rename"')
+            field.on("keydown.enter", lambda: dialog.submit(field.value))
+            ui.button("Rename", on_click=lambda: dialog.submit(field.value)).props("unelevated no-caps")
+        new = await dialog
+        dialog.delete()
+        if new is not None and new != name and self._do(lambda: self.live.rename(name, new)) and self.name == name:
+            self._choose(new)
 
     async def _forget(self, name: str) -> None:
         """Remove all labels of a class, after a question."""

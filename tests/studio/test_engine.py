@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from test_rows import stock_of
 from ultralytics import YOLO
 
 from yolo_fewshot import FewShotYOLO
@@ -477,3 +478,34 @@ def test_export_to_onnx(start, shots, tmp_path):
         YOLO(file, task="detect").predict(str(shots[0][0]), imgsz=SIZE, verbose=False, save=False)[0].names.values()
     ) >= set(studio.project.names)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["project", "site.onnx"]
+
+
+@pytest.mark.parametrize("cfg", ["yolo26n.yaml", "yolo11n-seg.yaml", "yolo11n-obb.yaml"])
+def test_models_of_other_heads_and_tasks(cfg, shots, tmp_path):
+    """What is found is what the saved model finds, with two branches, masks or rotated boxes."""
+    network = stock_of(cfg)
+    model = FewShotYOLO(cfg, verbose=False)
+    model.model = network
+    model.save(tmp_path / "stock.pt")
+    studio = Studio(tmp_path / "stock.pt", tmp_path / "project", imgsz=SIZE, device="cpu")
+    try:
+        studio.keys = [studio.add(f.read_bytes(), f.name) for f, _ in shots[:4]]
+        label_all(studio, shots[:4])
+        studio.refresh()
+        studio.learn()
+        studio.assess()
+        built = studio.build()
+        names = {n for _, boxes in shots[:4] for n, _ in boxes}
+        assert studio.learned.names and {*studio.learned.names, *studio.learned.lost} == names
+        assert built.model.model[-1].nc == len(studio.own) + len(studio.learned.names)
+        result = built.predict(
+            str(shots[0][0]), imgsz=SIZE, conf=0.02, device="cpu", verbose=False, save=False, nms=True
+        )[0]
+        boxes = result.boxes if result.obb is None else result.obb
+        rows = [(result.names[int(c)], p) for c, p in zip(boxes.cls.tolist(), boxes.conf.tolist())]
+        for name in studio.learned.names:
+            saved = max((p for n, p in rows if n == name), default=0)
+            shown = max((x.conf for x in studio.found[studio.keys[0]] if x.name == name), default=0)
+            assert abs(shown - saved) < 0.03
+    finally:
+        studio.close()

@@ -340,7 +340,12 @@ def test_studio_warns_of_other_addresses(monkeypatch, caplog):
     page = pytest.importorskip("yolo_fewshot.studio.page")
     monkeypatch.setattr(page, "make_app", lambda *_: None)
     monkeypatch.setattr(page.uvicorn, "Config", lambda *_, **__: None)
-    monkeypatch.setattr(page.uvicorn, "Server", lambda _: SimpleNamespace(run=lambda sockets: sockets[0].close()))
+
+    def run(sockets):
+        sockets[0].close()
+        raise KeyboardInterrupt  # as Ctrl+C does at the end
+
+    monkeypatch.setattr(page.uvicorn, "Server", lambda _: SimpleNamespace(run=run))
     live = SimpleNamespace(studio=SimpleNamespace(project=SimpleNamespace(folder="project")))
     caplog.set_level(logging.INFO)
     page.serve(live, show=False)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import secrets
 import socket
 import tempfile
+import warnings
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -784,4 +786,12 @@ def serve(live: Live, host: str = "127.0.0.1", port: int = 0, show: bool = True)
     server = uvicorn.Server(uvicorn.Config(make_app(live, token), log_level="warning", ws_max_size=2**24))
     if show:
         webbrowser.open(url)
-    server.run(sockets=[listener])
+    # NiceGUI looks at every object of the process, of which PyTorch has some that warn.
+    warnings.filterwarnings("ignore", ".*torch.distributed.reduce_op", FutureWarning)
+    level = LOGGER.level
+    LOGGER.setLevel("WARNING")  # no progress bar for every image
+    try:
+        with suppress(KeyboardInterrupt):  # which uvicorn raises again after its end
+            server.run(sockets=[listener])
+    finally:
+        LOGGER.setLevel(level)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -294,3 +295,66 @@ def test_the_installed_command(trained, crops, tmp_path):
         and done.stderr.startswith("'emroll=' is not an argument")
         and "Traceback" not in done.stderr
     )
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """What the command opens a studio with, in place of a studio and its page."""
+    page, engine, live = (pytest.importorskip(f"yolo_fewshot.studio.{n}") for n in ("page", "engine", "live"))
+    calls = []
+
+    class Studio:
+        def __init__(self, *args, **kwargs):
+            calls.append((args, kwargs))
+
+        def add_source(self, source, frames, skipped):
+            calls.append((source, frames))
+            skipped.append("notes.jpg is not an image.")
+
+        def close(self):
+            calls.append("closed")
+
+    monkeypatch.setattr(engine, "Studio", Studio)
+    monkeypatch.setattr(live, "Live", lambda studio: studio)
+    monkeypatch.setattr(page, "serve", lambda _, *args: calls.append(args))
+    return calls
+
+
+def test_studio_opens_a_page(opened, caplog):
+    cli.main(["studio", "model=best.pt"])
+    assert opened == [(("best.pt", "studio"), {}), ("127.0.0.1", 0, True), "closed"]
+    opened.clear()
+    options = ["folder=7", "source=photos", "frames=3", "imgsz=320", "device=cpu", "port=8000", "open=False"]
+    cli.main(["studio", "model=best.pt", *options])
+    assert opened[0] == (("best.pt", "7"), {"imgsz": 320, "device": "cpu"}) and opened[1] == ("photos", 3)
+    assert opened[2:] == [("127.0.0.1", 8000, False), "closed"] and "notes.jpg is not an image." in caplog.text
+
+
+def test_studio_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    monkeypatch.delitem(sys.modules, "yolo_fewshot.studio.page", raising=False)
+    assert 'pip install "yolo-fewshot[studio]"' in text_of("studio", "model=best.pt")
+
+
+def test_studio_warns_of_other_addresses(monkeypatch, caplog):
+    page = pytest.importorskip("yolo_fewshot.studio.page")
+    monkeypatch.setattr(page, "make_app", lambda *_: None)
+    monkeypatch.setattr(page.uvicorn, "Config", lambda *_, **__: None)
+
+    def run(sockets):
+        sockets[0].close()
+        raise KeyboardInterrupt  # as Ctrl+C does at the end
+
+    monkeypatch.setattr(page.uvicorn, "Server", lambda _: SimpleNamespace(run=run))
+    live = SimpleNamespace(studio=SimpleNamespace(project=SimpleNamespace(folder="project")))
+    caplog.set_level(logging.INFO)
+    page.serve(live, show=False)
+    assert "whoever can reach" not in caplog.text
+    urls = [re.search(r"http://127\.0\.0\.1:\d+/([\w-]{30,})/", caplog.text)[1]]
+    page.serve(live, "0.0.0.0", show=False)
+    assert "host=0.0.0.0: whoever can reach this address" in caplog.text
+    urls.append(re.search(r"http://0\.0\.0\.0:\d+/([\w-]{30,})/", caplog.text)[1])
+    assert len(set(urls)) == 2  # a token for each start
+    for host, port in (("127.0.0.1", 99999), ("203.0.113.1", 0), ("no such host", 0)):
+        with pytest.raises(ValueError, match=f"host={host} port={port} cannot be used"):
+            page.serve(live, host, port, False)

@@ -9,7 +9,18 @@ import yolo_fewshot
 
 PACKAGE = Path(yolo_fewshot.__file__).parent
 BELOW_ALL = ("args", "class_names", "compat", "errors", "files", "paths")
-ORDER = [set(BELOW_ALL), {"nn"}, {"data"}, {"enroll"}, {"plots"}, {"train", "yolo"}, {"evaluate"}, {"cli"}, {"plugin"}]
+ORDER = [
+    set(BELOW_ALL),
+    {"nn"},
+    {"data"},
+    {"enroll"},
+    {"plots"},
+    {"train", "yolo"},
+    {"evaluate"},
+    {"studio"},
+    {"cli"},
+    {"plugin"},
+]
 RANK = {name: i for i, names in enumerate(ORDER) for name in names}
 FILES = [f for f in sorted(PACKAGE.rglob("*.py")) if "startup" not in f.parts and f != PACKAGE / "__init__.py"]
 

@@ -102,6 +102,45 @@ def benchmark(**kwargs: Any) -> None:
     benchmark(**_as_text(kwargs, {"data", "model", "stock", "stage1", "base_val", "published", "out"}))
 
 
+def studio(
+    model: str, folder: str = "studio", source: str | None = None, host: str = "127.0.0.1", port: int = 0, **kwargs: Any
+) -> None:
+    """Open a page in the browser to label a few objects, and see the detector learn them at once.
+
+    Args:
+        model (str): Checkpoint.
+        folder (str): Folder of the project, which is made, or opened again.
+        source (str, optional): Image, folder or video to add.
+        host (str): Address to listen at.
+        port (int): Port, 0 for a free one.
+        **kwargs (Any): `imgsz` and `device`, as in Ultralytics; `open`, whether to open the browser; `frames`, the
+            number of frames to take from a video.
+
+    Raises:
+        ModuleNotFoundError: If the packages of the page are not installed.
+    """
+    from yolo_fewshot.studio.engine import Studio
+    from yolo_fewshot.studio.live import Live
+
+    try:
+        from yolo_fewshot.studio.page import serve
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"{e}. The studio needs 'pip install \"yolo-fewshot[studio]\"'.") from e
+    show, frames = kwargs.pop("open", True), int(kwargs.pop("frames", 20))
+    opened = Studio(str(model), str(folder), **kwargs)
+    live = None
+    try:
+        if source is not None:
+            skipped: list[str] = []
+            opened.add_source(str(source), frames, skipped)
+            for text in skipped:
+                LOGGER.warning(text)
+        live = Live(opened)
+        serve(live, str(host), port, show)
+    finally:
+        (live or opened).close()
+
+
 COMMANDS = {
     "benchmark": Command(
         benchmark,
@@ -170,6 +209,22 @@ COMMANDS = {
         },
         "yolo-fewshot split data=VOC.yaml novel=voc-split1.yaml out=voc1",
     ),
+    "studio": Command(
+        studio,
+        "label a few objects in the browser, see the detector learn them at once, and save it",
+        {"model": "checkpoint, i.e. yolo11n.pt"},
+        {
+            "folder": "folder of the project, which is made, or opened again (studio)",
+            "source": "image, folder or video to add, i.e. photos",
+            "frames": "number of frames to take from a video (20)",
+            "imgsz": "image size (that of training)",
+            "device": "device, i.e. 0 or cpu",
+            "host": "address to listen at (127.0.0.1, for this machine alone)",
+            "port": "port (a free one)",
+            "open": "False to print the URL only",
+        },
+        "yolo-fewshot studio model=yolo11n.pt source=photos",
+    ),
 }
 
 
@@ -228,5 +283,5 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{', '.join(missing)} must be given.\n\n{usage(name)}")
     try:
         command.run(**args)
-    except (FileNotFoundError, RuntimeError, SyntaxError, TypeError, ValueError) as e:
+    except (FileNotFoundError, ModuleNotFoundError, RuntimeError, SyntaxError, TypeError, ValueError) as e:
         raise SystemExit(f"{type(e).__name__}: {e}") from e

@@ -23,6 +23,7 @@ from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses
 from yolo_fewshot.nn.ignore import IGNORED
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.train import meta_validation
+from yolo_fewshot.train.doctor import doctor
 from yolo_fewshot.train.meta_validation import COLUMNS, MetaValidation, choose_classes, fitness_of
 from yolo_fewshot.train.stage import Stage
 
@@ -459,6 +460,18 @@ def test_dual_heads_measure_their_kept_out_classes(tiny):
     trainer = train(tiny, "dual", "stage1.yaml", model=str(tiny / "yolo26n-tiny.yaml"), epochs=1)
     assert all(0 <= float(rows(trainer)[0][c]) <= 1 for c in COLUMNS.values())
     assert [x.trained.tolist() for x in branch_losses(trainer.model)] == [[n not in HELD_OUT for n in NAMES]] * 2
+
+
+def test_a_student_is_measured_without_its_teacher(tiny, stage1):
+    trainer = train(tiny, "student", model=str(stage1.best), distill_model=str(stage1.best), epochs=1)
+    start, epoch = ([float(r[c]) for c in COLUMNS.values()] for r in rows(trainer))
+    assert all(start) and type(torch.load(trainer.best, weights_only=False)["model"]) is FewShotDetectionModel
+    assert trainer.best_fitness >= sum(start) / 2 and all(0 <= x <= 1 for x in epoch)
+
+
+def test_the_doctor_rehearses_a_run_that_keeps_classes_out(tiny):
+    found = doctor(str(tiny / "data.yaml"), str(tiny / "yolo11n-tiny.yaml"), **{**QUICK, **EPISODIC})
+    assert not [x.text for x in found if x.level == "error"] and "s a step" in found[-1].text
 
 
 # Bad input

@@ -15,7 +15,7 @@ from yolo_fewshot import args as table
 from yolo_fewshot.data.episodes import EpisodeSampler, EpisodicDataset
 from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.nn.model import FewShotDetectionModel
-from yolo_fewshot.train.meta_validation import START, fitness_of
+from yolo_fewshot.train.meta_validation import START, fitness_of, student_of
 from yolo_fewshot.train.run_plots import plot_training_episode, plot_val_episodes
 from yolo_fewshot.train.stage import Stage
 
@@ -82,7 +82,7 @@ class Episodes(Stage):
         trainer = self.trainer
         if not self.meta or trainer.resume or RANK not in {-1, 0}:
             return
-        model = trainer.ema.ema
+        model = student_of(trainer.ema.ema)
         self.meta.start = self.measure(model)
         value = fitness_of(self.meta.start)
         # The next larger number, since Ultralytics saves an epoch as best.pt that equals the best one.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from ultralytics.data.build import build_dataloader
 from ultralytics.engine.validator import BaseValidator
+from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.utils import LOGGER, colorstr
 from ultralytics.utils.metrics import box_iou
 from ultralytics.utils.nms import non_max_suppression
@@ -222,7 +223,7 @@ class MetaValidation:
         return drawn
 
     @torch.no_grad()
-    def _ap50(self, model: torch.nn.Module, imgsz: int) -> float:
+    def _ap50(self, model: Any, imgsz: int) -> float:
         """Return the mean AP50 of the kept-out classes in the val images, with a model that has enrolled them."""
         device, matcher = next(model.parameters()).device, SimpleNamespace(iouv=torch.tensor([IOU_TP]))
         place = torch.full((max(self.classes) + 1,), -1)
@@ -246,6 +247,15 @@ class MetaValidation:
         cls, conf, tp = map(torch.cat, zip(*parts))
         order = conf.argsort(descending=True, stable=True)
         return ap50(Detections(cls[order], conf[order], tp[order], n_gt))
+
+
+def student_of(model: Any) -> Any:
+    """Return the model that is trained, without the teacher of `distill_model`.
+
+    Args:
+        model (FewShotDetectionModel | DistillationModel): Moving average of a run.
+    """
+    return model.student_model if isinstance(model, DistillationModel) else model
 
 
 def fitness_of(columns: dict[str, float]) -> float:

@@ -26,7 +26,7 @@ from yolo_fewshot.errors import few
 from yolo_fewshot.nn.criterion import branch_losses
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.train.guard import nonfinite
-from yolo_fewshot.train.meta_validation import PREFIX, START, MetaValidation, fitness_of, trained_epochs
+from yolo_fewshot.train.meta_validation import PREFIX, START, MetaValidation, fitness_of, student_of, trained_epochs
 
 
 class Stage:
@@ -45,6 +45,7 @@ class Stage:
     keys: frozenset[str] = frozenset(("stage", "grad_clip", "meta_val", *table.EVERY_STAGE))
     seeded_epochs = False
     blends = False
+    meta: MetaValidation | None = None
 
     @classmethod
     def settings(cls, merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -65,23 +66,30 @@ class Stage:
         Args:
             trainer (DetectionTrainer): Trainer of the run, which has its arguments and no model yet.
             data (dict): Checked data.yaml of the run.
-
-        Raises:
-            ValueError: If there are too few classes for `meta_val`, or the run does not validate or save every epoch.
         """
         self.trainer = trainer
-        self.meta: MetaValidation | None = None
         self._ends_with_start = False
         self._labels: list[dict[str, Any]] = []  # of the training images, with the kept-out classes
-        a = trainer.args
-        if "meta_val" in self.keys and a.meta_val:
-            for k in ("val", "save"):
-                if not getattr(a, k):
-                    raise ValueError(
-                        f"'{k}=False' does not work with meta_val={a.meta_val}, which picks best.pt after every epoch. "
-                        f"Leave {k}= or meta_val= out."
-                    )
-            self.meta = MetaValidation(data, a.meta_val, a.seed)
+
+    def keep_out(self, data: dict[str, Any]) -> None:
+        """Choose the classes that `meta_val` keeps out of training.
+
+        Args:
+            data (dict): Checked data.yaml of the run.
+
+        Raises:
+            ValueError: If there are too few classes, or the run does not validate or save every epoch.
+        """
+        a = self.trainer.args
+        if "meta_val" not in self.keys or not a.meta_val:
+            return
+        for k in ("val", "save"):
+            if not getattr(a, k):
+                raise ValueError(
+                    f"'{k}=False' does not work with meta_val={a.meta_val}, which picks best.pt after every epoch. "
+                    f"Leave {k}= or meta_val= out."
+                )
+        self.meta = MetaValidation(data, a.meta_val, a.seed)
 
     def adopt(self, model: DetectionModel) -> None:
         """Accept a model that was built before, as in the processes of multi-GPU training.
@@ -198,23 +206,23 @@ class Stage:
             model (FewShotDetectionModel): Model in training, not wrapped for several GPUs.
         """
         if self.meta:
-            trained = torch.ones(model.model[-1].nc, dtype=torch.bool, device=self.trainer.device)
+            trained = torch.ones(self.trainer.data["nc"], dtype=torch.bool, device=self.trainer.device)
             trained[list(self.meta.classes)] = False
             for loss in branch_losses(model):
                 loss.trained = trained
 
-    def measure(self, model: FewShotDetectionModel) -> dict[str, float]:
+    def measure(self, model: Any) -> dict[str, float]:
         """Measure the classes that `meta_val` keeps out; called only in the main process.
 
         Args:
-            model (FewShotDetectionModel): Model in eval mode, left unchanged.
+            model (FewShotDetectionModel | DistillationModel): Model in eval mode, left unchanged.
 
         Returns:
             (dict[str, float]): Columns for results.csv.
         """
         assert self.meta is not None, "there is no meta_val"
         val = self.trainer.test_loader.dataset.labels
-        return self.meta.measure(model, fully_labeled(self.base_dataset), val, self.trainer.args.imgsz)
+        return self.meta.measure(student_of(model), fully_labeled(self.base_dataset), val, self.trainer.args.imgsz)
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Add what the stage needs to a batch.

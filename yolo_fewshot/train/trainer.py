@@ -63,6 +63,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     last: Path  # Ultralytics sets these
     best: Path
     wdir: Path
+    best_fitness: float | None
     metrics: dict[str, float] | None
 
     def __init__(
@@ -130,9 +131,13 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
 
         Returns:
             (dict): Paths, class names and so on.
+
+        Raises:
+            ValueError: If `meta_val` does not fit the data or the other arguments.
         """
         data = super().get_dataset()
         self.stage = stage_of(dict(vars(self.args)))(self, data)
+        self.stage.keep_out(data)
         return data
 
     def get_model(self, cfg: str | dict, weights: DetectionModel | None = None, verbose: bool = True) -> DetectionModel:

@@ -252,7 +252,7 @@ def test_the_stage_is_what_is_given(given: dict, stage: int):
 @pytest.mark.parametrize("key", sorted(set(args.KEYS) - {"stage", *args.GUARD, *args.EVERY_STAGE}))
 def test_a_key_of_a_stage_without_a_stage_is_an_error_that_names_the_recipe(key: str, stock: YOLO, fewshot: YOLO):
     value = args.KEYS[key].default
-    value = {"base_replay": "base.yaml", "blend": 0.5, "steps": 5, "terms": "own.Term"}.get(key, value)
+    value = {"base_replay": "base.yaml", "blend": 0.5, "steps": 5, "terms": "own.Term", "meta_val": 0.2}.get(key, value)
     stage = 3 if key in args.ADAPTING else 2
     text = f"'{key}={value}' belongs to stage {stage}, and no stage is given. Add cfg=stage{stage}.yaml"
     for model in (stock, fewshot):

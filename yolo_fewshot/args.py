@@ -46,6 +46,12 @@ KEYS: dict[str, Key] = {
     "triplet_margin": Key(float, 0.3, "margin of the triplet term, in cosine distance"),
     "triplet_soft": Key(bool, False, "soft margin, log(1 + e^x), in place of the hinge of the triplet term"),
     "terms": Key(str, None, "loss terms of your own: dotted paths of `EpisodeTerm` classes, separated by commas"),
+    "meta_val": Key(
+        float,
+        None,
+        "share of the classes that stages 1 and 2 keep out of training; their AP50 from 1 and 5 shots picks best.pt",
+        high=0.5,
+    ),
     "dfl_side_max": Key(float, 20.0, "maximum DFL of one side of a box", above=True),
     "dfl_mean_max": Key(float, 15.0, "maximum mean DFL of a batch, four sides summed", above=True),
     "dfl_clamp_mode": Key(str, "hard", "gradient above a clamp: zero, or scaled down", choices=("hard", "rescale")),

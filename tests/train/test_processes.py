@@ -209,3 +209,19 @@ def test_a_guarded_stock_training_in_two_processes(root):
     settings = {**QUICK, "project": str(root), "name": "stock", "epochs": 1, "grad_clip": 5.0}
     ends = launch(root, root / "stock11n.yaml", {**settings, "data": str(root / "data.yaml")})
     assert [x["skipped"] for x in ends] == [0, 0]
+
+
+def test_meta_validation_in_two_processes(root, stage1):
+    """One process measures; both stop at the same epoch, and best.pt is the start, since the epochs only harm."""
+    settings = {**QUICK, "project": str(root), "name": "meta", "data": str(root / "data.yaml"), "cfg": "stage2.yaml"}
+    settings |= {"n_way": 2, "episodes": 2, "meta_val": 0.5, "lr0": 0.5, "epochs": 4, "patience": 2}
+    ends = launch(root, root / "stage1/weights/best.pt", settings, crashes=True)
+    with open(root / "meta/results.csv") as f:
+        rows = list(csv.DictReader(f))
+    fitness = [sum(float(v) for k, v in x.items() if "meta_AP50" in k) for x in rows]
+    assert [x["epoch"] for x in rows] == [str(i) for i in range(len(rows))] and ends[0]["epoch"] == len(rows) - 2
+    assert max(fitness) == fitness[0]
+    start, best = (torch.load(root / x / "weights/best.pt", weights_only=False)["model"] for x in ("stage1", "meta"))
+    assert len(best.held_out) == 2 and not start.held_out
+    known = best.state_dict()
+    assert all(torch.equal(v, known[k]) for k, v in start.state_dict().items() if not k.endswith("frozen"))

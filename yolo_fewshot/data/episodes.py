@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +56,7 @@ class EpisodeSampler(EpochSampler):
         episodes: int,
         seed: int = 0,
         rank: int = 0,
+        held_out: Collection[int] = (),
     ):
         """Initialize the sampler.
 
@@ -68,6 +69,7 @@ class EpisodeSampler(EpochSampler):
             episodes (int): Episodes per epoch.
             seed (int): Seed of the run.
             rank (int): Rank of this process in multi-GPU training; each rank draws its own episodes.
+            held_out (Collection[int]): Classes that are kept out of training, and never drawn.
 
         Raises:
             ValueError: If fewer than n_way classes have at least k_shot + 1 images, or a count is less than 1.
@@ -89,11 +91,13 @@ class EpisodeSampler(EpochSampler):
         owner, self.images = owner[first], images[first]
         self.start = np.searchsorted(owner, np.arange(len(names) + 1))
         counts = np.diff(self.start)
-        self.classes = np.flatnonzero(counts >= k_shot + 1)
-        left_out = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts < k_shot + 1).tolist()]
+        enough, trained = counts >= k_shot + 1, ~np.isin(np.arange(len(names)), list(held_out))
+        self.classes = np.flatnonzero(enough & trained)
+        left_out = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(~enough & trained).tolist()]
         need = f"{k_shot + 1} images (k_shot + 1)"
         if len(self.classes) < n_way:
             out = f" Left out, with their images: {', '.join(left_out)}." if left_out else ""
+            out += f" {len(held_out)} classes are kept out by meta_val." if held_out else ""
             raise ValueError(
                 f"'n_way={n_way}' needs {n_way} classes with at least {need} each, and the train split has "
                 f"{len(self.classes)}.{out} Set n_way={max(len(self.classes), 1)} or less, a smaller k_shot, or label "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ class MaskedDataset(YOLODataset):
     """A `YOLODataset` that also loads ignore regions, and augments them with their image.
 
     Ignore regions are boxes, read from files of lines `x y w h`, normalized, in a folder beside `labels`, as written by
-    `yolo-fewshot split`.
+    `yolo-fewshot split`. The objects of given classes become ignore regions, too, and are no labels any more.
 
     Attributes:
         ignored (dict[str, np.ndarray]): Ignore regions by image file, (n, 4) float32; only images that have some.
@@ -26,12 +27,13 @@ class MaskedDataset(YOLODataset):
     """
 
     @classmethod
-    def of(cls, dataset: YOLODataset, folder: str) -> MaskedDataset:
+    def of(cls, dataset: YOLODataset, folder: str = "", classes: Collection[int] = ()) -> MaskedDataset:
         """Add ignore regions to a data set, in place, since its mosaic refers to it.
 
         Args:
             dataset (YOLODataset): Data set.
-            folder (str): Name of the folder of ignore regions.
+            folder (str): Name of the folder of ignore regions, empty for none.
+            classes (Collection[int]): Classes whose objects become ignore regions.
 
         Returns:
             (MaskedDataset): The data set.
@@ -40,10 +42,22 @@ class MaskedDataset(YOLODataset):
             ValueError: If a file of ignore regions is malformed.
         """
         dataset.__class__ = cls
-        files = [x["im_file"] for x in dataset.labels]
+        files = [x["im_file"] for x in dataset.labels] if folder else []
         dataset.has_polygons = any(len(x["segments"]) for x in dataset.labels)
         dataset.ignored = {f: b for f, b in zip(files, map(_read_boxes, ignore_files(files, folder))) if len(b)}
+        if classes:
+            dataset.labels = [dataset._hide(x, classes) for x in dataset.labels]
         return dataset
+
+    def _hide(self, label: dict[str, Any], classes: Collection[int]) -> dict[str, Any]:
+        """Return the labels of an image without the objects of some classes, whose boxes become ignore regions."""
+        hidden = np.isin(label["cls"].reshape(-1), list(classes))
+        if not hidden.any():
+            return label
+        file, boxes, keep = label["im_file"], label["bboxes"][hidden], (~hidden).nonzero()[0]
+        self.ignored[file] = np.concatenate([self.ignored.get(file, boxes[:0]), boxes])
+        segments = [label["segments"][i] for i in keep] if len(label["segments"]) else label["segments"]
+        return {**label, "cls": label["cls"][keep], "bboxes": label["bboxes"][keep], "segments": segments}
 
     def update_labels_info(self, label: dict[str, Any]) -> dict[str, Any]:
         """Add the ignore regions to the labels, with the class `IGNORED`, then proceed as Ultralytics does.
@@ -83,19 +97,20 @@ def ignore_folder(data: dict[str, Any]) -> str:
     return str(section.get("ignore") or "") if isinstance(section, dict) else ""
 
 
-def masked(dataset: YOLODataset, data: dict[str, Any], mode: str) -> YOLODataset:
-    """Add the ignore regions to a training set, if its data.yaml names a folder of them.
+def masked(dataset: YOLODataset, data: dict[str, Any], mode: str, classes: Collection[int] = ()) -> YOLODataset:
+    """Add the ignore regions to a training set, if its data.yaml names a folder of them or classes are ignored.
 
     Args:
         dataset (YOLODataset): Data set.
         data (dict): Content of its data.yaml.
         mode (str): 'train' or 'val'; in validation nothing is ignored.
+        classes (Collection[int]): Classes whose objects are ignored.
 
     Returns:
         (YOLODataset): The data set.
     """
     folder = ignore_folder(data)
-    return MaskedDataset.of(dataset, folder) if folder and mode == "train" else dataset
+    return MaskedDataset.of(dataset, folder, classes) if (folder or classes) and mode == "train" else dataset
 
 
 def has_ignored(dataset: Any) -> bool:

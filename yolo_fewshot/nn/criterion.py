@@ -149,6 +149,7 @@ class FewShotLoss(v8DetectionLoss):
         episode_terms (list[EpisodeTerm]): Terms of an episode, in the order of their names.
         clamped_dfl (ClampedDFLoss | None): The DFL of stage 2, with its counts of clamps.
         masked (bool): Whether batches may have ignore regions, see `MaskedDataset`; anchors inside are not background.
+        trained (torch.Tensor | None): Classes whose scores are trained, (nc,) bool; None for all.
         retention (Retention | None): Classes to retain in stage 3.
         observers (list[Callable[[FewShotLoss, Pass], None]]): Functions that the next call of the loss calls after
             computing its terms, and then removes. They may call `parts` and `chance` with the pass.
@@ -168,6 +169,7 @@ class FewShotLoss(v8DetectionLoss):
         super().__init__(model, tal_topk, tal_topk2)
         h, stage = self.hyp, getattr(self.hyp, "stage", None)
         self.episodic, self.masked = stage == 2, False
+        self.trained: torch.Tensor | None = None
         self.retention: Retention | None = None
         self.observers: list[Callable[[FewShotLoss, Pass], None]] = []
         self.clamped_dfl: ClampedDFLoss | None = None
@@ -218,7 +220,7 @@ class FewShotLoss(v8DetectionLoss):
         """
         if not self.use_dfl:  # without DFL, distances times the stride can overflow float16
             preds = {**preds, "boxes": preds["boxes"].float()}
-        this = Pass(preds, batch)
+        this = Pass(preds, batch, trained=self.trained)
         if self.masked:
             this.batch, ignored = blank_ignored(batch)
             centers, size = self._anchor_centers(preds["feats"]), batch["img"].shape[:1:-1]

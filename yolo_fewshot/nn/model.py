@@ -37,6 +37,7 @@ class FewShotDetectionModel(DetectionModel):
             training.
         memory (list): Replay buffer of anchors of base images, filled at the end of training, see
             `yolo_fewshot.enroll.replay`.
+        held_out (list[str]): Classes that `meta_val` kept out of training, which the model does not know.
 
     Examples:
         >>> model = FewShotDetectionModel("yolo11n-fewshot.yaml", nc=20)
@@ -60,6 +61,7 @@ class FewShotDetectionModel(DetectionModel):
         self.enrolled: dict[str, dict] = {}
         self.prior_strength: float | None = None
         self.memory: list = []
+        self.held_out: list[str] = []
         self.yaml["fewshot"] = {**FEWSHOT, **(self.yaml.get("fewshot") or {})}
         self.model[-1] = FewShotDetect.upgrade(self.model[-1], **self.yaml["fewshot"])
         if verbose:
@@ -74,7 +76,7 @@ class FewShotDetectionModel(DetectionModel):
         """
         memo = {id(getattr(self, "criterion", None)): None}  # the copy needs no loss
         folded = deepcopy(self, memo)
-        for name in ("criterion", "transferred", "prior_strength", "memory"):
+        for name in ("criterion", "transferred", "prior_strength", "memory", "held_out"):
             folded.__dict__.pop(name, None)
         folded.__class__ = DetectionModel
         folded.model[-1] = folded.model[-1].fold()

@@ -39,6 +39,7 @@ class Pass:
         batch (dict[str, Any]): Labels, in which ignore regions have boxes of zeros.
         keep_mask (torch.Tensor | None): Anchors outside all ignore regions, (B, A) bool; None without ignore regions.
         distilled (torch.Tensor | None): Classes that a teacher scores, (nc,) bool; None without a teacher.
+        trained (torch.Tensor | None): Classes that are trained, (nc,) bool; None for all.
         assignment (Assignment | None): Set by the first call of the assigner, and reused by later calls.
         fg (tuple[torch.Tensor, torch.Tensor]): Image and index of the M anchors assigned to objects, (M,) int64.
         box (torch.Tensor): CIoU loss without its gain.
@@ -50,6 +51,7 @@ class Pass:
     batch: dict[str, Any]
     keep_mask: torch.Tensor | None = None
     distilled: torch.Tensor | None = None
+    trained: torch.Tensor | None = None
     assignment: Assignment | None = None
     fg: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     box: torch.Tensor = field(init=False)
@@ -70,11 +72,15 @@ class Pass:
         return self.assignment
 
     def class_mask(self) -> torch.Tensor | None:
-        """Return the mask of the scores in the class loss, (B, A or 1, nc or 1) bool; None for all scores.
+        """Return the mask of the scores in the class loss, which broadcasts to (B, A, nc), bool; None for all scores.
 
-        The mask excludes background anchors in ignore regions, and background scores of the classes of a teacher.
+        The mask excludes background anchors in ignore regions, background scores of the classes of a teacher, and all
+        scores of classes that are not trained.
         """
         mask = None if self.keep_mask is None else self.keep_mask.unsqueeze(-1)
         if self.distilled is not None:
             mask = ~self.distilled if mask is None else mask & ~self.distilled
-        return None if mask is None else mask | self.assigned.fg_mask.unsqueeze(-1)
+        mask = None if mask is None else mask | self.assigned.fg_mask.unsqueeze(-1)
+        if self.trained is None or mask is None:
+            return self.trained if mask is None else mask
+        return mask & self.trained

@@ -143,7 +143,7 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
     with tempfile.TemporaryDirectory() as folder:
         quiet: dict[str, Any] = {"project": folder, "name": "rehearsal", "save_dir": None, "plots": False, "val": False}
         one = parse_device(args.device).split(",")[0]  # one process, also for a run on several GPUs
-        quiet |= {"doctor": STEPS, "device": one}
+        quiet |= {"doctor": STEPS, "device": one, "meta_val": None}  # which needs a validation after every epoch
         level = LOGGER.level
         LOGGER.setLevel(logging.WARNING)
         try:

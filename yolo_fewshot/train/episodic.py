@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from copy import deepcopy
 from typing import Any
 
 from ultralytics.data.build import InfiniteDataLoader
@@ -11,7 +13,9 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK
 
 from yolo_fewshot import args as table
 from yolo_fewshot.data.episodes import EpisodeSampler, EpisodicDataset
+from yolo_fewshot.files import save_checkpoint
 from yolo_fewshot.nn.model import FewShotDetectionModel
+from yolo_fewshot.train.meta_validation import START, fitness_of, student_of
 from yolo_fewshot.train.run_plots import plot_training_episode, plot_val_episodes
 from yolo_fewshot.train.stage import Stage
 
@@ -42,7 +46,9 @@ class Episodes(Stage):
     def on_loaded(self, model: FewShotDetectionModel, weights: DetectionModel) -> None:
         """Keep the loaded prototypes as anchors of the triplet term, unless the run is resumed."""
         if not self.trainer.resume:
-            model.model[-1].freeze_prototypes(model.transferred)
+            unlearned = {*model.held_out, *getattr(weights, "held_out", ())}
+            learned = [c for c in model.transferred if str(model.names[c]) not in unlearned]
+            model.model[-1].freeze_prototypes(learned)
 
     def check_batch(self) -> None:
         """Refuse the smaller batch that Ultralytics tries when memory runs out.
@@ -66,8 +72,25 @@ class Episodes(Stage):
         """
         a, dataset = self.trainer.args, EpisodicDataset(loader.dataset)
         names, rank = self.trainer.data["names"], max(RANK, 0)
-        sampler = EpisodeSampler(dataset.labels, names, a.n_way, a.k_shot, a.n_query, a.episodes, a.seed, rank)
+        episodes, held_out = (a.n_way, a.k_shot, a.n_query, a.episodes), self.meta.classes if self.meta else ()
+        sampler = EpisodeSampler(dataset.labels, names, *episodes, a.seed, rank, held_out)
         return self._resampled(loader, dataset, sampler, sampler.episode_size)
+
+    def begin_run(self) -> None:
+        """Measure the model that training starts from with `meta_val`; it is best.pt until an epoch is better."""
+        super().begin_run()
+        trainer = self.trainer
+        if not self.meta or trainer.resume or RANK not in {-1, 0}:
+            return
+        model = student_of(trainer.ema.ema)
+        self.meta.start = self.measure(model)
+        value = fitness_of(self.meta.start)
+        # The next larger number, since Ultralytics saves an epoch as best.pt that equals the best one.
+        trainer.best_fitness, trainer.stopper.best_fitness = math.nextafter(value, math.inf), value
+        start = deepcopy(model, {id(getattr(model, "criterion", None)): None}).cpu()
+        metrics = {**self.meta.start, "fitness": value}
+        ckpt = {"model": start, "train_args": vars(trainer.args), "train_metrics": metrics, START: True}
+        save_checkpoint(ckpt, trainer.best)
 
     def loss_scale(self, scale: int) -> int:
         """Return the factor times the number of processes, since each process has its own episode."""

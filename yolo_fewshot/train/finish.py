@@ -46,6 +46,7 @@ def finish(trainer: DetectionTrainer) -> None:
         for file, ckpt in final.items():
             save_checkpoint(ckpt, file)
             LOGGER.info(f"Optimizer stripped from {file}, {file.stat().st_size / 1e6:.1f}MB")
+        trainer.stage.log_end()
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
     if main and trainer.args.plots:

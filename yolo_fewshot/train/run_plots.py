@@ -24,6 +24,7 @@ from yolo_fewshot.plots.episode import plot_episode
 from yolo_fewshot.plots.episode_detection import detect_queries
 from yolo_fewshot.plots.losses import plot_losses
 from yolo_fewshot.plots.support import FILE, plot_support
+from yolo_fewshot.train.meta_validation import trained_epochs
 
 VAL_EPISODES = 3  # plotted at the end
 EMBEDDED = 200  # val images whose objects are plotted by their embedding
@@ -92,7 +93,7 @@ def plot_loss_terms(trainer: DetectionTrainer) -> None:
     Args:
         trainer (DetectionTrainer): Trainer at its end.
     """
-    results = trainer.read_results_csv()
+    results = trained_epochs(trainer.read_results_csv())
     terms = [k.removeprefix("share/") for k in results if k.startswith("share/")]
     if terms:
         file = trainer.save_dir / "losses.png"

@@ -43,7 +43,7 @@ class ShotStage(Stage):
         datasets (list[dict]): Checked data.yaml of the shots and, with `base_replay`, of the base images.
     """
 
-    keys = frozenset((*Stage.keys, *table.SHOT_KEYS))
+    keys = frozenset((*Stage.keys, *table.SHOT_KEYS)) - {"meta_val"}
     seeded_epochs = True
     support: Support
 

@@ -22,8 +22,11 @@ from yolo_fewshot.data.sampling import EpochSampler
 from yolo_fewshot.data.shots_and_base import ShotsAndBase
 from yolo_fewshot.enroll.calibrate import choose_prior_strength
 from yolo_fewshot.enroll.replay import fill_replay_buffer
+from yolo_fewshot.errors import few
+from yolo_fewshot.nn.criterion import branch_losses
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.train.guard import nonfinite
+from yolo_fewshot.train.meta_validation import PREFIX, START, MetaValidation, fitness_of, student_of, trained_epochs
 
 
 class Stage:
@@ -36,11 +39,13 @@ class Stage:
         blends (bool): Whether the final weights are interpolated, so that the checkpoints record the metrics of the
             final validation.
         trainer (DetectionTrainer): Trainer of the run.
+        meta (MetaValidation | None): Classes that `meta_val` keeps out of training.
     """
 
-    keys: frozenset[str] = frozenset(("stage", "grad_clip", *table.EVERY_STAGE))
+    keys: frozenset[str] = frozenset(("stage", "grad_clip", "meta_val", *table.EVERY_STAGE))
     seeded_epochs = False
     blends = False
+    meta: MetaValidation | None = None
 
     @classmethod
     def settings(cls, merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +68,28 @@ class Stage:
             data (dict): Checked data.yaml of the run.
         """
         self.trainer = trainer
+        self._ends_with_start = False
+        self._labels: list[dict[str, Any]] = []  # of the training images, with the kept-out classes
+
+    def keep_out(self, data: dict[str, Any]) -> None:
+        """Choose the classes that `meta_val` keeps out of training.
+
+        Args:
+            data (dict): Checked data.yaml of the run.
+
+        Raises:
+            ValueError: If there are too few classes, or the run does not validate or save every epoch.
+        """
+        a = self.trainer.args
+        if "meta_val" not in self.keys or not a.meta_val:
+            return
+        for k in ("val", "save"):
+            if not getattr(a, k):
+                raise ValueError(
+                    f"'{k}=False' does not work with meta_val={a.meta_val}, which picks best.pt after every epoch. "
+                    f"Leave {k}= or meta_val= out."
+                )
+        self.meta = MetaValidation(data, a.meta_val, a.seed)
 
     def adopt(self, model: DetectionModel) -> None:
         """Accept a model that was built before, as in the processes of multi-GPU training.
@@ -88,10 +115,13 @@ class Stage:
         weights, data = self.initial_weights(weights), self.trainer.data
         model = FewShotDetectionModel(cfg, ch=data["channels"], nc=data["nc"], verbose=verbose)
         model = self.trainer.set_model_names_for_load(model)
+        model.held_out = self.meta.names if self.meta else []
         if weights:
             model.load(weights)
             self.check_finite(model)
             self.on_loaded(model, weights)
+            if self.meta and isinstance(weights, FewShotDetectionModel):
+                self.meta.check_weights(weights, str(self.trainer.args.model))
         return model
 
     def check_finite(self, model: DetectionModel) -> None:
@@ -143,7 +173,10 @@ class Stage:
         Returns:
             (Dataset): The data set.
         """
-        return masked(build(img_path, mode, batch), self.trainer.data, mode)
+        dataset = build(img_path, mode, batch)
+        if mode == "train":
+            self._labels = dataset.labels
+        return masked(dataset, self.trainer.data, mode, self.meta.classes if self.meta else ())
 
     def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
         """Return the training loader.
@@ -158,7 +191,13 @@ class Stage:
         return loader
 
     def begin_run(self) -> None:
-        """Record the initial state, when the model is on its device and nothing is trained or resumed yet."""
+        """Record the initial state, when the model is on its device and nothing is trained or resumed yet.
+
+        Raises:
+            ValueError: If a class that `meta_val` keeps out has too few images.
+        """
+        if self.meta:
+            self.meta.draw(self._labels, self.trainer.test_loader.dataset.labels)
 
     def begin_training(self, model: FewShotDetectionModel) -> None:
         """Set up what the stage adds to the loss.
@@ -166,6 +205,24 @@ class Stage:
         Args:
             model (FewShotDetectionModel): Model in training, not wrapped for several GPUs.
         """
+        if self.meta:
+            trained = torch.ones(self.trainer.data["nc"], dtype=torch.bool, device=self.trainer.device)
+            trained[list(self.meta.classes)] = False
+            for loss in branch_losses(model):
+                loss.trained = trained
+
+    def measure(self, model: Any) -> dict[str, float]:
+        """Measure the classes that `meta_val` keeps out; called only in the main process.
+
+        Args:
+            model (FewShotDetectionModel | DistillationModel): Model in eval mode, left unchanged.
+
+        Returns:
+            (dict[str, float]): Columns for results.csv.
+        """
+        assert self.meta is not None, "there is no meta_val"
+        val = self.trainer.test_loader.dataset.labels
+        return self.meta.measure(student_of(model), fully_labeled(self.base_dataset), val, self.trainer.args.imgsz)
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Add what the stage needs to a batch.
@@ -210,6 +267,14 @@ class Stage:
             last (dict | None): Content of last.pt.
             best (dict | None): Content of best.pt.
         """
+        if best and best.pop(START, None):  # with the records of the run
+            best = {**(last or {}), **best}
+            epochs, self._ends_with_start = self._fitness(), True
+            found = f", best epoch {max(epochs):.2f}" if epochs else ""
+            LOGGER.info(
+                f"{PREFIX} Stage 2 gave no better enrollment of held-out classes than its start "
+                f"({best['train_metrics']['fitness']:.2f}{found}); best.pt is the model that it started from."
+            )
         return last, best
 
     def before_final_validation(self, model: DetectionModel) -> None:
@@ -236,6 +301,25 @@ class Stage:
         model.prior_strength = choose_prior_strength(model, labels, trainer.test_loader.dataset.labels, imgsz, seed)
         better = "mean" if model.prior_strength == math.inf else "fit"
         LOGGER.info(f"Enrollment from one shot: '{better}' is better on base classes")
+
+    def log_end(self) -> None:
+        """Log which classes `meta_val` kept out; called only in the main process."""
+        if not self.meta:
+            return
+        epochs = self._fitness()
+        text = f"{PREFIX} {few(self.meta.names, n=20)} were kept out of training, and the model does not know them. "
+        if epochs and not self._ends_with_start:
+            best = epochs.index(max(epochs)) + 1
+            text += f"The best epoch was {best} of {len(epochs)}. To use"
+            text += f" all classes, train once more without meta_val and with epochs={best}, and take last.pt."
+        else:
+            text += "To use all classes, train stage 1 without meta_val, and leave out stage 2."
+        LOGGER.info(text)
+
+    def _fitness(self) -> list[float]:
+        """Return the fitness of every epoch of a run with `meta_val`."""
+        columns = trained_epochs(self.trainer.read_results_csv())
+        return [fitness_of(dict(zip(columns, row))) for row in zip(*columns.values())]
 
     def plot_end(self) -> None:
         """Plot results of the final best.pt; called only in the main process and with `plots=True`."""

@@ -27,6 +27,7 @@ from yolo_fewshot.train.episodic import Episodes
 from yolo_fewshot.train.finish import finish
 from yolo_fewshot.train.grafting import Grafting
 from yolo_fewshot.train.guarded import GuardedTrainer
+from yolo_fewshot.train.meta_validation import fitness_of, trained_epochs, write_start
 from yolo_fewshot.train.monitor import LossMonitor, report
 from yolo_fewshot.train.run_plots import plot_loss_terms
 from yolo_fewshot.train.stage import Stage
@@ -62,6 +63,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
     last: Path  # Ultralytics sets these
     best: Path
     wdir: Path
+    best_fitness: float | None
     metrics: dict[str, float] | None
 
     def __init__(
@@ -129,9 +131,13 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
 
         Returns:
             (dict): Paths, class names and so on.
+
+        Raises:
+            ValueError: If `meta_val` does not fit the data or the other arguments.
         """
         data = super().get_dataset()
         self.stage = stage_of(dict(vars(self.args)))(self, data)
+        self.stage.keep_out(data)
         return data
 
     def get_model(self, cfg: str | dict, weights: DetectionModel | None = None, verbose: bool = True) -> DetectionModel:
@@ -249,14 +255,33 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             super().end_training()
 
     def validate(self) -> tuple[dict[str, float] | None, float | None]:
-        """Validate as Ultralytics does.
+        """Validate as Ultralytics does, and measure the classes that `meta_val` keeps out.
 
         Returns:
             metrics (dict | None): Results, with the columns of guard and monitor, for results.csv and loggers.
-            fitness (float | None): Fitness.
+            fitness (float | None): Fitness; with `meta_val` the mean AP50 of the kept-out classes.
         """
+        best = self.best_fitness
         metrics, fitness = super().validate()
-        return metrics and {**metrics, **self._columns}, fitness
+        if metrics is None:  # outside of the main process
+            return metrics, fitness
+        metrics = {**metrics, **self._columns}
+        if self.stage.meta:
+            found = self.stage.measure(self.ema.ema)
+            metrics, fitness = {**metrics, **found}, fitness_of(found)
+            self.best_fitness = fitness if best is None or best < fitness else best
+        return metrics, fitness
+
+    def save_metrics(self, metrics: dict[str, float]) -> None:
+        """Add a row to results.csv as Ultralytics does, and before the first one the measurement of the start.
+
+        Args:
+            metrics (dict): Values by column.
+        """
+        new = not self.csv.exists()
+        super().save_metrics(metrics)
+        if new and self.stage.meta and self.stage.meta.start:
+            write_start(self.csv, self.stage.meta.start)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device as Ultralytics does, and add what the stage needs.
@@ -331,6 +356,6 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         finish(self)
 
     def _results(self) -> list[dict[str, float]]:
-        """Return the rows of results.csv."""
-        columns = self.read_results_csv()
+        """Return the rows of results.csv for the trained epochs."""
+        columns = trained_epochs(self.read_results_csv())
         return [dict(zip(columns, row)) for row in zip(*columns.values())]

@@ -37,7 +37,8 @@ FIRST = [
     "train/test_adaptation.py", "train/test_processes.py", "train/test_trainer.py", "test_yolo.py", "test_readme.py",
     "test_examples.py", "test_install.py", "train/test_guarded.py", "evaluate/test_benchmark.py",
     "enroll/test_dual_head.py", "train/test_channels.py", "evaluate/test_benchmark_gpu.py", "train/test_resume.py",
-    "test_deploy.py", "test_plugin.py", "train/test_learning.py",
+    "test_deploy.py", "test_plugin.py", "train/test_learning.py", "studio/test_engine.py", "test_graft_deploy.py",
+    "train/test_meta_validation.py", "train/test_grafting.py", "evaluate/test_from_stock.py", "nn/test_graft.py",
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, ROOT, YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO, args, cli
 from yolo_fewshot.evaluate import learn
+from yolo_fewshot.studio import page as studio_page
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "examples").glob("*.md"))]
@@ -69,7 +70,12 @@ def folder(tmp_path, monkeypatch, trained):
     for name in ("shots.yaml", "novel_5shot.yaml"):
         YAML.save(name, {**write_data(tmp_path / name[:-5], ["scooter", "bus"], 5)})
     cv2.imwrite("street.jpg", cv2.resize(cv2.imread("base/images/val/0000.png"), (160, 120)))
-    shutil.copytree("base/images/val", "images")
+    for name in ("images", "photos"):
+        shutil.copytree("base/images/val", name)
+    for name in ("steel", "runways", "neu_det"):  # K-shot lists without base classes
+        shots = write_data(tmp_path / name, ["crack", "hole"], 4)
+        Path(name, "novel_1shot_seed0.txt").write_text("./images/train/0000.png\n")  # which shows both
+        YAML.save(Path(name, "novel_1shot_seed0.yaml"), {**shots, "train": "novel_1shot_seed0.txt"})
     cli.main(["split", "data=data.yaml", "novel=scooter,bus", "shots=1", "seeds=1", "out=characters"])
     FewShotYOLO("best.pt").fold().save("stock.pt")
     stock = YOLO("yolo11n.yaml")  # stands for pretrained weights
@@ -101,9 +107,12 @@ def run(words, folder):
         with mock.patch.object(cfg, "ARGV", [*words, *more]):  # entrypoint(text) would split quoted words
             cfg.entrypoint("")
     elif words[0] == "yolo-fewshot":
-        short = {"shots=1", "seeds=1", "methods=stock-0,auto,adapt", "imgsz=64", "workers=0", "steps=2"}
-        more = {"benchmark": sorted(short), "doctor": [*quick, "episodes=2", "n_way=2"]}.get(words[1], [])
-        cli.main([*words[1:], *more])
+        short = ["shots=1", "seeds=1", "methods=stock-0,auto,adapt", "imgsz=64", "workers=0", "steps=2"]
+        if "model=yolo11n.pt" in words:
+            short += ["methods=auto,graft-head", "base_val=base.yaml"]
+        more = {"benchmark": short, "doctor": [*quick, "episodes=2", "n_way=2"], "studio": ["imgsz=64"]}
+        with mock.patch.object(studio_page, "serve", lambda *_: None):  # which would wait for a user
+            cli.main([*words[1:], *more.get(words[1], [])])
     elif words[:2] == ["python", "examples/add_classes.py"]:
         runpy.run_path(words[1])["main"](*words[2:])
     else:
@@ -121,7 +130,8 @@ def test_every_command_of_the_readme_runs(folder, large_data, monkeypatch):
             run(words, folder)
         except (Exception, SystemExit) as e:
             raise AssertionError(f"{shlex.join(words)}: {e}") from e
-    assert {"my_split", "voc1", "coco", "benchmark", "best.onnx", "runs"} <= {x.name for x in folder.iterdir()}
+    made = {"my_split", "voc1", "coco", "split1", "steel1", "studio", "best.onnx", "runs"}
+    assert made <= {x.name for x in folder.iterdir()}
 
 
 def test_the_python_code_of_the_readme_runs(folder, monkeypatch):

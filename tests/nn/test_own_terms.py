@@ -93,13 +93,18 @@ NESTED = "import a_module_that_is_not_there\n"
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A working directory with the user's modules, which are not on Python's path."""
-    for name, text in {"mine": SOURCE, "broken": SYNTAX, "nested": NESTED, "attr": "import os\nos.nothing\n"}.items():
+    for name, text in {
+        "mine": SOURCE,
+        "broken": SYNTAX,
+        "nested": NESTED,
+        "raising": "import os\nos.nothing\n",
+    }.items():
         (tmp_path / f"{name}.py").write_text(text)
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "path", [x for x in sys.path if x not in {"", os.getcwd()}])
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    for name in ("mine", "broken", "nested", "attr"):
+    for name in ("mine", "broken", "nested", "raising"):
         sys.modules.pop(name, None)
 
 
@@ -119,7 +124,7 @@ def test_terms_are_found_in_the_working_directory_in_their_order(own):
         ("mine.Two", "Module 'mine' has no class 'Two'"),
         ("broken.One", "'broken' cannot be imported: SyntaxError"),
         ("nested.One", "'nested' cannot be imported: No module named 'a_module_that_is_not_there'"),
-        ("attr.One", "'attr' cannot be imported: AttributeError"),
+        ("raising.One", "'raising' cannot be imported: AttributeError"),
         ("mine.function", "'function' must be a subclass of yolo_fewshot.EpisodeTerm"),
         ("mine.Plain", "'Plain' must be a subclass of yolo_fewshot.EpisodeTerm"),
         ("mine.Long", "name='spread_loss' must end with '_loss' and have at most 10 characters"),

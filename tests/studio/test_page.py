@@ -109,11 +109,15 @@ class Browser:
     def button(self, text):
         return self.until(lambda: next(b for b in self.all("button") if b.is_displayed() and text in b.text), text)
 
+    def push(self, text):
+        """Click at a button, which may be drawn anew meanwhile."""
+        self.until(lambda: self.button(text).click() or True, text)
+
     def upload(self, *files):
         self.one("input[type=file]").send_keys("\n".join(map(str, files)))
 
     def open(self, key):
-        self.one(f'.card[data-key="{key}"]').click()
+        self.until(lambda: self.one(f'.card[data-key="{key}"]').click() or True, key)
         self.until(lambda: key in self.one(".canvas img").get_attribute("src"), f"image {key}")
         self.until(
             lambda: self.driver.execute_script("return document.querySelector('.canvas img').naturalWidth > 0"), "image"
@@ -133,12 +137,13 @@ class Browser:
 
     def press(self, css):
         """Click at a button that is drawn over the image, the one on top."""
-        self.one(f".canvas circle.{css}")
-        circle = self.all(f".canvas circle.{css}")[-1]
         width, height = self.driver.execute_script(
             "const i = document.querySelector('.canvas img'); return [i.naturalWidth, i.naturalHeight]"
         )
-        x, y = (float(circle.get_attribute(k)) for k in ("cx", "cy"))
+        self.one(f".canvas circle.{css}")
+        x, y = self.until(
+            lambda: [float(self.all(f".canvas circle.{css}")[-1].get_attribute(k)) for k in ("cx", "cy")], css
+        )
         self.place(x / width, y / height).click().perform()
 
     def name(self, text):
@@ -300,28 +305,28 @@ def test_the_whole_way(browse, shots, demo, tmp_path):
         page.press("remove")
         page.until(lambda: not boxes_of(tmp_path, key), "the end of the new shot on disk")
         page.settled()
-    page.button("Suggested").click()
+    page.push("Suggested")
     page.until(lambda: name not in session(tmp_path)["conf"], "the suggested threshold")
 
     minutes = page.one('[data-role="minutes"]')
     _fill(minutes, "100")
-    page.button("Train").click()
+    page.push("Train")
     page.until(lambda: (tmp_path / "project" / "train" / "progress.jsonl").exists(), "training")
     page.until(lambda: page.all("canvas"), "the chart")
     before = session(tmp_path)
     time.sleep(1)
     page.shoot("6-training")
-    page.button("Cancel").click()
+    page.push("Cancel")
     page.button("Train")
     page.until(lambda: not (tmp_path / "project" / "train").exists(), "the end of the training")
     assert session(tmp_path) == before and not (tmp_path / "project" / "trained.pt").exists()
     assert not list((tmp_path / "project").glob(".train*"))
 
     _fill(minutes, "0.5")
-    page.button("Train").click()
+    page.push("Train")
     page.until(lambda: (tmp_path / "project" / "trained.pt").exists(), "the trained model")
     page.open(keys[showing[0][0].name])
-    page.button("Compare").click()
+    page.push("Compare")
     page.says("Before: learned at once")
     page.until(lambda: len(page.all(".both img")) == 2, "before and after")
     time.sleep(1)
@@ -329,7 +334,7 @@ def test_the_whole_way(browse, shots, demo, tmp_path):
     page.one("body").send_keys(Keys.ESCAPE)
     page.until(lambda: not any(x.is_displayed() for x in page.all(".both")), "the end of the comparison")
 
-    page.button("Save").click()
+    page.push("Save")
     page.says("Take it with you")
     for kind, file in (
         ("checkpoint", "model.pt"),

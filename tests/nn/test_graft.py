@@ -9,6 +9,8 @@ from ultralytics.nn.tasks import DetectionModel, OBBModel
 from yolo_fewshot.enroll.enroll import forget
 from yolo_fewshot.nn.graft import PARTS, check_graftable, drop_unused_levels, level_groups, new_graft, old_graft, unite
 
+pytestmark = pytest.mark.oldest
+
 FAMILIES = ("yolo11n.yaml", "yolov8n.yaml", "yolov9t.yaml", "yolov10n.yaml", "yolo12n.yaml", "yolo26n.yaml")
 
 

@@ -16,6 +16,8 @@ from yolo_fewshot.nn.criterion import FewShotLoss
 from yolo_fewshot.nn.graft import GraftModel, level_groups
 from yolo_fewshot.nn.ignore import IGNORED
 
+pytestmark = pytest.mark.oldest
+
 NAMES = ["blue", "green", "red", "black"]  # of the data
 OLD = ["cat", "blue", "green"]  # of the detector
 QUICK = {

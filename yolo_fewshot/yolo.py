@@ -162,7 +162,7 @@ class FewShotYOLO(YOLO):
         """Turn the model into a stock one with the same outputs: a stock `Detect` in a `DetectionModel`.
 
         A folded model is an ordinary YOLO model, which loads without this package. Folding cannot be undone, and a
-        folded model cannot train in stages 2 and 3, so keep the checkpoint. Exports are always folded.
+        folded model has no prototypes for stage 2 and `graft=none`, so keep the checkpoint. Exports are always folded.
 
         Returns:
             (FewShotYOLO): The model.

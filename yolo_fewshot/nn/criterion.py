@@ -1,4 +1,4 @@
-"""Loss of all stages: that of Ultralytics, with clamped DFL and episode terms in stage 2 and retention in stage 3."""
+"""Loss of all stages: Ultralytics', with clamped DFL and episode terms in stage 2 and retention where `graft=none`."""
 
 from __future__ import annotations
 

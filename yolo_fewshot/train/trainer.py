@@ -49,7 +49,7 @@ class AllEpochsDone(Exception):
 
 
 class FewShotTrainer(GuardedTrainer, DetectionTrainer):
-    """Trains a few-shot detector: stage 1 on ordinary batches, stage 2 on episodes, stage 3 on shots from enrollment.
+    """Trains a few-shot detector: stage 1 on ordinary batches, stage 2 on episodes; and any detector on shots, stage 3.
 
     Attributes:
         stage (Stage): Stage of this run, with the steps that differ between stages.

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_deploy import FORMATS, certain, contains, float32_openvino, predict, run, same  # noqa: F401
+from test_deploy import FORMATS, certain, contains, float32_openvino, predict, run, same  # noqa: F401  (a fixture)
 from ultralytics import YOLO
 
 from yolo_fewshot import FewShotYOLO

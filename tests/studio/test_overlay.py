@@ -20,7 +20,10 @@ def studio_of(boxes=(), rejected=(), found=(), known=(), suspects=()):
     """What the marks are made of."""
     image = LabeledImage(IMAGE.file, "a", IMAGE.size, list(boxes), list(rejected))
     project = SimpleNamespace(images={"a": image}, names=list(dict.fromkeys(b.name for b in boxes)))
-    shown = lambda *_, **__: list(found)  # noqa: E731
+
+    def shown(*_, **__):
+        return list(found)
+
     return SimpleNamespace(project=project, known={"a": list(known)}, suspects=set(suspects), shown=shown)
 
 

@@ -25,14 +25,18 @@ import pytest
 pytest.importorskip("nicegui", reason="the page needs NiceGUI: pip install 'yolo-fewshot[studio]'")
 webdriver = pytest.importorskip("selenium.webdriver", reason="the browser is driven by Selenium")
 
-from selenium.common.exceptions import StaleElementReferenceException, TimeoutException, WebDriverException  # noqa: E402
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from selenium.common.exceptions import (  # noqa: E402  (after importorskip)
+    StaleElementReferenceException,
+    TimeoutException,
+    WebDriverException,
+)
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402  (after importorskip)
+from selenium.webdriver.common.by import By  # noqa: E402  (after importorskip)
+from selenium.webdriver.common.keys import Keys  # noqa: E402  (after importorskip)
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402  (after importorskip)
 
-from yolo_fewshot.data.demo import BASE  # noqa: E402
-from yolo_fewshot.data.support import read_support  # noqa: E402
+from yolo_fewshot.data.demo import BASE  # noqa: E402  (after importorskip)
+from yolo_fewshot.data.support import read_support  # noqa: E402  (after importorskip)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")

@@ -217,7 +217,7 @@ def test_a_crash_at_any_write_loses_at_most_the_action(action, project, monkeypa
     states, write = [], AtomicPath.write_bytes
     for stop in range(6):
 
-        def crash(self, data, left=[stop]):  # noqa: B006
+        def crash(self, data, left=[stop]):  # noqa: B006  (it counts over calls)
             if not left[0]:
                 raise OSError("disk full")
             left[0] -= 1

@@ -149,8 +149,8 @@ def test_old_detections_are_the_same(root, run):
     old = after[(after[:, 5] < 3) & (after[:, 4] > 1e-9)]
     before = before[before[:, 4] > 1e-9]
     assert len(before) == len(old) > 50
-    key = lambda x: x[np.lexsort(x.T.numpy())]  # noqa: E731
-    torch.testing.assert_close(key(old), key(before), rtol=1e-4, atol=1e-4)
+    old, before = (x[np.lexsort(x.T.numpy())] for x in (old, before))
+    torch.testing.assert_close(old, before, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_beyond_half_precision_stay_exact(root, tmp_path):

@@ -11,7 +11,7 @@ stock `Detect` in a stock `DetectionModel`, with one NMS over all levels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from yolo_fewshot.nn.criterion import FewShotLoss
 from yolo_fewshot.nn.head import class_prior
 from yolo_fewshot.nn.rows import StockRows
 
-PARTS = ("head", "neck", "all")  # what new classes get layers of their own of
+PARTS = ("head", "neck", "all")  # what new classes get of their own
 OFF = -30.0  # bias of a class at the levels of other classes, i.e. a score of 1e-13
 IMAGE = -1  # source of the first layer
 LEVEL_LISTS = ("cv2", "cv3", "one2one_cv2", "one2one_cv3")  # lists of the head with an entry for each level
@@ -261,8 +261,8 @@ def _layers(model: Any) -> list[Layer]:
     return [Layer(m, list(row[1:]), s) for m, row, s in zip(model.model, rows, sources)]
 
 
-def _moved(layers: list[Layer], place: Any) -> list[Layer]:
-    """Return layers that read layers of other indices; the image stays the image for the first layer alone."""
+def _moved(layers: list[Layer], place: Callable[[int], int]) -> list[Layer]:
+    """Return layers whose sources have other indices, those that `place` returns."""
     return [x._replace(sources=[place(i) for i in x.sources]) for x in layers]
 
 

@@ -305,11 +305,10 @@ def test_a_fit_of_the_scale_is_the_minimum_along_the_mean_embedding(limit, monke
         direction = np.stack([(e * w[:, None])[own & (level == i)].sum(0) for i in range(3)])
         direction /= np.linalg.norm(direction)
         x = (e * direction[level]).sum(1)
-        rows = np.arange(len(e))
-        if limit < len(e):
-            others = rows[~own]
-            rows = np.sort(np.r_[rows[own], others[np.argsort(-(x + bias)[others])[:limit]]])
+        others, step = np.flatnonzero(~own), -(-int((~own).sum()) // limit)
+        rows = np.r_[np.flatnonzero(own), others[::step]]
         _, t, weight, mass = problem_of(anchors, targets, c, rows)
+        weight = weight * np.where(own[rows], 1, step)
         features = np.stack([x[rows], np.ones(len(rows))], 1)
         (scale, offset), _ = newton_logistic(
             features, bias[rows], t, weight, mass, float(strengths[c]) * np.r_[1, 0.01]
@@ -317,6 +316,19 @@ def test_a_fit_of_the_scale_is_the_minimum_along_the_mean_embedding(limit, monke
         expected = torch.tensor(scale * direction).float()
         torch.testing.assert_close(vectors[c], expected, rtol=0, atol=1e-2)
         assert offsets[c].tolist() == pytest.approx([offset] * 3, abs=5e-2) and scale > 0.1
+
+
+def test_a_fit_of_the_scale_keeps_easy_negatives_where_there_are_many_hard_ones(monkeypatch):
+    """As in images of dozens of objects: the hardest negatives alone lie where the objects do."""
+    monkeypatch.setattr(module, "MAX_NEGATIVES", 60)
+    anchors, targets, _ = anchors_of(n=1, own=30, others=600)
+    embeds, other = anchors.embeds.clone(), (targets < 0).nonzero()[:, 0]
+    embeds[other[::6]] = embeds[targets == 0].mean(0)  # 100 of the others look like the mean object
+    vectors, offsets = fit_scale(anchors._replace(embeds=embeds), targets, torch.tensor([0.1]), SPACE)
+    score = SPACE.logits(embeds, anchors.level, vectors, offsets)[:, 0]
+    easy = torch.ones(len(other), dtype=torch.bool)
+    easy[::6] = False
+    assert score[targets == 0].mean() > score[other[easy]].mean() + 1
 
 
 def test_the_fits_of_levels_leave_their_arguments_as_they_are():

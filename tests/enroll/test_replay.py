@@ -7,7 +7,7 @@ from test_features import BASE, draw_shots, model_of
 from yolo_fewshot.data.support import read_support
 from yolo_fewshot.enroll import replay as module
 from yolo_fewshot.enroll.features import View, extract
-from yolo_fewshot.enroll.replay import REPLAY_WEIGHT, add_replay, fill_replay_buffer
+from yolo_fewshot.enroll.replay import add_replay, fill_replay_buffer
 from yolo_fewshot.nn.rows import class_rows
 
 SIZE = 96
@@ -54,19 +54,21 @@ def test_the_buffer_is_bounded_and_deterministic_for_a_seed(model, shots, monkey
 def test_replayed_anchors_are_weak_negatives_of_no_image(model, shots):
     buffer, features = fill_replay_buffer(model, shots.labels, SIZE), extract(class_rows(model), shots, SIZE)
     n, own = len(features.anchors[0].embeds), buffer[0][2] == 1
-    anchors = add_replay(features, buffer, [1]).anchors[0]
+    filled = deepcopy(model)
+    filled.memory = buffer
+    anchors = add_replay(features, class_rows(filled), [1]).anchors[0]
     assert own.any() and len(anchors.embeds) == n + int((~own).sum())
     assert torch.equal(anchors.embeds[n:], buffer[0][0][~own].float())
     assert torch.equal(anchors.level[n:], buffer[0][1][~own].long())
     for part in (anchors.objects, anchors.image, anchors.view):
         assert (part[n:] == -1).all() and part.dtype == torch.int64
-    assert (anchors.weight[n:] == REPLAY_WEIGHT).all()
+    assert (anchors.weight[n:] == 0.3).all()
     assert all(torch.equal(a[:n], b) for a, b in zip(anchors, features.anchors[0]))
 
 
 def test_without_a_replay_buffer_the_features_are_unchanged(model, shots):
     features = extract(class_rows(model), shots, SIZE)
-    assert add_replay(features, [], []) is features
+    assert add_replay(features, class_rows(model), []) is features
 
 
 def test_both_branches_of_a_dual_head_are_replayed(shots):

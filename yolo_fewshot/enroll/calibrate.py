@@ -97,7 +97,7 @@ def _features(
     features = extract(class_rows(model), base_support(model, images), imgsz, views=views, desc="Calibrating")
     index = {c: i for i, c in enumerate(classes.tolist())}
     valid = features.embeds[0].any(1) if views is None else torch.ones(len(features.cls), dtype=torch.bool)
-    features = add_replay(features, model.memory, classes.tolist()) if views is None else features
+    features = add_replay(features, class_rows(model), classes.tolist()) if views is None else features
     return features, torch.where(valid, torch.tensor([index[c] for c in features.cls.tolist()]), -1)
 
 

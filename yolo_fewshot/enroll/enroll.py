@@ -119,14 +119,14 @@ def enroll(
     branch = int(nms is False and len(spaces) > 1)  # the one that predicts
     with_nms = not rows.branches[branch]
     # Every class of the support set is cross-validated, so none of them may be a negative in the replay buffer.
-    replayed = add_replay(features, rows.memory, [indices[n] for n in names if n in indices])
+    replayed = add_replay(features, rows, [indices[n] for n in names if n in indices])
     replayed = replayed._replace(embeds=replayed.embeds[branch:], anchors=replayed.anchors[branch:])
     few_shot_method = "mean" if getattr(model, "prior_strength", None) == math.inf else "fit"
     methods, left_out = choose_methods(
         replayed, labels, independent, method, few_shot_method, spaces[branch], nms=with_nms
     )
     conf = thresholds(left_out)
-    features = add_replay(features, rows.memory, [indices[n] for n in names if n in indices and n not in keep])
+    features = add_replay(features, rows, [indices[n] for n in names if n in indices and n not in keep])
     weights = [classifiers(features, labels, methods, independent, i, x) for i, x in enumerate(spaces)]
     enrolled, classes = rows.enrolled, {}
     for c, name in enumerate(names):

@@ -129,10 +129,10 @@ def fit_scale(
     for c in range(n):
         x = space.logits(anchors.embeds, anchors.level, vectors[c : c + 1], offsets[c : c + 1]) - prior[:, None]
         target = torch.where(targets == c, 0, -1)
-        rows = _hardest(x, torch.ones(len(x)), prior, target)
+        rows, share = _subsample(target)
         y, w = _terms(select(anchors, rows), target[rows], 1)
         zero, one = torch.zeros(1, 1), slice(c, c + 1)
-        scale, offset = _minimize(x[rows], prior[rows], y, w, zero, prior_strength[one], mass[one])
+        scale, offset = _minimize(x[rows], prior[rows], y, w * share, zero, prior_strength[one], mass[one])
         vectors[c] *= scale[0, 0]
         offsets[c] = offset[0]
     return vectors, offsets

@@ -10,11 +10,10 @@ import torch
 
 from yolo_fewshot.data.support import Support
 from yolo_fewshot.enroll.features import Anchors, Features, View, extract
-from yolo_fewshot.nn.rows import class_rows
+from yolo_fewshot.nn.rows import ClassRows, class_rows
 
 MAX_IMAGES = 200  # maximum number of images
 MAX_ANCHORS = 4096  # maximum number of anchors, about 1 MB with D = 128
-REPLAY_WEIGHT = 0.3  # of an anchor in a fit; an anchor of the support images has 1
 
 # Of each branch: embeddings (M, D) float16, levels (M,) int16 and classes (M,) int16, -1 for background.
 ReplayBuffer = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -62,24 +61,24 @@ def fill_replay_buffer(model: Any, train: list[dict[str, Any]], imgsz: int, seed
     return buffer
 
 
-def add_replay(features: Features, buffer: ReplayBuffer, exclude: list[int]) -> Features:
+def add_replay(features: Features, rows: ClassRows, exclude: list[int]) -> Features:
     """Add the anchors of a replay buffer to the features of a support set, as anchors of no object and no image.
 
     Args:
         features (Features): Features of a support set.
-        buffer (ReplayBuffer): Replay buffer of the model; may be empty.
+        rows (ClassRows): Class rows of the model, whose replay buffer may be empty.
         exclude (list[int]): Classes of the model whose anchors are left out, since the support set has objects of them.
 
     Returns:
         (Features): The features.
     """
+    buffer, joined = rows.memory, []
     if not buffer:
         return features
-    joined = []
     for anchors, (embeds, level, cls) in zip(features.anchors, buffer):
         keep = ~torch.isin(cls, torch.tensor(exclude, dtype=cls.dtype))
         n = int(keep.sum())
-        none, weight = torch.full((n,), -1), torch.full((n,), REPLAY_WEIGHT)
-        extra = Anchors(embeds[keep].float(), level[keep].long(), torch.zeros(n, 4), none, weight, none, none)
+        level, none, weight = level[keep].long(), torch.full((n,), -1), torch.full((n,), rows.memory_weight)
+        extra = Anchors(embeds[keep].float(), level, torch.zeros(n, 4), none, weight, none, none)
         joined.append(Anchors(*map(torch.cat, zip(anchors, extra))))
     return features._replace(anchors=joined)

@@ -19,9 +19,12 @@ from ultralytics.nn.modules.head import Detect
 from yolo_fewshot.nn.assign import BoxAssignment
 from yolo_fewshot.nn.head import FewShotDetect, Prototypes, class_prior
 from yolo_fewshot.nn.predictions import branch_predictions
+from yolo_fewshot.nn.stem_features import draw_features
 
 OPEN_VOCABULARY = {"WorldDetect", "YOLOEDetect"}  # heads whose classes are embeddings of texts or prompts
 STD_MIN = 1e-3  # minimum standard deviation of a feature
+DRAWN = 2000  # anchors of each level that are drawn from the statistics of a stock head
+DRAWN_MAX = 100.0  # maximum standardized feature of these; one that the support images hardly vary in would be huge
 
 
 class LevelSpace(NamedTuple):
@@ -78,12 +81,14 @@ class ClassRows(ABC):
         max_values (int): Approximate number of values in the embeddings of the anchors to keep of a support set.
         anchors_per_view (float): Maximum number of background anchors to keep of a view of an image.
         per_level (bool): Whether every level has a row and an embedding space of its own.
+        memory_weight (float): Weight of an anchor of `memory` in a fit; an anchor of the support images has 1.
     """
 
     branches: tuple[str, ...]
     max_values = 64_000_000  # about 250 MB
     anchors_per_view: float = float("inf")
     per_level = False
+    memory_weight = 0.3
 
     def __init__(self, model: nn.Module):
         """Initialize the rows.
@@ -223,6 +228,7 @@ class StockRows(ClassRows):
     """
 
     per_level = True
+    memory_weight = 0.5
 
     def __init__(self, model: nn.Module):
         """Initialize the rows.
@@ -260,6 +266,24 @@ class StockRows(ClassRows):
             )
         self.mean: list[torch.Tensor] | None = None  # of the features, (nl, D) per branch
         self.std: list[torch.Tensor] = []
+
+    @property
+    def memory(self) -> list:
+        """Anchors of the images that the model was trained on, drawn by `draw_features`; the same at every call."""
+        if self.mean is None:
+            return []
+        generator, buffer = torch.Generator().manual_seed(0), []
+        for branch, mean, std in zip(self.branches, self.mean, self.std):
+            drawn = [draw_features(s[:-1], DRAWN, generator) for s in getattr(self.head, f"{branch}cv3")]
+            features = [x for x in drawn if x is not None]
+            levels = [i for i, x in enumerate(drawn) if x is not None]
+            if not levels:
+                return []
+            embeds = torch.stack([(f - mean[i].float()) / std[i].float() for f, i in zip(features, levels)])
+            level = torch.tensor(levels, dtype=torch.int16).repeat_interleave(DRAWN)
+            embeds = embeds.flatten(0, 1).clamp(-DRAWN_MAX, DRAWN_MAX)
+            buffer.append((embeds.half(), level, torch.full((len(level),), -1, dtype=torch.int16)))
+        return buffer
 
     def convs(self, branch: str) -> list[Any]:
         """Return the last layer of the class branch of every level."""

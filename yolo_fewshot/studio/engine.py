@@ -776,7 +776,7 @@ class Studio:
     def _replayed(self, features: Features, names: list[str]) -> Features:
         """Return features with the replay buffer of the model, without anchors of the classes that are learned."""
         indices = {str(n): i for i, n in self.rows.model.names.items()}
-        return add_replay(features, self.rows.memory, [indices[n] for n in names if n in indices])
+        return add_replay(features, self.rows, [indices[n] for n in names if n in indices])
 
     def _fit(self, features: Features, names: list[str], labels: torch.Tensor) -> Learned:
         """Learn the classes that the detector was not trained on."""

@@ -103,6 +103,13 @@ def test_the_result_is_a_stock_detector_with_old_and_new_classes(root, run):
     assert b"yolo_fewshot" not in run.best.read_bytes()
 
 
+def test_training_is_in_the_memory_format_that_is_fast_and_the_file_in_the_usual_one(run):
+    trained, saved = run.model.model[13].m[0].cv1.conv.weight, model_of(run.best).model[25].m[0].cv1.conv.weight
+    assert trained.is_contiguous(memory_format=torch.channels_last) and not trained.is_contiguous()
+    assert all(x.is_contiguous() for x in model_of(run.best).state_dict().values())
+    assert saved.shape == trained.shape
+
+
 def test_without_validation_both_files_have_the_last_weights(run):
     best, last = model_of(run.best).state_dict(), model_of(run.last).state_dict()
     assert best.keys() == last.keys() and all(torch.equal(best[k], last[k]) for k in best)

@@ -84,7 +84,6 @@ def folder(tmp_path, monkeypatch, trained):
         shots = write_data(tmp_path / name, ["crack", "hole"], 4)
         Path(name, "novel_1shot_seed0.txt").write_text("./images/train/0000.png\n")  # which shows both
         YAML.save(Path(name, "novel_1shot_seed0.yaml"), {**shots, "train": "novel_1shot_seed0.txt"})
-    cli.main(["split", "data=data.yaml", "novel=scooter,bus", "shots=1", "seeds=1", "out=characters"])
     FewShotYOLO("best.pt").fold().save("stock.pt")
     stock = YOLO("yolo11n.yaml")  # stands for pretrained weights
     stock.model.names = {**stock.model.names, 0: "star", 1: "plus", 2: "arrow", 3: "ring"}
@@ -118,7 +117,7 @@ def run(words, folder):
         short = ["shots=1", "seeds=1", "methods=stock-0,auto,adapt", "imgsz=64", "workers=0", "steps=2"]
         if "model=yolo11n.pt" in words:
             short += ["methods=auto,graft-head", "base_val=base.yaml"]
-        more = {"benchmark": short, "doctor": [*quick, "episodes=2", "n_way=2"], "studio": ["imgsz=64"]}
+        more = {"demo": quick[:1], "benchmark": short, "doctor": [*quick, "episodes=2", "n_way=2"], "studio": ["imgsz=64"]}
         with mock.patch.object(studio_page, "serve", lambda *_: None):  # which would wait for a user
             cli.main([*words[1:], *more.get(words[1], [])])
     elif words[:2] == ["python", "examples/add_classes.py"]:

@@ -5,6 +5,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from functools import partialmethod
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
@@ -117,7 +118,13 @@ def run(words, folder):
         short = ["shots=1", "seeds=1", "methods=stock-0,auto,adapt", "imgsz=64", "workers=0", "steps=2"]
         if "model=yolo11n.pt" in words:
             short += ["methods=auto,graft-head", "base_val=base.yaml"]
-        more = {"demo": quick[:1], "benchmark": short, "doctor": [*quick, "episodes=2", "n_way=2"], "studio": ["imgsz=64"]}
+        more = {
+            "demo": quick[:1],
+            "enroll": quick[:1],
+            "benchmark": short,
+            "doctor": [*quick, "episodes=2", "n_way=2"],
+            "studio": ["imgsz=64"],
+        }
         with mock.patch.object(studio_page, "serve", lambda *_: None):  # which would wait for a user
             cli.main([*words[1:], *more.get(words[1], [])])
     elif words[:2] == ["python", "examples/add_classes.py"]:
@@ -152,6 +159,7 @@ def test_the_python_code_that_users_follow_runs(folder, monkeypatch):
         "__init__",
         lambda self, *args, overrides=None, **kwargs: init(self, *args, overrides={**overrides, **keys}, **kwargs),
     )
+    monkeypatch.setattr(FewShotYOLO, "enroll", partialmethod(FewShotYOLO.enroll, imgsz=QUICK["imgsz"]))
     code = {text: page.name for page in FOLLOWED for text in blocks(page, "python")}
     assert len(code) > 3
     for text, page in code.items():

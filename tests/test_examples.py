@@ -1,3 +1,4 @@
+import json
 import runpy
 import shutil
 import sys
@@ -170,3 +171,46 @@ def test_tracking_objects_in_a_video(example, trained, tmp_path):
     assert set(counts) <= set(FewShotYOLO(trained[1].best).names.values()) | set(
         check_det_dataset("fewshot-demo-novel.yaml")["names"].values()
     )
+
+
+SMALL = {
+    "enroll": {"imgsz": 64, "epochs": 1},
+    "graft": {"imgsz": 64, "epochs": 1, "steps": 2},
+    "meta_train": {"imgsz": 64, "epochs": 1, "episodes": 2},
+}
+
+
+def cells(notebook):
+    """The code cells of a notebook."""
+    return [x for x in json.loads(notebook.read_text())["cells"] if x["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_notebook_runs(name, tmp_path, monkeypatch, demo):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("YOLO_VERBOSE", "")  # which a notebook sets
+    train = YOLO.train
+    share = {"fewshot-demo.yaml": 0.2}  # of the base images
+    monkeypatch.setattr(YOLO, "train", lambda self, **x: train(self, **x, fraction=share.get(x["data"], 1.0)))
+    code = ["".join(x["source"]) for x in cells(EXAMPLES / f"{name}.ipynb")]
+    used = {"__name__": "notebook"}
+    exec(code[0], used)
+    assert used.keys() >= SMALL[name].keys()  # the settings are in its first cell
+    used.update(SMALL[name])
+    for text in code[1:]:
+        exec(text, used)
+    made = {"enroll": "site-a.pt", "graft": "fewshot/graft/weights/best.onnx", "meta_train": "plain.pt"}
+    names = list(YOLO(tmp_path / made[name], task="detect").predict(used["images"][0], imgsz=64)[0].names.values())
+    novel = check_det_dataset("fewshot-demo-novel.yaml")["names"].values()
+    assert set(names) == set(novel)
+
+
+def test_notebooks_have_true_outputs_and_are_small():
+    there = sorted(EXAMPLES.glob("*.ipynb"))
+    assert [x.stem for x in there] == sorted(SMALL)
+    for file in there:
+        assert file.stat().st_size < 150_000, file
+        code = cells(file)
+        assert [x["execution_count"] for x in code] == list(range(1, len(code) + 1)), file  # in order, all of them
+        assert not any(x["output_type"] == "error" for cell in code for x in cell["outputs"]), file
+        assert any("image/jpeg" in x.get("data", {}) for cell in code for x in cell["outputs"]), file

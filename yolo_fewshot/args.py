@@ -11,7 +11,7 @@ class Key(NamedTuple):
     Attributes:
         kind (type): int, float, bool or str; Ultralytics checks it.
         default (Any): Value if neither the recipe nor the user sets one.
-        help (str): One line for the README.
+        help (str): One line for examples/keys.md.
         low (float): Minimum valid value of a number.
         high (float): Maximum valid value of a number.
         above (bool): Whether `low` itself is invalid.

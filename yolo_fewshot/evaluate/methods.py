@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
+from yolo_fewshot.enroll.methods import METHODS as METHODS_OF_ENROLLMENT
 from yolo_fewshot.errors import few
 
 FREEZES = (0, 10, 22)  # of the stock fine-tuning: nothing, the backbone, or all but the head is frozen
 STOCKS = ("stock", "stock_all")  # fine-tuning on the shots of the novel classes, and on shots of all classes
 ALL = "_all"  # suffix of the methods that see shots of all classes
-ENROLLMENTS = ("mean", "fit", "auto")
+ENROLLMENTS = (*METHODS_OF_ENROLLMENT, "auto")
 GRAFTS = {"graft-head": "head", "graft-neck": "neck", "graft-all": "all"}  # stage 3 of a stock detector
 ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 again with the seed of the draw, unchanged or with one change
     "full": {},

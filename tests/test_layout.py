@@ -17,7 +17,7 @@ ORDER = [
     {"plots"},
     {"train", "yolo"},
     {"evaluate"},
-    {"studio"},
+    {"demo", "studio"},
     {"cli"},
     {"plugin"},
 ]

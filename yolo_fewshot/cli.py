@@ -57,6 +57,17 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
     LOGGER.info(f"Results saved to {Path(save).resolve()}")
 
 
+def demo(**kwargs: Any) -> None:
+    """Show a class being learned and found, on built-in data.
+
+    Args:
+        **kwargs (Any): Arguments of `yolo_fewshot.demo.demo`.
+    """
+    from yolo_fewshot.demo import demo
+
+    demo(**_as_text(kwargs, {"model", "project", "name"}))
+
+
 def doctor(**kwargs: Any) -> None:
     """Check the data, and rehearse a training run.
 
@@ -165,6 +176,20 @@ COMMANDS = {
             "KEY": "any other argument of yolo train, i.e. imgsz=160 fliplr=0 device=0",
         },
         "yolo-fewshot benchmark data=steel model=yolo11n.pt methods=stock,auto shots=1,5 base_val=coco.yaml out=steel1",
+    ),
+    "demo": Command(
+        demo,
+        "see a stock detector learn a class from a few shots, on built-in data; no key is needed",
+        {},
+        {
+            "model": "checkpoint (yolo11n.pt, or a small one trained here if it cannot be downloaded)",
+            "shots": "labeled objects to learn from (5)",
+            "imgsz": "image size (320, or 96 for the one trained here)",
+            "device": "device, i.e. 0 or cpu",
+            "project": "folder of the run folder, as in Ultralytics (runs/detect)",
+            "name": "name of the run folder (demo)",
+        },
+        "yolo-fewshot demo",
     ),
     "doctor": Command(
         doctor,
@@ -283,5 +308,5 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{', '.join(missing)} must be given.\n\n{usage(name)}")
     try:
         command.run(**args)
-    except (FileNotFoundError, ModuleNotFoundError, RuntimeError, SyntaxError, TypeError, ValueError) as e:
+    except (ModuleNotFoundError, OSError, RuntimeError, SyntaxError, TypeError, ValueError) as e:
         raise SystemExit(f"{type(e).__name__}: {e}") from e

@@ -180,11 +180,11 @@ def write_scenes(root: Path, n: int, seed: int, labels: bool = False) -> list[np
         YAML.save(root / "data.yaml", {"train": "images", "names": {0: CLASS}})
     for i in range(n):
         image, drawn = draw_scene([CLASS, *rng.choice(BASE, 2, replace=False)], rng)
-        imwrite(str(root / "images" / f"{i}.jpg"), cv2.resize(image, None, fx=SCALE, fy=SCALE))
+        imwrite(str(root / "images" / f"{i:03}.jpg"), cv2.resize(image, None, fx=SCALE, fy=SCALE))
         x1, y1, x2, y2 = drawn[0] / SIZE
         if labels:
             xywh = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
-            (root / "labels" / f"{i}.txt").write_text(f"0 {' '.join(f'{v:.6f}' for v in xywh)}\n")
+            (root / "labels" / f"{i:03}.txt").write_text(f"0 {' '.join(f'{v:.6f}' for v in xywh)}\n")
         boxes.append(drawn[0] * SCALE)
     return boxes
 

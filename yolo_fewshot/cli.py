@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from ultralytics.cfg import merge_equals_args, parse_key_value_pair
 from ultralytics.utils import LOGGER
 
+from yolo_fewshot.inputs import check_checkpoint, check_writable
+
 
 class Command(NamedTuple):
     """A subcommand.
@@ -41,14 +43,18 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
         **kwargs (Any): `imgsz`, `batch`, `device`, `nms`, `background` and `objects` of `FewShotYOLO.enroll`.
 
     Raises:
+        FileNotFoundError: If the checkpoint does not exist.
+        PermissionError: If `save` cannot be written.
         ValueError: If `save` is not a .pt file in a folder that exists.
     """
     from yolo_fewshot import FewShotYOLO
     from yolo_fewshot.plots.support import FILE, plot_support
 
     model, support, save = str(model), str(support), str(save)  # a name of digits is parsed as an int
-    if Path(save).suffix != ".pt" or not Path(save).resolve().parent.is_dir():
+    if Path(save).suffix != ".pt" or Path(save).is_dir() or not Path(save).resolve().parent.is_dir():
         raise ValueError(f"'save={save}' is an invalid value. It must be a *.pt file in a folder that exists.")
+    check_writable("save", save, folder=False)
+    check_checkpoint(model)
     yolo = FewShotYOLO(model)
     yolo.enroll(support, method=enroll, **kwargs)
     yolo.save(save)
@@ -128,7 +134,10 @@ def studio(
             number of frames to take from a video.
 
     Raises:
+        FileNotFoundError: If the checkpoint does not exist.
         ModuleNotFoundError: If the packages of the page are not installed.
+        PermissionError: If the folder cannot be written.
+        ValueError: If a number is invalid.
     """
     from yolo_fewshot.studio.engine import Studio
     from yolo_fewshot.studio.live import Live
@@ -137,7 +146,12 @@ def studio(
         from yolo_fewshot.studio.page import serve
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError(f"{e}. The studio needs 'pip install \"yolo-fewshot[studio]\"'.") from e
-    show, frames = kwargs.pop("open", True), int(kwargs.pop("frames", 20))
+    show, frames = kwargs.pop("open", True), kwargs.pop("frames", 20)
+    for key, value, low in (("port", port, 0), ("frames", frames, 1)):
+        if type(value) is not int or value < low:
+            raise ValueError(f"'{key}={value}' is an invalid value. It must be an int of at least {low}.")
+    check_checkpoint(str(model))
+    check_writable("folder", str(folder))
     opened = Studio(str(model), str(folder), **kwargs)
     live = None
     try:

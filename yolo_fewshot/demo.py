@@ -21,6 +21,7 @@ from ultralytics.utils.torch_utils import select_device
 
 from yolo_fewshot.data.demo import BASE, SIZE, draw_scene
 from yolo_fewshot.files import AtomicPath
+from yolo_fewshot.inputs import check_writable
 from yolo_fewshot.yolo import FewShotYOLO
 
 CLASS = "hash"  # the new class, which neither COCO nor the base classes of the built-in data have
@@ -77,7 +78,7 @@ def demo(
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
-        OSError: If the run folder cannot be written.
+        PermissionError: If the run folder cannot be written.
         ValueError: If an argument is invalid.
         TypeError: If the model cannot enroll classes.
     """
@@ -88,6 +89,7 @@ def demo(
     select_device("" if device is None else device, verbose=False)  # before any work
     weights = find_weights(model)
     folder = get_save_dir(get_cfg(overrides={"task": "detect", "mode": "predict", "project": project, "name": name}))
+    check_writable("project", folder.parent)
     folder.mkdir(parents=True)
     if weights is None:
         weights, imgsz = own_detector(folder.parent / OWN, device), imgsz or OWN_IMGSZ

@@ -37,8 +37,12 @@ def near_duplicates(names: Iterable[str], known: Iterable[str]) -> list[str]:
     plain: dict[str, list[str]] = {}
     for n in dict.fromkeys(map(str, known)):
         plain.setdefault(_plain(n), []).append(n)
-    pairs = {frozenset((n, x)): (n, x) for n in map(str, names) for x in plain.get(_plain(n), ()) if x != n}
-    return [f"{a!r} and {b!r}" for a, b in pairs.values()]
+    pairs: dict[frozenset[str], str] = {}
+    for n in map(str, names):
+        for x in plain.get(_plain(n), ()):
+            if x != n:
+                pairs.setdefault(frozenset((n, x)), f"{n!r} and {x!r}")
+    return list(pairs.values())
 
 
 def warn_near_duplicates(names: Iterable[str], known: Iterable[str]) -> None:

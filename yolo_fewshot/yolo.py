@@ -211,6 +211,7 @@ class FewShotYOLO(YOLO):
         with self._lock:
             support = kwargs.get("support")
             if support:
+                self._network(f"'support={support}'")
                 check_source(source)
                 check_project(kwargs, self.task)
             kwargs = self._enroll_from(kwargs)
@@ -234,7 +235,8 @@ class FewShotYOLO(YOLO):
             (FewShotMetrics): Results.
         """
         with self._lock:
-            if kwargs.get("support"):
+            if support := kwargs.get("support"):
+                self._network(f"'support={support}'")
                 check_data(kwargs.get("data"))
                 check_project(kwargs, self.task)
             kwargs = self._enroll_from(kwargs)

@@ -99,7 +99,7 @@ def demo(
     truth = write_scenes(folder, IMAGES, seed=1)
     LOGGER.info(f"\nEnrolling the new class '{CLASS}' into {weights} from {shots} labeled images, without training...")
     yolo = FewShotYOLO(weights)
-    yolo.enroll(folder / "shots", imgsz=imgsz, device=device)
+    yolo.enroll(folder / "shots", imgsz=imgsz, device=None if device is None else str(device))
     yolo.save(folder / "demo.pt")
     results = yolo.predict(folder / "images", imgsz=imgsz, device=device, verbose=False)
     _plot([x.plot() for x in results], folder / "demo.jpg")

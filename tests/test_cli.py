@@ -75,7 +75,9 @@ def test_every_example_is_a_valid_call(name, monkeypatch):
     assert program == "yolo-fewshot" and argv[0] == name and set(command.required) <= set(seen[0])
 
 
-def test_a_command_takes_all_keys_that_it_lists(monkeypatch):
+def test_a_command_takes_all_keys_that_it_lists(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("a.pt").touch()
     seen = []
     monkeypatch.setattr(FewShotYOLO, "__init__", lambda self, model: seen.append(model))
     monkeypatch.setattr(FewShotYOLO, "enroll", lambda self, support, **kwargs: seen.append((support, kwargs)))
@@ -298,8 +300,10 @@ def test_the_installed_command(trained, crops, tmp_path):
 
 
 @pytest.fixture
-def opened(monkeypatch):
+def opened(monkeypatch, tmp_path):
     """What the command opens a studio with, in place of a studio and its page."""
+    monkeypatch.chdir(tmp_path)
+    Path("best.pt").touch()
     page, engine, live = (pytest.importorskip(f"yolo_fewshot.studio.{n}") for n in ("page", "engine", "live"))
     calls = []
 

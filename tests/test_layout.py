@@ -8,7 +8,7 @@ import pytest
 import yolo_fewshot
 
 PACKAGE = Path(yolo_fewshot.__file__).parent
-BELOW_ALL = ("args", "class_names", "compat", "errors", "files", "paths")
+BELOW_ALL = ("args", "class_names", "compat", "errors", "files", "inputs", "paths")
 ORDER = [
     set(BELOW_ALL),
     {"nn"},
@@ -17,7 +17,7 @@ ORDER = [
     {"plots"},
     {"train", "yolo"},
     {"evaluate"},
-    {"studio"},
+    {"demo", "studio"},
     {"cli"},
     {"plugin"},
 ]

@@ -185,6 +185,20 @@ def refuse_support(args: dict[str, Any]) -> None:
             )
 
 
+def need_support(args: dict[str, Any]) -> None:
+    """Refuse keys of enrollment without a support set, which would have no effect.
+
+    Args:
+        args (dict[str, Any]): Arguments of predict, track, val or export.
+
+    Raises:
+        ValueError: If `enroll`, `background` or `objects` is set and `support` is not.
+    """
+    alone = [f"'{k}={args[k]}'" for k in ENROLL_KEYS if args.get(k) is not None]
+    if alone and args.get("support") is None:
+        raise ValueError(f"{', '.join(alone)} needs support=, the labeled examples to enroll, i.e. support=shots.yaml.")
+
+
 def need_stage(args: dict[str, Any]) -> None:
     """Refuse keys of a stage if no stage is given, since a key alone must not change an ordinary training.
 

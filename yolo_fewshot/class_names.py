@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from ultralytics.utils import LOGGER
+
 from yolo_fewshot.errors import few
 
 UNKNOWN, AMBIGUOUS = -1, -2  # in place of a class index
@@ -20,6 +22,47 @@ def repeated(names: Iterable[str]) -> list[str]:
     """
     listed = [str(n) for n in names]
     return [n for n in dict.fromkeys(listed) if listed.count(n) > 1]
+
+
+def near_duplicates(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return pairs of names that differ only by case, spaces, hyphens or underscores.
+
+    Args:
+        names (Iterable[str]): Class names.
+        known (Iterable[str]): Class names to compare with, which may have some of the same.
+
+    Returns:
+        (list[str]): Texts such as "'Fire hydrant' and 'fire_hydrant'", each pair once.
+    """
+    plain: dict[str, list[str]] = {}
+    for n in dict.fromkeys(map(str, known)):
+        plain.setdefault(_plain(n), []).append(n)
+    pairs: dict[frozenset[str], str] = {}
+    for n in map(str, names):
+        for x in plain.get(_plain(n), ()):
+            if x != n:
+                pairs.setdefault(frozenset((n, x)), f"{n!r} and {x!r}")
+    return list(pairs.values())
+
+
+def warn_near_duplicates(names: Iterable[str], known: Iterable[str]) -> None:
+    """Warn of new classes whose names are those of others but for the spelling, see `near_duplicates`.
+
+    Args:
+        names (Iterable[str]): Names of new classes.
+        known (Iterable[str]): Names of the model's classes.
+    """
+    names = list(map(str, names))
+    if pairs := near_duplicates(names, [*map(str, known), *names]):
+        LOGGER.warning(
+            f"{few(pairs, '; ')} are different classes, although their names differ only in spelling. If they are "
+            "one, give them the same name."
+        )
+
+
+def _plain(name: str) -> str:
+    """Return a name in lower case without spaces, hyphens and underscores."""
+    return "".join(name.casefold().replace("-", " ").replace("_", " ").split())
 
 
 def match_classes(names: Mapping[int, str], classes: Mapping[int, str]) -> dict[int, int]:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from ultralytics.cfg import merge_equals_args, parse_key_value_pair
 from ultralytics.utils import LOGGER
 
+from yolo_fewshot.inputs import check_checkpoint, check_writable
+
 
 class Command(NamedTuple):
     """A subcommand.
@@ -41,20 +43,35 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
         **kwargs (Any): `imgsz`, `batch`, `device`, `nms`, `background` and `objects` of `FewShotYOLO.enroll`.
 
     Raises:
+        FileNotFoundError: If the checkpoint does not exist.
+        PermissionError: If `save` cannot be written.
         ValueError: If `save` is not a .pt file in a folder that exists.
     """
     from yolo_fewshot import FewShotYOLO
     from yolo_fewshot.plots.support import FILE, plot_support
 
     model, support, save = str(model), str(support), str(save)  # a name of digits is parsed as an int
-    if Path(save).suffix != ".pt" or not Path(save).resolve().parent.is_dir():
+    if Path(save).suffix != ".pt" or Path(save).is_dir() or not Path(save).resolve().parent.is_dir():
         raise ValueError(f"'save={save}' is an invalid value. It must be a *.pt file in a folder that exists.")
+    check_writable("save", save, folder=False)
+    check_checkpoint(model)
     yolo = FewShotYOLO(model)
     yolo.enroll(support, method=enroll, **kwargs)
     yolo.save(save)
     assert yolo.shots is not None  # enroll has set them
     plot_support(yolo.shots, yolo.names, Path(save).absolute().with_name(f"{Path(save).stem}_{FILE}"))
     LOGGER.info(f"Results saved to {Path(save).resolve()}")
+
+
+def demo(**kwargs: Any) -> None:
+    """Show a class being learned and found, on built-in data.
+
+    Args:
+        **kwargs (Any): Arguments of `yolo_fewshot.demo.demo`.
+    """
+    from yolo_fewshot.demo import demo
+
+    demo(**_as_text(kwargs, {"model", "project", "name"}))
 
 
 def doctor(**kwargs: Any) -> None:
@@ -117,7 +134,10 @@ def studio(
             number of frames to take from a video.
 
     Raises:
+        FileNotFoundError: If the checkpoint does not exist.
         ModuleNotFoundError: If the packages of the page are not installed.
+        PermissionError: If the folder cannot be written.
+        ValueError: If a number is invalid.
     """
     from yolo_fewshot.studio.engine import Studio
     from yolo_fewshot.studio.live import Live
@@ -126,7 +146,12 @@ def studio(
         from yolo_fewshot.studio.page import serve
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError(f"{e}. The studio needs 'pip install \"yolo-fewshot[studio]\"'.") from e
-    show, frames = kwargs.pop("open", True), int(kwargs.pop("frames", 20))
+    show, frames = kwargs.pop("open", True), kwargs.pop("frames", 20)
+    for key, value, low in (("port", port, 0), ("frames", frames, 1)):
+        if type(value) is not int or value < low:
+            raise ValueError(f"'{key}={value}' is an invalid value. It must be an int of at least {low}.")
+    check_checkpoint(str(model))
+    check_writable("folder", str(folder))
     opened = Studio(str(model), str(folder), **kwargs)
     live = None
     try:
@@ -165,6 +190,20 @@ COMMANDS = {
             "KEY": "any other argument of yolo train, i.e. imgsz=160 fliplr=0 device=0",
         },
         "yolo-fewshot benchmark data=steel model=yolo11n.pt methods=stock,auto shots=1,5 base_val=coco.yaml out=steel1",
+    ),
+    "demo": Command(
+        demo,
+        "see a stock detector learn a class from a few shots, on built-in data; no key is needed",
+        {},
+        {
+            "model": "checkpoint (yolo11n.pt, or a small one trained here if it cannot be downloaded)",
+            "shots": "labeled objects to learn from (5)",
+            "imgsz": "image size (320, or 96 for the one trained here)",
+            "device": "device, i.e. 0 or cpu",
+            "project": "folder of the run folder, as in Ultralytics (runs/detect)",
+            "name": "name of the run folder (demo)",
+        },
+        "yolo-fewshot demo",
     ),
     "doctor": Command(
         doctor,
@@ -283,5 +322,5 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{', '.join(missing)} must be given.\n\n{usage(name)}")
     try:
         command.run(**args)
-    except (FileNotFoundError, ModuleNotFoundError, RuntimeError, SyntaxError, TypeError, ValueError) as e:
+    except (ModuleNotFoundError, OSError, RuntimeError, SyntaxError, TypeError, ValueError) as e:
         raise SystemExit(f"{type(e).__name__}: {e}") from e

@@ -315,6 +315,11 @@ def _taking_support(stock: Callable) -> Callable:
             return getattr(self, stock.__name__)(*args, **kwargs)
         if support is not None:
             raise TypeError(no_rows(self, f"'support={support}'"))
+        table.need_support(kwargs)
+        if training := table.used(kwargs):
+            from ultralytics.utils import LOGGER
+
+            LOGGER.warning(f"{', '.join(f'{k}=' for k in training)} has no effect in {stock.__name__}, only in train.")
         return stock(self, *args, **kwargs)
 
     return mode

@@ -13,6 +13,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import select_device
 
 from yolo_fewshot import args as keys
+from yolo_fewshot.class_names import warn_near_duplicates
 from yolo_fewshot.data.support import (
     Support,
     background_fingerprint,
@@ -25,6 +26,7 @@ from yolo_fewshot.enroll import enroll as enrollment
 from yolo_fewshot.enroll.features import support_views
 from yolo_fewshot.errors import few, no_rows
 from yolo_fewshot.files import restore_exact, save_checkpoint
+from yolo_fewshot.inputs import check_data, check_project, check_source
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.nn.rows import class_rows, enrolled_classes
 from yolo_fewshot.plots.support import FILE, plot_support
@@ -119,6 +121,9 @@ class FewShotYOLO(YOLO):
         with self._lock:
             model = self._network("enroll()")
             keys.check({"enroll": method})  # before the support set is read
+            for k, v in (("imgsz", imgsz), ("batch", batch)):
+                if isinstance(v, (int, float)) and v < 1:
+                    raise ValueError(f"'{k}={v}' is an invalid value. '{k}' must be >= 1.")
             channels = model.yaml.get("channels") or 3
             # The command line turns a name of digits into an int.
             shots = read_support(str(support), model.names, channels, objects, model.yaml.get("kpt_shape"))
@@ -204,7 +209,12 @@ class FewShotYOLO(YOLO):
             (list[Results] | Iterator[Results]): Results.
         """
         with self._lock:
-            support, kwargs = kwargs.get("support"), self._enroll_from(kwargs)
+            support = kwargs.get("support")
+            if support:
+                self._network(f"'support={support}'")
+                check_source(source)
+                check_project(kwargs, self.task)
+            kwargs = self._enroll_from(kwargs)
             enrolled = enrolled_classes(self.model)
             if enrolled and not (self.predictor or support) and kwargs.get("verbose", True):
                 LOGGER.info(enrollment.table_of(enrolled))
@@ -225,6 +235,10 @@ class FewShotYOLO(YOLO):
             (FewShotMetrics): Results.
         """
         with self._lock:
+            if support := kwargs.get("support"):
+                self._network(f"'support={support}'")
+                check_data(kwargs.get("data"))
+                check_project(kwargs, self.task)
             kwargs = self._enroll_from(kwargs)
             metrics = super().val(validator, **kwargs)
             if self._plot_pending and {**self.overrides, **kwargs}.get("plots", True):
@@ -254,6 +268,7 @@ class FewShotYOLO(YOLO):
     def _classes_to_keep(model: Any, shots: Support) -> list[str]:
         """Return the known classes of a support set that are not enrolled, and log what happens to all known ones."""
         known = [str(n) for n in model.names.values()]
+        warn_near_duplicates(sorted(shots.class_names - set(known)), known)
         records = enrolled_classes(model)
         trained, enrolled = ([n for n in known if (n in records) is x] for x in (False, True))
         incidental = incidental_classes(shots, known)
@@ -282,6 +297,7 @@ class FewShotYOLO(YOLO):
         An unchanged support set is not enrolled twice in a row, so `support` may be passed with every frame.
         """
         if kwargs.get("support") is None:
+            keys.need_support(kwargs)
             return {k: v for k, v in kwargs.items() if k not in keys.ENROLL_KEYS}
         self._network(f"'support={kwargs['support']}'")
         kwargs = dict(kwargs)

@@ -98,10 +98,12 @@ class EpisodeSampler(EpochSampler):
         if len(self.classes) < n_way:
             out = f" Left out, with their images: {', '.join(left_out)}." if left_out else ""
             out += f" {len(held_out)} classes are kept out by meta_val." if held_out else ""
+            fewer = (
+                f"Set n_way={len(self.classes)} or less, a smaller k_shot, or label" if len(self.classes) else "Label"
+            )
             raise ValueError(
                 f"'n_way={n_way}' needs {n_way} classes with at least {need} each, and the train split has "
-                f"{len(self.classes)}.{out} Set n_way={max(len(self.classes), 1)} or less, a smaller k_shot, or label "
-                "more images."
+                f"{len(self.classes)}.{out} {fewer} more images."
             )
         self.episode(0, 0)  # raises an error now rather than in training
         if left_out:

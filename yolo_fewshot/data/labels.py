@@ -41,6 +41,8 @@ def read_labels(file: str, label_file: str, nc: int, kpt_shape: tuple[int, int] 
     task = (file, label_file, "", False, nc, *kpt_shape, False)  # no prefix, boxes, all classes
     valid, boxes, shape, _, _, _, found, _, _, message = utils.verify_image_label(task)
     message = message.removeprefix(f"{file}: ").removeprefix("ignoring corrupt image/label: ")
+    if "pi_heif" in message:  # the package that Ultralytics tries last
+        message = "not an image that can be read (for HEIF images, install pi-heif)"
     if not valid:
         return ImageLabels(np.zeros((0, 5), np.float32), (0, 0), bool(found), message, "")
     return ImageLabels(boxes, shape, bool(found), "", message)

@@ -22,6 +22,7 @@ from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.data.support import MIN_SIDE, list_images
 from yolo_fewshot.errors import few
+from yolo_fewshot.inputs import check_writable, check_yaml_file
 from yolo_fewshot.paths import cfg_dir
 
 
@@ -78,6 +79,7 @@ def split(
 
     Raises:
         FileNotFoundError: If a file, a split or an image of a COCO json does not exist.
+        PermissionError: If the folder cannot be written.
         ValueError: If an argument is invalid, or the data set has too few objects or images.
 
     Examples:
@@ -91,6 +93,8 @@ def split(
     elif val or images or val_images:
         raise ValueError(f"val=, images= and val_images= are for a COCO json, which '{data}' is not. Leave them out.")
     else:
+        if not Path(data).is_dir():  # else Ultralytics finds the YAML in it
+            check_yaml_file("data", data)
         old, tasks, channels = _read_yolo(data)
     names = _order(old, chosen, data)
     n_base = len(names) - len(chosen)
@@ -145,6 +149,7 @@ def _new_folder(out: str | Path) -> Path:
         raise ValueError(f"'out={out}' exists and is not empty. Name a new folder: nothing is overwritten.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"'out={out}' is in a folder that does not exist. Create {path.parent} first.")
+    check_writable("out", out)
     return path
 
 

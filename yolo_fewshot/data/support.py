@@ -473,6 +473,9 @@ def _read_crops(folder: Path, channels: int) -> Support:
     if empty:
         raise ValueError(f"No images in the sub-folders {few(empty)} of {folder}. {LAYOUTS}")
     files = [f for x in classes.values() for f in x]
+    labeled = [x for x in utils.img2label_paths(files) if os.path.isfile(x)]
+    if 2 * len(labeled) > len(files):  # not crops but the images of a data set, in sub-folders of splits
+        raise ValueError(f"{folder} has images with label files, such as {labeled[0]}, but no data.yaml. {LAYOUTS}")
     ids = np.repeat(np.arange(len(classes), dtype=np.float32), [len(x) for x in classes.values()])
     labels = _verify(files, [""] * len(files), len(classes), (0, 0))
     whole = np.array([[0.5, 0.5, 1, 1]], dtype=np.float32)

@@ -31,6 +31,7 @@ from yolo_fewshot.evaluate.plan import (
 )
 from yolo_fewshot.evaluate.published import read_published
 from yolo_fewshot.evaluate.report import FILES, START, Row, Rows, add_row, read_rows, report
+from yolo_fewshot.inputs import check_writable
 
 
 def benchmark(
@@ -80,6 +81,7 @@ def benchmark(
 
     Raises:
         FileNotFoundError: If a file or a draw of shots does not exist.
+        PermissionError: If `out` cannot be written.
         SyntaxError: If an argument of training is misspelled.
         TypeError: If a model is of the wrong kind, or an argument has a wrong type.
         ValueError: If an argument is invalid, or `out` has results of other models or settings.
@@ -89,6 +91,7 @@ def benchmark(
         >>> benchmark("neu_det", "yolo11n.pt", base_val="coco.yaml", methods="stock,auto,graft-neck")
     """
     folder, target = Path(data).resolve(), Path(out).resolve()
+    check_out(target)
     files = {k: find_checkpoint(k, x) for k, x in zip(FILES, (model, stock, stage1)) if x is not None}
     chosen = parse(methods) if methods is not None else None
     counts = shot_counts(shots if isinstance(shots, (str, int)) else list(shots))
@@ -134,6 +137,24 @@ def benchmark(
     report(target, record, len(read.novel), others)
     LOGGER.info(f"Results saved to {target}")
     return target
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that cannot be written, or that has something else in it.
+
+    Args:
+        out (Path): Folder of the results.
+
+    Raises:
+        PermissionError: If it cannot be written.
+        ValueError: If it is a file, or a folder with files and without a benchmark.json.
+    """
+    check_writable("out", out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "benchmark.json").is_file():
+        raise ValueError(
+            f"'out={out}' is not empty and has no benchmark.json. Name a new folder, or that of a benchmark to "
+            "continue."
+        )
 
 
 def _run_method(plan: Plan, method: str, shots: int, seed: int) -> Row:

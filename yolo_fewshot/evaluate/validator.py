@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import LOGGER
 
-from yolo_fewshot.class_names import UNKNOWN, check_unambiguous, match_classes, repeated
+from yolo_fewshot.class_names import UNKNOWN, check_unambiguous, match_classes, near_duplicates, repeated
 from yolo_fewshot.errors import few
 from yolo_fewshot.evaluate.metrics import COCO, RESULTS, FewShotMetrics
 
@@ -76,9 +76,12 @@ class MatchesByName:
         check_unambiguous(names, index, labeled, self.args.data)
         unknown = [names[i] for i in labeled if index[i] == UNKNOWN]
         if unknown:
+            pairs = near_duplicates(unknown, self.names.values())
+            spelled = f" Correct the spelling of {few(pairs, '; ')} if they are one." if pairs else ""
             raise ValueError(
-                f"The images of '{self.args.data}' show {', '.join(unknown)}, which the model does not know. Enroll "
-                "these classes first, i.e. FewShotYOLO(...).enroll('shots.yaml'), or validate on other data."
+                f"The images of '{self.args.data}' show {', '.join(map(str, unknown))}, which the model does not "
+                f"know.{spelled} Enroll these classes first, i.e. "
+                "FewShotYOLO(...).enroll('shots.yaml'), or validate on other data."
             )
         self.matched = index
         self.class_index = torch.tensor([index[i] for i in range(len(names))], device=self.device)

@@ -7,6 +7,7 @@ import math
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,6 +28,7 @@ from yolo_fewshot.data.checks import (
     check_shots,
     read_split,
 )
+from yolo_fewshot.inputs import check_checkpoint, check_yaml_file
 from yolo_fewshot.train.trainer import FewShotTrainer
 
 STEPS = 8  # of the rehearsal; the first two do not count for the time
@@ -113,6 +115,13 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
         raise ValueError(
             "'resume=' is not an argument of the doctor, which checks a run before it starts. Leave it out."
         )
+    check_yaml_file("cfg", cfg)
+    if Path(model).suffix.lower() not in {".yaml", ".yml"}:
+        check_checkpoint(model)
+        if Path(model).suffix != ".pt":
+            raise ValueError(
+                f"'model={model}' is an invalid value. Training starts from a *.pt checkpoint or a *.yaml."
+            )
     settings = {**overrides, "data": str(data), "model": str(model)}
     given = vars(get_cfg({**DEFAULT_CFG_DICT, "save_dir": ""}, {**YAML.load(check_yaml(cfg)), **settings}))
     table.refuse_support(given)

@@ -13,6 +13,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOCAL_RANK, LOGGER, colorstr
 
+from yolo_fewshot.class_names import warn_near_duplicates
 from yolo_fewshot.data.shots_and_base import ShotsAndBase, relabel
 from yolo_fewshot.data.support import Support, SupportDataset, read_background, read_support
 from yolo_fewshot.errors import few
@@ -86,6 +87,7 @@ class Grafting(ShotStage):
         labeled = {str(support.names[int(c)]) for x in support.labels for c in x["cls"].flat}
         known = [str(n) for n in source.names.values()]
         new = [n for n in dict.fromkeys(map(str, support.names.values())) if n in labeled - set(known)]
+        warn_near_duplicates(new, known)
         model = new_graft(source, new, self.args.graft) if new else self._again(source, labeled)
         trained = [str(n) for n in model.names.values()]
         if background := sorted(labeled - set(trained)):

@@ -90,6 +90,8 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         given = {**recipe, **overrides}
         # Ultralytics merges, so that its errors name misspelled keys and wrong types.
         merged = vars(get_cfg({**DEFAULT_CFG_DICT, "save_dir": ""}, given))
+        if merged["stage"] == 3 and "graft" in overrides and overrides["graft"] is None and not merged["resume"]:
+            merged["graft"] = "none"  # the command line parses graft=none as None
         table.refuse_support(merged)
         if not merged["resume"]:  # a resumed run takes everything from its checkpoint
             table.check(merged)

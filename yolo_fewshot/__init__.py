@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not see names loade
     from yolo_fewshot.train.trainer import FewShotTrainer
     from yolo_fewshot.yolo import FewShotYOLO
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "FewShotTrainer": "train.trainer",

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 # Ultralytics reads these when it is first imported, and so do the processes that the tests start.
+assert "ultralytics" not in sys.modules, "imported before its settings are moved, the user's own would be changed"
 HOME = Path(tempfile.mkdtemp(prefix="yolo-fewshot-tests-"))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not occupy the cores
 os.environ.update(YOLO_CONFIG_DIR=str(HOME), YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false")

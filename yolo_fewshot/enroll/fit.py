@@ -9,7 +9,7 @@ from yolo_fewshot.enroll.features import Anchors, select
 from yolo_fewshot.nn.head import Prototypes
 from yolo_fewshot.nn.rows import LevelSpace
 
-MAX_NEGATIVES = 20_000  # maximum number of anchors without an object of the classes, the hardest ones
+MAX_NEGATIVES = 20_000  # maximum number of anchors without an object of the classes in a fit
 CLASSES_AT_ONCE = 64  # fitted at once, which bounds the memory
 MAX_ITERATIONS, PILOT_ITERATIONS = 100, 30  # of L-BFGS, for a fit and for the pilot fit that ranks its negatives
 MIN_MASS = 1e-3  # minimum sum of the targets of a class
@@ -87,12 +87,7 @@ def fit_levels(
             start, strength = vectors[classes, level], prior_strength[classes]
             v, o = start, offsets[classes, level]
             for pilot in (True, False):  # the pilot ranks the negatives of the fit
-                if pilot:
-                    rows, share = _subsample(target)
-                else:
-                    logits = of_level.embeds @ v.t() + o
-                    rows = _hardest(logits, torch.ones(len(logits)), logits.new_zeros(len(logits)), target)
-                    share = torch.ones(len(rows))
+                rows, share = _subsample(target) if pilot else _hardest_first(of_level.embeds @ v.t() + o, target)
                 y, w = _terms(select(of_level, rows), target[rows], len(classes))
                 x, b = of_level.embeds[rows], prior.expand(len(rows))
                 iterations = PILOT_ITERATIONS if pilot else MAX_ITERATIONS
@@ -157,6 +152,23 @@ def _subsample(target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     step = max(-(-len(negatives) // MAX_NEGATIVES), 1)
     rows = torch.cat([positive.nonzero()[:, 0], negatives[::step]])
     return rows, torch.where(positive[rows], 1.0, float(step))
+
+
+def _hardest_first(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all positives, the negatives of the maximum logits, and every k-th of the others, which weighs k.
+
+    Each half of the negatives is at most half of `MAX_NEGATIVES`. Without the others a fit would be free to score easy
+    background high where dozens of objects leave as many hard negatives.
+    """
+    positive = target >= 0
+    negatives = (~positive).nonzero()[:, 0]
+    negatives = negatives[logits[negatives].amax(1).argsort(descending=True, stable=True)]
+    hard, others = negatives.tensor_split([MAX_NEGATIVES // 2])
+    step = max(-(-len(others) // (MAX_NEGATIVES // 2)), 1)
+    rows = torch.cat([positive.nonzero()[:, 0], hard, others[::step]])
+    share = torch.ones(len(rows))
+    share[len(rows) - len(others[::step]) :] = step
+    return rows, share
 
 
 def _hardest(cosine: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -188,11 +188,11 @@ def test_draws_depend_on_the_seed_alone(extracted):
 def test_anchors_of_pseudo_novel_classes_are_not_replayed(extracted, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        module, "add_replay", lambda features, buffer, own: asked.append((buffer, features, own)) or features
+        module, "add_replay", lambda features, rows, own: asked.append((rows.memory, features, own)) or features
     )
     choose()
-    ((buffer, features, own),) = asked
-    assert buffer == [] and features.files[0].startswith("train") and set(own) == classes_of(extracted[1][0])
+    ((memory, features, own),) = asked
+    assert memory == [] and features.files[0].startswith("train") and set(own) == classes_of(extracted[1][0])
 
 
 def test_labels_are_not_modified(extracted):

@@ -74,6 +74,7 @@ FILE = "is an invalid value. {}/notes.txt is a file and not a folder."
         ("split data=data.yaml novel=blue out=empty/new", "PermissionError: 'out=empty/new' cannot be written: Perm"),
         ("split data=data.yaml novel=Blue out=new", "ValueError: 'novel=' names classes that data.yaml does not have"),
         ("benchmark data=. model=stock.pt out=notes.txt", f"ValueError: 'out={{}}/notes.txt' {FILE}"),
+        ("benchmark data=data.yaml model=stock.pt", "ValueError: 'data=data.yaml' is a file. Give its folder, data=."),
         ("benchmark data=. model=stock.pt out=empty/new", "PermissionError: 'out={}/empty/new' cannot be written"),
         ("benchmark data=. model=stock.pt out=images", "ValueError: 'out={}/images' is not empty and has no bench"),
         ("demo project=notes.txt/new", "ValueError: 'project="),

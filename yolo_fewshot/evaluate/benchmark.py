@@ -91,6 +91,8 @@ def benchmark(
         >>> benchmark("neu_det", "yolo11n.pt", base_val="coco.yaml", methods="stock,auto,graft-neck")
     """
     folder, target = Path(data).resolve(), Path(out).resolve()
+    if folder.is_file():
+        raise ValueError(f"'data={data}' is a file. Give its folder, data={Path(data).parent}.")
     check_out(target)
     files = {k: find_checkpoint(k, x) for k, x in zip(FILES, (model, stock, stage1)) if x is not None}
     chosen = parse(methods) if methods is not None else None

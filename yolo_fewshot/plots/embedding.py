@@ -14,7 +14,7 @@ from ultralytics.utils.plotting import colors
 
 from yolo_fewshot.files import AtomicPath
 
-NAMED = 60  # maximum number of classes whose names are written
+NAMED = 100  # maximum number of classes with names in the plot
 
 
 @plt_settings()
@@ -70,6 +70,8 @@ def plot_embedding(
         for axis in (right.get_xticklabels(), right.get_yticklabels()):
             for tick in axis:
                 tick.set_color("red" if tick.get_text() in novel else "black")
+    else:
+        right.set(xticks=[], yticks=[])  # places in the order, which are no class numbers
     fig.colorbar(heatmap, ax=right, shrink=0.7)
     png = io.BytesIO()
     fig.savefig(png, dpi=120, format="png")

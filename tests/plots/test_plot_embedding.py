@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from yolo_fewshot.plots import embedding as module
-from yolo_fewshot.plots import embedding as module
 from yolo_fewshot.plots.embedding import by_similarity, plot_embedding, project
 
 

@@ -30,7 +30,7 @@ SCALE = 3  # of the drawn images, so that the labels of the results can be read
 MAX_SHOTS = 100
 IMGSZ, OWN_IMGSZ = 320, 96  # of a downloaded detector, and of the one trained here
 OWN = "demo-detector.pt"
-WIDTH, EPOCHS = 0.125, 20  # a quarter of the channels of YOLO11n's large scale; about 100 s on one CPU core
+WIDTH, EPOCHS = 0.125, 20  # half the channels of YOLO11n; about 100 s on one CPU core
 SERVER = "https://github.com/ultralytics/assets"
 
 

@@ -62,7 +62,8 @@ def fit_levels(
 
     The objective is that of `fit_classes` with a prior mean of zero, and vectors v_l and offsets o_l at each level l.
     The prior logits b_l are those of a detector at the start of training. A level without a shot of a class keeps a
-    low score there, since all its anchors are negatives.
+    low score there, since all its anchors are negatives. Of more than `MAX_NEGATIVES` negatives at a level the sum has
+    the hardest half of that number and a share of the others, which is weighted to stand for all of them.
 
     Args:
         anchors (Anchors): Anchors of the support set, M of them.

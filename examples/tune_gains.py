@@ -17,6 +17,7 @@ from ultralytics.utils import YAML
 
 import yolo_fewshot  # noqa: F401  (registers the plugin, as `yolo` does by itself)
 
+START = {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3, "lr0": 0.002}  # a mutation of zero is zero
 SPACE = {"supcon": (0.0, 2.0), "cpe": (0.0, 1.5), "triplet": (0.0, 1.0), "lr0": (0.0002, 0.005)}  # any key works
 
 
@@ -31,7 +32,7 @@ def main(model: str = "fewshot.yaml", data: str = "fewshot-demo.yaml", **setting
     Returns:
         (dict[str, float]): The best values.
     """
-    keys = {"imgsz": 128, "epochs": 2, "episodes": 30, "iterations": 3, "lr0": 0.002, "plots": False, "save": False}
+    keys = {"imgsz": 128, "epochs": 2, "episodes": 30, "iterations": 3, **START, "plots": False, "save": False}
     keys |= {"project": str(Path("tuned").resolve()), "name": "gains", "exist_ok": True, **settings}
     YOLO(model).tune(cfg="stage2.yaml", data=data, space=SPACE, **keys)
     best = YAML.load(Path(keys["project"]) / keys["name"] / "best_hyperparameters.yaml")

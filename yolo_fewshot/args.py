@@ -34,15 +34,18 @@ KEYS: dict[str, Key] = {
     "n_query": Key(int, 1, "query images per drawn class", 1),
     "episodes": Key(int, 500, "episodes, each one optimizer step, per epoch", 1),
     "wide": Key(bool, True, "every class with a support object is a way, not only the drawn classes"),
-    "supcon": Key(float, 1.2, "gain of the SupCon term"),
+    "turned": Key(
+        float, 0.5, "share of the episodes whose images are all rotated or mirrored, which makes new classes", high=1
+    ),
+    "supcon": Key(float, 0.0, "gain of the SupCon term, such as 1.2"),
     "supcon_tau": Key(float, 0.1, "temperature of the SupCon term", above=True),
-    "cpe": Key(float, 0.6, "gain of the CPE term, contrastive proposal encoding"),
+    "cpe": Key(float, 0.0, "gain of the CPE term, contrastive proposal encoding, such as 0.6"),
     "cpe_tau": Key(float, 0.2, "temperature of the CPE term", above=True),
     "cpe_iou": Key(float, 0.5, "minimum IoU of an anchor in the CPE term", high=1),
     "cpe_weight": Key(
         str, "none", "weight of an anchor in the CPE term as a function of its IoU", choices=("none", "linear", "exp")
     ),
-    "triplet": Key(float, 0.3, "gain of the triplet term"),
+    "triplet": Key(float, 0.0, "gain of the triplet term, such as 0.3"),
     "triplet_margin": Key(float, 0.3, "margin of the triplet term, in cosine distance"),
     "triplet_soft": Key(bool, False, "soft margin, log(1 + e^x), in place of the hinge of the triplet term"),
     "terms": Key(str, None, "loss terms of your own: dotted paths of `EpisodeTerm` classes, separated by commas"),

@@ -183,7 +183,7 @@ COMMANDS = {
             "seeds": "number of draws (3)",
             "methods": "some of stock,mean,fit,auto,graft-head,graft-neck,graft-all (these if model= is stock), "
             "stock_all,adapt,replay,adapt_full,adapt_all (these and enrollment if it is few-shot), "
-            "no_episodes,full,minus_supcon,minus_cpe,minus_triplet,minus_contrast,two_way; "
+            "no_episodes,full,minus_supcon,minus_cpe,minus_triplet,minus_contrast,unturned,two_way; "
             "stock-0 is stock with freeze=0 only",
             "out": "folder to write or to continue (benchmark)",
             "save": "keep the training runs (False)",

@@ -10,7 +10,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import Albumentations
 from ultralytics.data.dataset import YOLODataset
 
-from yolo_fewshot.data.episodes import Draw, EpisodeSampler, EpisodicDataset
+from yolo_fewshot.data.episodes import Draw, EpisodeSampler, EpisodicDataset, turn_image
 
 pytestmark = pytest.mark.oldest
 
@@ -181,6 +181,52 @@ def yolo_dataset(tmp_path):
     data = {"names": {0: "a", 1: "b", 2: "c"}, "nc": 3, "channels": 3}
     hyp = get_cfg(overrides={"mosaic": 0.0, "hsv_v": 0.9, "degrees": 20.0})
     return YOLODataset(img_path=str(tmp_path / "images"), imgsz=64, hyp=hyp, data=data, batch_size=4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_episodes_are_turned_as_a_whole_and_draw_the_same_images(share):
+    labels = random_labels()
+    plain = EpisodeSampler(labels, NAMES, 3, 1, 1, episodes=400)
+    sampler = EpisodeSampler(labels, NAMES, 3, 1, 1, episodes=400, turned=share)
+    episodes = [sampler.episode(0, t) for t in range(400)]
+    turns = [{d.turn for d in episode} for episode in episodes]
+    assert all(len(t) == 1 for t in turns)
+    counts = Counter(t for turn in turns for t in turn)
+    assert 1 - counts[0] / 400 == pytest.approx(share, abs=0.08)
+    assert set(counts) <= set(range(8)) and (not share or min(counts[t] for t in range(1, 8)) > 10)
+    assert [[d._replace(turn=0) for d in e] for e in episodes] == [plain.episode(0, t) for t in range(400)]
+
+
+def test_boxes_turn_with_their_image():
+    img = torch.zeros(1, 20, 20, dtype=torch.uint8)
+    img[0, 2:6, 3:13] = 100  # two objects: one wide and near the upper left corner, one tall and at the right edge
+    img[0, 10:18, 18:20] = 200
+    boxes = torch.tensor([[8.0, 4.0, 10.0, 4.0], [19.0, 14.0, 2.0, 8.0]]) / 20
+    turned = [turn_image({"img": img, "bboxes": boxes, "cls": 7}, t) for t in range(8)]
+    assert torch.equal(turned[0]["img"], img) and torch.equal(turned[0]["bboxes"], boxes)
+    assert torch.equal(turned[1]["img"][0].float(), torch.from_numpy(np.rot90(img[0].float().numpy()).copy()))
+    assert torch.equal(turned[4]["img"][0], torch.from_numpy(np.fliplr(img[0].numpy()).copy()))
+    assert len({x["img"].numpy().tobytes() for x in turned}) == 8
+    for x in turned:
+        assert x["cls"] == 7
+        for value, (cx, cy, w, h) in zip((100, 200), (x["bboxes"] * 20).tolist()):
+            rows, columns = np.nonzero(x["img"][0].numpy() == value)
+            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert found == pytest.approx([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], abs=1e-4)
+    empty = turn_image({"img": img, "bboxes": boxes[:0]}, 5)
+    assert empty["bboxes"].shape == (0, 4)
+
+
+def test_a_turned_batch_says_so(yolo_dataset):
+    dataset = EpisodicDataset(yolo_dataset)
+    draws = [Draw(0, 0, True, 5), Draw(1, 1, False, 6)]
+    plain = dataset.collate_fn([dataset[d] for d in draws])
+    turned = dataset.collate_fn([dataset[d._replace(turn=6)] for d in draws])
+    assert plain["turned"] is False and turned["turned"] is True
+    for i in range(2):
+        expected = turn_image({"img": plain["img"][i], "bboxes": plain["bboxes"][plain["batch_idx"] == i]}, 6)
+        assert torch.equal(turned["img"][i], expected["img"])
+        torch.testing.assert_close(turned["bboxes"][turned["batch_idx"] == i], expected["bboxes"])
 
 
 def test_batches_have_the_support_mask_and_the_drawn_classes(yolo_dataset):

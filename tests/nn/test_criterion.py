@@ -20,7 +20,11 @@ pytestmark = pytest.mark.oldest
 NC, B = 6, 6
 
 
+GAINS = {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3}
+
+
 def run_args(stage=2, **values):
+    values = {**(GAINS if stage == 2 else {}), **values}
     defaults = table.resolve({"stage": stage, **values})
     return SimpleNamespace(**{"box": 7.5, "cls": 0.5, "dfl": 0.15, "epochs": 2, **defaults, **values})
 
@@ -166,6 +170,23 @@ def test_episode_terms_equal_a_naive_computation(batch, wide, frozen):
     torch.testing.assert_close(items["epi_loss"], epi.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(items["sup_loss"], supcon.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(items["tri_loss"], triplet.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_turned_episode_trains_no_base_row_and_compares_its_objects_with_each_other(batch):
+    model = make(cpe_iou=0.0)
+    model.model[-1].freeze_prototypes(list(range(NC)))
+    preds = preds_of(model, batch)
+    plain = FewShotLoss(model)(preds, batch)[1]
+    loss, turned = FewShotLoss(model)(preds, {**batch, "turned": True})
+    assert turned["cls_loss"] == 0 < plain["cls_loss"]
+    same = {"box_loss", "dfl_loss", "epi_loss", "sup_loss"}
+    assert {k: turned[k] for k in same} == {k: plain[k] for k in same}
+    model.model[-1].prototypes.frozen.zero_()
+    assert turned["tri_loss"] == FewShotLoss(model)(preds, batch)[1]["tri_loss"] != plain["tri_loss"]
+    head = model.model[-1].prototypes
+    rows = torch.autograd.grad(loss[1], head.weight, retain_graph=True, allow_unused=True)[0]
+    assert rows is None or not rows.any()
+    assert FewShotLoss(model)(preds, {**batch, "turned": False})[1]["cls_loss"] == plain["cls_loss"]
 
 
 def test_query_logits_use_prototypes_of_other_images_only(batch):

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.slow
 QUICK = {
     "imgsz": 64, "workers": 0, "plots": False, "optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 0, "verbose": False,
 }  # fmt: skip
-EPISODIC = {**QUICK, "n_way": 3, "k_shot": 1, "n_query": 1, "episodes": 4}
+CONTRAST = {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3}
+EPISODIC = {**QUICK, **CONTRAST, "turned": 0.0, "n_way": 3, "k_shot": 1, "n_query": 1, "episodes": 4}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,13 @@ def test_stage_two_has_all_terms_as_columns_of_the_results(stage2):
         assert np.isfinite(row[f"train/{term}_loss"]) and f"val/{term}_loss" in row
     assert row["train/sup_loss"] > 0 and row["train/epi_loss"] > 0 and row["train/skipped"] == 0
     assert len(stage2.train_loader) == 4
+
+
+def test_a_run_of_turned_episodes_trains_the_embedding_alone(tiny, stage1):
+    trainer = train(tiny, "turned", **{**EPISODIC, "epochs": 1, "turned": 1.0}, model=str(stage1.best))
+    row = rows(trainer)[-1]
+    assert row["train/cls_loss"] == 0 < min(row[f"train/{x}_loss"] for x in ("box", "dfl", "epi"))
+    assert row["val/cls_loss"] > 0 and row["train/skipped"] == 0
 
 
 def test_settings_are_recorded_in_args_yaml(stage2):
@@ -252,9 +260,10 @@ def test_mixing_augmentation_is_refused_in_stage_two(tiny):
     assert trainer.args.mosaic == trainer.args.mixup == 0 and trainer.args.batch == 6
 
 
-def test_the_literal_seed_recipe_differs_only_in_the_width_of_episodes():
+def test_the_literal_seed_recipe_differs_in_its_episodes_and_its_contrastive_terms():
     ours, seed = YAML.load(cfg_dir() / "stage2.yaml"), YAML.load(cfg_dir() / "stage2-seed.yaml")
-    assert {k for k in ours if ours[k] != seed.get(k)} == {"n_way", "wide"}
+    assert {k for k in ours if ours[k] != seed.get(k)} == {"n_way", "wide", "turned", *CONTRAST}
+    assert not any(ours[k] for k in CONTRAST) and seed["turned"] == 0
     assert seed["n_way"] == 2 and seed["wide"] is False
     recipe = {"dfl": 0.15, "grad_clip": 5.0, "lr0": 2e-5, "epochs": 150, "episodes": 500, "box": 7.5, "cls": 0.5,
               "supcon": 1.2, "cpe": 0.6, "triplet": 0.3, "dfl_side_max": 20.0, "dfl_mean_max": 15.0}  # fmt: skip

@@ -17,6 +17,7 @@ from ultralytics.utils import LOGGER
 from yolo_fewshot.data.sampling import EpochSampler
 
 TRIES = 1000  # maximum number of draws for one episode
+TURNS = 8  # ways to place a square: four rotations, mirrored or not
 
 
 class Draw(NamedTuple):
@@ -27,18 +28,22 @@ class Draw(NamedTuple):
         way (int): Class that the image was drawn for.
         support (bool): Whether it is a support image, else a query image.
         seed (int): Seed of its augmentation.
+        turn (int): How it is turned, 0..7, see `turn_image`; the same for all images of an episode.
     """
 
     image: int
     way: int
     support: bool
     seed: int
+    turn: int = 0
 
 
 class EpisodeSampler(EpochSampler):
     """Draw episodes of n_way classes with k_shot support and n_query query images each.
 
-    Support and query images of an episode are disjoint. Episode t of epoch e depends only on (seed, e, t, rank), so
+    Some episodes are turned: all their images are rotated by quarter turns, mirrored, or both, so that they show other
+    classes than the base classes, seven times as many (Liu et al. 2020, "Task Augmentation by Rotating for
+    Meta-Learning"). Support and query images of an episode are disjoint. Episode t of epoch e depends only on (seed, e, t, rank), so
     runs are reproducible with any number of workers, and a resumed run continues with the same episodes.
 
     Examples:
@@ -57,6 +62,7 @@ class EpisodeSampler(EpochSampler):
         seed: int = 0,
         rank: int = 0,
         held_out: Collection[int] = (),
+        turned: float = 0.0,
     ):
         """Initialize the sampler.
 
@@ -70,6 +76,7 @@ class EpisodeSampler(EpochSampler):
             seed (int): Seed of the run.
             rank (int): Rank of this process in multi-GPU training; each rank draws its own episodes.
             held_out (Collection[int]): Classes that are kept out of training, and never drawn.
+            turned (float): Share of the episodes that are turned, in 0..1.
 
         Raises:
             ValueError: If fewer than n_way classes have at least k_shot + 1 images, or a count is less than 1.
@@ -79,6 +86,7 @@ class EpisodeSampler(EpochSampler):
             if v < 1:
                 raise ValueError(f"'{k}={v}' is an invalid value. '{k}' must be >= 1.")
         self.n_way, self.k_shot, self.n_query, self.episodes = n_way, k_shot, n_query, episodes
+        self.turned = turned
 
         # Images by class: those of class c are images[start[c] : start[c + 1]].
         sizes = np.fromiter((len(x["cls"]) for x in labels), dtype=np.int64, count=len(labels))
@@ -157,7 +165,8 @@ class EpisodeSampler(EpochSampler):
             )
         seeds = rng.integers(2**31, size=self.episode_size).tolist()
         flags = [True] * len(shots) + [False] * len(queries)
-        return [Draw(i, c, s, seed) for (c, i), s, seed in zip(shots + queries, flags, seeds)]
+        turn = int(rng.integers(1, TURNS)) if rng.random() < self.turned else 0  # last: the draws above do not change
+        return [Draw(i, c, s, seed, turn) for (c, i), s, seed in zip(shots + queries, flags, seeds)]
 
     def _draw(
         self, rng: np.random.Generator, c: int, n: int, support: set[int], into: set[int], relax: bool
@@ -206,19 +215,41 @@ class EpisodicDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        """Return one augmented image with its labels, its `way` (int) and `support` (bool)."""
+        """Return one augmented image with its labels, its `way` (int), `support` (bool) and `turned` (bool)."""
         with _seeded(draw.seed, getattr(self.dataset, "transforms", None)):
-            return {**self.dataset[draw.image], "way": draw.way, "support": draw.support}
+            sample = turn_image(self.dataset[draw.image], draw.turn)
+        return {**sample, "way": draw.way, "support": draw.support, "turned": draw.turn > 0}
 
     @staticmethod
     def collate_fn(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate the images of an episode: Ultralytics' batch with `way` (B,) long, `support` (B,) bool and `query`.
+        """Collate the images of an episode.
 
-        The indices of the query images, `query` (Q,) long, are computed on the CPU to avoid a device sync.
+        Returns:
+            (dict[str, Any]): Ultralytics' batch with `way` (B,) long, `support` (B,) bool, `query` (Q,) long, the
+                indices of the query images, computed on the CPU to avoid a device sync, and `turned` (bool).
         """
         batch = YOLODataset.collate_fn(samples)
         support = torch.tensor(batch["support"])
-        return {**batch, "way": torch.tensor(batch["way"]), "support": support, "query": (~support).nonzero()[:, 0]}
+        own = {"way": torch.tensor(batch["way"]), "support": support, "query": (~support).nonzero()[:, 0]}
+        return {**batch, **own, "turned": all(batch["turned"])}
+
+
+def turn_image(sample: dict[str, Any], turn: int) -> dict[str, Any]:
+    """Turn a square image with its boxes.
+
+    Args:
+        sample (dict[str, Any]): `img` (C, S, S), and `bboxes` (n, 4), x, y, w, h, normalized.
+        turn (int): Counterclockwise quarter turns, 0..3; plus 4 if the image is mirrored before.
+
+    Returns:
+        (dict[str, Any]): The sample with a turned `img` and its `bboxes`.
+    """
+    img, (x, y, w, h) = sample["img"], sample["bboxes"].unbind(-1)
+    if turn >= TURNS // 2:
+        img, x = img.flip(-1), 1 - x
+    for _ in range(turn % 4):
+        img, x, y, w, h = img.rot90(1, (-2, -1)), y, 1 - x, h, w
+    return {**sample, "img": img.contiguous(), "bboxes": torch.stack([x, y, w, h], -1)}
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 again with the seed of the d
     "minus_cpe": {"cpe": 0.0},
     "minus_triplet": {"triplet": 0.0},
     "minus_contrast": {"supcon": 0.0, "cpe": 0.0, "triplet": 0.0},
+    "unturned": {"turned": 0.0},
     "two_way": {"n_way": 2, "k_shot": 4, "n_query": 4, "wide": False},
 }
 # Stage 3 on the shots of the novel classes, with base images, without interpolation, and on shots of all classes.

@@ -194,7 +194,8 @@ class FewShotLoss(v8DetectionLoss):
             preds (dict[str, Any]): Raw predictions of one branch, see `FewShotDetect.forward_head`.
             batch (dict[str, Any]): Labels as collated by Ultralytics; an episode also has `support` (B,) bool
                 and `way` (B,), the class each image was drawn for, and may have `query` (Q,), the indices of the
-                other images, which avoids a wait for the device; `teacher` is the output of `Teacher` for the images.
+                other images, which avoids a wait for the device, and `turned` (bool), whether its classes are not
+                the base classes; `teacher` is the output of `Teacher` for the images.
 
         Returns:
             loss (torch.Tensor): In the order of `loss_names`: (3,) in stage 1, (7,) in stage 2 without custom
@@ -221,6 +222,8 @@ class FewShotLoss(v8DetectionLoss):
         if not self.use_dfl:  # without DFL, distances times the stride can overflow float16
             preds = {**preds, "boxes": preds["boxes"].float()}
         this = Pass(preds, batch, trained=self.trained)
+        if batch.get("turned"):  # no object is of a base class
+            this.trained = torch.zeros(self.nc, dtype=torch.bool, device=self.device)
         if self.masked:
             this.batch, ignored = blank_ignored(batch)
             centers, size = self._anchor_centers(preds["feats"]), batch["img"].shape[:1:-1]

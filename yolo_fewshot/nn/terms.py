@@ -30,7 +30,7 @@ class Episode(NamedTuple):
         preds (dict[str, Any]): Raw predictions of the branch, see `FewShotDetect.forward_head`; `embeds` are
             the embeddings of all anchors, (B, D, A), in float16 under AMP.
         batch (dict[str, Any]): The images and labels, as Ultralytics collates them; `support` is (B,) bool, and `way`
-            the class that each image was drawn for, (B,).
+            the class that each image was drawn for, (B,); `turned` (bool), whether the classes are not base classes.
         assignment (Assignment): Objects that the anchors are assigned to, and the predicted boxes.
         keep_mask (torch.Tensor | None): Anchors outside all ignore regions, (B, A) bool; None without ignore regions.
         project (nn.Module): The head's projection for contrastive terms, (..., D) to (..., proj).
@@ -166,7 +166,7 @@ class CPETerm(EpisodeTerm):
 
 
 class TripletTerm(EpisodeTerm):
-    """Triplet loss of the objects with the frozen prototypes, or batch-hard among the objects if there are none."""
+    """Triplet loss of the objects with the frozen prototypes; batch-hard among the objects where they have none."""
 
     name, gain = "tri_loss", "triplet"
 
@@ -185,7 +185,8 @@ class TripletTerm(EpisodeTerm):
         frozen = episode.preds["frozen"]
         if self._has_frozen is None:  # reading it waits for the device, and it does not change during a run
             self._has_frozen = bool(frozen.any())
-        return self.loss(episode.objects, episode.y, frozen.float() if self._has_frozen else None)
+        anchored = self._has_frozen and not episode.batch.get("turned")
+        return self.loss(episode.objects, episode.y, frozen.float() if anchored else None)
 
 
 BUILT_IN: tuple[type[EpisodeTerm], ...] = (EpisodeBCE, SupConTerm, CPETerm, TripletTerm)

@@ -73,7 +73,7 @@ class Episodes(Stage):
         a, dataset = self.trainer.args, EpisodicDataset(loader.dataset)
         names, rank = self.trainer.data["names"], max(RANK, 0)
         episodes, held_out = (a.n_way, a.k_shot, a.n_query, a.episodes), self.meta.classes if self.meta else ()
-        sampler = EpisodeSampler(dataset.labels, names, *episodes, a.seed, rank, held_out)
+        sampler = EpisodeSampler(dataset.labels, names, *episodes, a.seed, rank, held_out, a.turned)
         return self._resampled(loader, dataset, sampler, sampler.episode_size)
 
     def begin_run(self) -> None:

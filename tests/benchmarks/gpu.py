@@ -268,7 +268,7 @@ def train(s: Settings, model: str, stage: int, steps: int, **keys: Any) -> list[
         overrides |= {"data": str(s.folder / "long.yaml"), "nbs": s.batch, "optimizer": "AdamW"}
     elif stage == 2:
         overrides |= {"data": str(s.folder / "base.yaml"), "n_way": s.batch // 2, "k_shot": 1, "n_query": 1}
-        overrides |= {"episodes": total}
+        overrides |= {"episodes": total, "supcon": 1.2, "cpe": 0.6, "triplet": 0.3}  # all terms
     else:
         overrides |= {"data": str(s.folder / "few.yaml"), "base_replay": str(s.folder / "base.yaml")}
         overrides |= {"model": str(start(s, model)), "graft": "none", "steps": total, "epochs": 1}

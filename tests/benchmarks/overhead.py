@@ -45,7 +45,9 @@ def main() -> None:
     """Print the times."""
     cfg, imgsz, device = (sys.argv[1:] + ["yolo11n-fewshot.yaml", "320", "cpu"][len(sys.argv) - 1 :])[:3]
     model = FewShotDetectionModel(cfg, nc=CLASSES, verbose=False).to(device).train()
-    model.args = SimpleNamespace(**{**vars(get_cfg()), **table.resolve({"stage": 2})})
+    model.args = SimpleNamespace(
+        **{**vars(get_cfg()), **table.resolve({"stage": 2, "supcon": 1.2, "cpe": 0.6, "triplet": 0.3})}
+    )
     batch, optimizer = episode(int(imgsz), device), torch.optim.AdamW(model.parameters(), lr=1e-6)
     guard, doctor, scaler = Guard(model), LossMonitor(2), torch.amp.GradScaler(enabled=False)
     times: dict[str, list[float]] = {k: [] for k in ("plain", "measured", "stock clip", "guard")}

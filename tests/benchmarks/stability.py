@@ -28,6 +28,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
 
 IMAGES = 16  # in a step: stage2.yaml's episodes, Ultralytics' batch
+TERMS = {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3, "turned": 0.0}  # of the recipe that is compared
 UNCLAMPED = {"dfl_side_max": 1e9, "dfl_mean_max": 1e9}
 ARMS = {
     "stock": None,
@@ -156,7 +157,7 @@ def run(arm, fault, steps, args):
         trainer = ObservedStock(overrides={**settings, **part, "model": str(stock)})
     else:
         trainer = ObservedFewShot(
-            "stage2-seed.yaml" if arm == "literal" else "stage2.yaml", {**settings, "episodes": n, **ARMS[arm]}
+            "stage2-seed.yaml" if arm == "literal" else "stage2.yaml", {**TERMS, **settings, "episodes": n, **ARMS[arm]}
         )
     trainer.fault, trainer.precision = fault, args["precision"]
     # A third of the way through an epoch, the last batch of one, and two in a row.

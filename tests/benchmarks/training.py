@@ -44,7 +44,8 @@ def stepper(arm: str, model: str, batch: dict, device: str, amp: str) -> Callabl
     else:
         net = FewShotDetectionModel(f"{model}-fewshot.yaml", nc=CLASSES, verbose=False)
     net = net.to(device).train()
-    net.args = SimpleNamespace(**{**vars(get_cfg()), **(table.resolve({"stage": stage}) if stage else {})})
+    terms = {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3} if stage == 2 else {}
+    net.args = SimpleNamespace(**{**vars(get_cfg()), **(table.resolve({"stage": stage, **terms}) if stage else {})})
     optimizer, average = torch.optim.AdamW(net.parameters(), lr=1e-6), ModelEMA(net)
     guard = Guard(net) if stage else None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)

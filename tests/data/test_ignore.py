@@ -375,9 +375,9 @@ def batch_of(ignored=True):
 def make(cfg=FAMILIES[0], stage=1, weights=None):
     torch.manual_seed(0)
     model = FewShotDetectionModel(cfg, nc=NC, verbose=False)
-    model.args = SimpleNamespace(
-        **{"box": 7.5, "cls": 0.5, "dfl": 0.15, "epochs": 2, **table.resolve({"stage": stage}), "cpe_iou": 0.0}
-    )
+    gains = {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3} if stage == 2 else {}
+    args = {**table.resolve({"stage": stage, **gains}), "cpe_iou": 0.0}
+    model.args = SimpleNamespace(**{"box": 7.5, "cls": 0.5, "dfl": 0.15, "epochs": 2, **args})
     if weights is not None:
         model.class_weights = torch.tensor(weights)
     return model.train()

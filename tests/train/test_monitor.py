@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_criterion import NC, make
+from test_criterion import GAINS, NC, make
 from ultralytics.utils.loss import v8DetectionLoss
 
 from yolo_fewshot import args as table
@@ -267,7 +267,8 @@ def row(shares=(0.4, 0.35, 0.25), values=(1.0, 1.0, 1.0), chance=(2.0, 2.0, 2.0)
 
 
 def reported(*rows, **settings):
-    return report(list(rows), SimpleNamespace(**{**table.resolve({"stage": 2}), "box": 7.5, "cls": 0.5, **settings}))
+    args = {**table.resolve({"stage": 2, **GAINS}), "box": 7.5, "cls": 0.5, **settings}
+    return report(list(rows), SimpleNamespace(**args))
 
 
 def test_without_measurements_the_report_is_empty():
@@ -279,6 +280,10 @@ def test_the_report_of_a_run_without_problems():
         "Gradient at the neck by term: box 40%, epi 35%, sup 25%. No term is at chance. Of 200 steps, 0 were clipped, "
         "0 skipped for an AMP overflow and 0 skipped for a NaN or Inf."
     )
+
+
+def test_terms_that_are_off_are_not_reported():
+    assert "by term: box 50%, epi 50%. No term" in reported(row((0.5, 0.5, 0.0)), supcon=0.0)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +314,9 @@ def test_a_term_at_its_chance_level_is_named_with_a_remedy():
 
 
 def test_every_term_has_a_remedy_and_a_key():
-    args = SimpleNamespace(**table.resolve({"stage": 2}) | {"teacher": 1, "memory": 1}, box=7.5, cls=0.5, dfl=0.15)
+    args = SimpleNamespace(
+        **table.resolve({"stage": 2, **GAINS}) | {"teacher": 1, "memory": 1}, box=7.5, cls=0.5, dfl=0.15
+    )
     for term in (*NAMES, "l1", "tea", "mem"):
         only = {f"share/{term}": 1.0, f"chance/{term}": 1.0, f"train/{term}_loss": 1.0}
         text = report([{**row(), **only}], args)

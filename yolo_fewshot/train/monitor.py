@@ -133,7 +133,8 @@ def report(rows: list[dict[str, float]], args: Any) -> str:
     Returns:
         (str): One paragraph; "" if nothing was measured.
     """
-    terms = [k.removeprefix("share/") for k in rows[-1] if k.startswith("share/")] if rows else []
+    measured = [k.removeprefix("share/") for k in rows[-1] if k.startswith("share/")] if rows else []
+    terms = [t for t in measured if gain_of(t, args)[1] != 0]  # the others were not computed
     if not terms:
         return ""
     last = rows[-1]

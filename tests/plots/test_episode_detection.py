@@ -23,7 +23,7 @@ def asked(trained, demo):
     files = sorted((Path(demo) / "images/novel_query").iterdir())[:QUERIES]
     labels = [*shots.labels, *({**x, "im_file": str(f)} for x, f in zip(shots.labels, files))]
     dataset = SupportDataset(shots._replace(labels=labels), 96)
-    draws = [{**dataset[i], "way": 24, "support": i < len(shots.labels)} for i in range(len(labels))]
+    draws = [{**dataset[i], "way": 24, "turned": False, "support": i < len(shots.labels)} for i in range(len(labels))]
     batch = EpisodicDataset.collate_fn(draws)
     return model, {**batch, "img": batch["img"].float() / 255}
 

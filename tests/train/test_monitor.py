@@ -110,6 +110,27 @@ def test_the_first_batch_of_an_epoch_and_every_so_many_later_are_measured(batch,
         assert measured == list(range(0, 5, every))
 
 
+@pytest.mark.parametrize("cfg", ["yolo11n-fewshot.yaml", "yolo26n-fewshot.yaml"])
+def test_the_next_episode_that_is_not_turned_is_measured(batch, cfg):
+    model, monitor = make(cfg, cpe_iou=0.0, turned=0.5), LossMonitor(3)
+    turned = {**batch, "turned": True}
+    for given, measured in ((turned, 0), (turned, 0), (batch, 1), (turned, 1), (batch, 2), (batch, 2)):
+        step(model, given, monitor)
+        assert len(monitor.norms) == len(monitor.chance) == measured
+    columns = monitor.columns()
+    assert columns["chance/cls"] > 0 and columns["grad/cls"] > 0 and hooks_of(model) == []
+    monitor.reset()
+    step(model, turned, monitor)
+    assert set(monitor.columns()) == set(columns) and not any(monitor.columns().values())
+
+
+def test_turned_episodes_are_measured_if_there_are_no_others(batch):
+    model, monitor = make(cpe_iou=0.0, turned=1.0), LossMonitor(1)
+    step(model, {**batch, "turned": True}, monitor)
+    columns = monitor.columns()
+    assert columns["chance/cls"] == columns["grad/cls"] == 0 < min(columns["chance/epi"], columns["grad/epi"])
+
+
 def freeze(model, head):
     for name, p in model.model.named_parameters():
         p.requires_grad = p.requires_grad and not head and name.startswith("23.")

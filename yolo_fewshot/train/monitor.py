@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class LossMonitor:
 
     The chance level is the value of the term for a head that has learned nothing, see `FewShotLoss.chance`. In models
     with two branches, gradients are measured in the one-to-many branch, since the other one sends none to the neck, and
-    chance levels in the one-to-one branch, whose terms Ultralytics logs.
+    chance levels in the one-to-one branch, whose terms Ultralytics logs. A turned episode has no class loss, so the
+    next one that is not turned is measured in its place.
 
     Attributes:
         every (int): Batches from one measurement to the next; the first batch of an epoch is measured. 0 for none.
@@ -84,6 +86,9 @@ class LossMonitor:
 
     def _measure_gradients(self, loss: FewShotLoss, this: Pass) -> None:
         """Measure the norm of the gradient of every term with respect to the feature maps of the neck."""
+        self.terms = [k.removesuffix("_loss") for k in loss.loss_names]
+        if _postponed(loss, this, self._measure_gradients):
+            return
         if self._hook:
             self._hook.remove()
             self._hook = None
@@ -92,12 +97,12 @@ class LossMonitor:
             grads = part_gradients(part * self._scale, list(this.preds["feats"]))
             norm = torch.nn.utils.get_total_norm([g.float() / self._scale for g in grads if g is not None])
             norms.append(norm.float().to(part.device))
-        self.terms = [k.removesuffix("_loss") for k in loss.loss_names]
         self.norms.append(torch.stack(norms))
 
     def _measure_chance(self, loss: FewShotLoss, this: Pass) -> None:
         """Measure the chance level of every term."""
-        self.chance.append(loss.chance(this))
+        if not _postponed(loss, this, self._measure_chance):
+            self.chance.append(loss.chance(this))
 
     def columns(self) -> dict[str, float]:
         """Return the columns for results.csv: means over the finite measurements of the epoch.
@@ -115,6 +120,14 @@ class LossMonitor:
         share = norms / norms.sum().clamp(min=1e-30)
         tables = {"grad": norms, "share": share, "chance": chance}
         return {f"{k}/{t}": float(f"{v:.5g}") for k, row in tables.items() for t, v in zip(self.terms, row.tolist())}
+
+
+def _postponed(loss: FewShotLoss, this: Pass, observe: Callable[[FewShotLoss, Pass], None]) -> bool:
+    """Observe the next batch in place of a turned episode, unless all are turned, and return whether that is so."""
+    later = bool(this.batch.get("turned")) and loss.hyp.turned < 1
+    if later:
+        loss.observers.append(observe)
+    return later
 
 
 def _separate(head: nn.Module, inputs: tuple[list[torch.Tensor], ...]) -> tuple[list[torch.Tensor], ...]:

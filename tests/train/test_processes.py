@@ -162,6 +162,7 @@ def test_stage_two_trains_and_resumes_in_two_processes_with_a_custom_term(root, 
     """In every epoch, a step is not finite in one of the two processes, and both skip it."""
     (root / "own.py").write_text(OWN)
     settings = {"cfg": "stage2.yaml", "data": str(root / "data.yaml"), "n_way": 3, "episodes": 3, "terms": "own.Faulty"}
+    settings["turned"] = 0.0  # so that the first episode is measured
     ends, rows = train_twice(root, root / "stage1/weights/best.pt", "stage2", **settings)
     assert [x["steps"] for x in ends] == [3, 3] and [x["batch"] for x in ends] == [6, 6]
     assert ends[0]["files"] != ends[1]["files"]  # each draws its own episodes

@@ -7,7 +7,16 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel, OBBModel
 
 from yolo_fewshot.enroll.enroll import forget
-from yolo_fewshot.nn.graft import PARTS, check_graftable, drop_unused_levels, level_groups, new_graft, old_graft, unite
+from yolo_fewshot.nn.graft import (
+    PARTS,
+    check_graftable,
+    drop_unused_levels,
+    fuse_shared,
+    level_groups,
+    new_graft,
+    old_graft,
+    unite,
+)
 
 pytestmark = pytest.mark.oldest
 
@@ -108,6 +117,22 @@ def test_what_is_shared(detector, part, shared):
     rows = 3 * (64 + 1) * (1 + 4)
     total = sum(p.numel() for p in detector.parameters())
     assert sum(p.numel() for p in grafted.parameters()) == total + own + rows - 16  # of the DFL, which all levels share
+
+
+@pytest.mark.parametrize("cfg", FAMILIES)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_copy_with_fused_shared_layers_predicts_and_is_grafted_as_before(cfg, part):
+    model = network(cfg)
+    copy = shaken(new_graft(model, ["cat"], part))
+    fused = deepcopy(copy)
+    fuse_shared(fused)
+    for a, b in zip(raw(copy), raw(fused.eval())):
+        for k in ("boxes", "scores"):
+            torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-3)
+    norms = [sum(isinstance(x, nn.BatchNorm2d) for x in m.modules()) for m in (copy, fused)]
+    assert norms[1] < norms[0] or part == "all"
+    before, after = unite(copy).state_dict(), unite(fused).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_the_detector_is_not_changed(detector):

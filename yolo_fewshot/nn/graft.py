@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from ultralytics.nn.modules.head import Detect, v10Detect
-from ultralytics.nn.tasks import DetectionModel
+from ultralytics.nn.tasks import BaseModel, DetectionModel
 from ultralytics.utils.loss import E2ELoss
 
 from yolo_fewshot.nn.criterion import FewShotLoss
@@ -165,6 +165,23 @@ def old_graft(source: Any, group: Group) -> GraftModel:
             _set_rows(conv, conv.weight[group.classes], conv.bias[group.classes])
     _count_classes(model, [str(source.names[i]) for i in group.classes])
     return _as_graft(model, source, layers, [k for k, i in enumerate(layers) if i in others], group.levels)
+
+
+def fuse_shared(model: GraftModel) -> None:
+    """Give a copy the shared layers of its detector with BatchNorm merged into convolutions, which takes less time.
+
+    They are frozen, so they compute the same, and `unite` takes those of the detector.
+
+    Args:
+        model (GraftModel): Copy to train, changed in place.
+    """
+    source, layers = model.graft["source"], model.graft["layers"]
+    part = BaseModel()
+    part.model = nn.Sequential(*(deepcopy(source.model[layers[k]]) for k in model.graft["shared"])).eval()
+    part.fuse(verbose=False)
+    for k, module in zip(model.graft["shared"], part.model):
+        module.i, module.f = model.model[k].i, model.model[k].f
+        model.model[k] = module.requires_grad_(True)  # frozen by the trainer, like any layer
 
 
 def unite(trained: GraftModel) -> DetectionModel:

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ultralytics.utils import plt_settings
 
@@ -101,10 +101,25 @@ def plot_published(ours: Sequence[Result], published: Sequence[Result], file: Pa
         return
     fig, grid = plt.subplots(1, len(counts), figsize=(5.5 * len(counts), 4.5), layout="constrained", squeeze=False)
     for ax, k in zip(grid[0], counts):
-        for results, style in ((published, {"color": "0.5", "marker": "o"}), (ours, {"color": "C0", "marker": "s"})):
-            for x in (x for x in results if x.shots == k):
+        ax.set(title=f"{k} shots", xlabel="parameters, millions", ylabel="COCO AP, %", xscale="log")
+        shown = [[x for x in results if x.shots == k] for results in (ours, published)]
+        for results, style in zip(shown, ({"color": "C0", "marker": "s"}, {"color": "0.5", "marker": "o"})):
+            for x in results:
                 ax.errorbar(x.params_m, x.ap, x.half or 0, capsize=3, **style)
-                ax.annotate(x.method, (x.params_m, x.ap), (5, 3), textcoords="offset points", fontsize=7)
-        ax.set(title=f"{k} shots", xlabel="parameters, millions", ylabel="COCO AP, %", xscale="log", ylim=(0, None))
+        ax.set_ylim(0, None)
+        _name_points(ax, *shown)
     fig.savefig(file, dpi=200)
     plt.close(fig)
+
+
+def _name_points(ax: Any, ours: Sequence[Result], published: Sequence[Result]) -> None:
+    """Write the method beside each point: to the left of the smallest and of large models, where there is room."""
+    ax.margins(x=0.2)
+    low, high = ax.get_xlim()
+    smallest = min(x.params_m for x in (*ours, *published))
+    ours = sorted(ours, key=lambda x: x.params_m)
+    up = [4] * len(published) + [4 if i % 2 else -9 for i in range(len(ours))]  # ours are close to each other
+    for x, y in zip((*published, *ours), up):
+        left = x.params_m > math.sqrt(low * high) or x.params_m < 1.05 * smallest
+        side, align = (-5, "right") if left else (5, "left")
+        ax.annotate(x.method, (x.params_m, x.ap), (side, y), textcoords="offset points", fontsize=7, ha=align)

@@ -7,7 +7,7 @@ from test_features import BASE, draw_shots, model_of
 from yolo_fewshot.data.support import read_support
 from yolo_fewshot.enroll import replay as module
 from yolo_fewshot.enroll.features import View, extract
-from yolo_fewshot.enroll.replay import add_replay, fill_replay_buffer
+from yolo_fewshot.enroll.replay import add_replay, add_replay_except, fill_replay_buffer
 from yolo_fewshot.nn.rows import class_rows
 
 SIZE = 96
@@ -64,6 +64,14 @@ def test_replayed_anchors_are_weak_negatives_of_no_image(model, shots):
         assert (part[n:] == -1).all() and part.dtype == torch.int64
     assert (anchors.weight[n:] == 0.3).all()
     assert all(torch.equal(a[:n], b) for a, b in zip(anchors, features.anchors[0]))
+
+
+def test_anchors_of_classes_are_left_out_by_name(model, shots):
+    filled, features = deepcopy(model), extract(class_rows(model), shots, SIZE)
+    filled.memory = fill_replay_buffer(model, shots.labels, SIZE)
+    expected = add_replay(features, class_rows(filled), [1])
+    found = add_replay_except(features, class_rows(filled), ["square", "none of the model"])
+    assert all(torch.equal(a, b) for a, b in zip(found.anchors[0], expected.anchors[0]))
 
 
 def test_without_a_replay_buffer_the_features_are_unchanged(model, shots):

@@ -18,8 +18,8 @@ from yolo_fewshot.data.support import Support
 from yolo_fewshot.enroll.agreement import agreement
 from yolo_fewshot.enroll.cross_validation import choose_methods
 from yolo_fewshot.enroll.features import Features, View, add_background, extract, standardize, support_views
-from yolo_fewshot.enroll.methods import classifiers
-from yolo_fewshot.enroll.replay import add_replay
+from yolo_fewshot.enroll.methods import classifiers, few_shot_method, independent_shots
+from yolo_fewshot.enroll.replay import add_replay_except
 from yolo_fewshot.enroll.thresholds import thresholds
 from yolo_fewshot.errors import few
 from yolo_fewshot.nn.graft import drop_unused_levels
@@ -114,19 +114,18 @@ def enroll(
     names, labels = compact(features, support.names)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
     _check_anchors(support, features, names, counts, keep, imgsz)
-    independent = _images_of_classes(features, labels, len(names)) if rows.per_level else counts
+    independent = independent_shots(features, labels, len(names), rows.per_level)
     indices, spaces = {str(n): i for i, n in model.names.items()}, rows.spaces()
     branch = int(nms is False and len(spaces) > 1)  # the one that predicts
     with_nms = not rows.branches[branch]
     # Every class of the support set is cross-validated, so none of them may be a negative in the replay buffer.
-    replayed = add_replay(features, rows, [indices[n] for n in names if n in indices])
+    replayed = add_replay_except(features, rows, names)
     replayed = replayed._replace(embeds=replayed.embeds[branch:], anchors=replayed.anchors[branch:])
-    few_shot_method = "mean" if getattr(model, "prior_strength", None) == math.inf else "fit"
     methods, left_out = choose_methods(
-        replayed, labels, independent, method, few_shot_method, spaces[branch], nms=with_nms
+        replayed, labels, independent, method, few_shot_method(model), spaces[branch], nms=with_nms
     )
     conf = thresholds(left_out)
-    features = add_replay(features, rows, [indices[n] for n in names if n in indices and n not in keep])
+    features = add_replay_except(features, rows, [n for n in names if n not in keep])
     weights = [classifiers(features, labels, methods, independent, i, x) for i, x in enumerate(spaces)]
     enrolled, classes = rows.enrolled, {}
     for c, name in enumerate(names):
@@ -185,13 +184,6 @@ def compact(features: Features, names: dict[int, str]) -> tuple[list[str], torch
     """
     indices, labels = features.cls.unique(return_inverse=True)
     return [str(names[i]) for i in indices.tolist()], torch.where(_has_anchor(features), labels, -1)
-
-
-def _images_of_classes(features: Features, labels: torch.Tensor, n: int) -> torch.Tensor:
-    """Return the number of images that show each of n classes: the objects of one image resemble each other, (n,)."""
-    shown = labels >= 0
-    pairs = torch.stack([labels[shown], features.image[shown]]).unique(dim=1)
-    return torch.bincount(pairs[0], minlength=n)
 
 
 def _has_anchor(features: Features) -> torch.Tensor:

@@ -6,8 +6,9 @@ choices of the key `enroll` in `yolo_fewshot.args`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -86,6 +87,34 @@ def fit(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 METHODS: dict[str, Callable[[Examples], tuple[torch.Tensor, torch.Tensor]]] = {"mean": mean, "fit": fit}
+
+
+def few_shot_method(model: Any) -> str:
+    """Return the method that classes of few shots get under 'auto': the one that was better on base classes.
+
+    Args:
+        model (nn.Module): Model; one whose training did not compare the methods gets 'fit'.
+    """
+    return "mean" if getattr(model, "prior_strength", None) == math.inf else "fit"
+
+
+def independent_shots(features: Features, labels: torch.Tensor, n: int, per_level: bool) -> torch.Tensor:
+    """Count the shots of every class, as in `Examples.shots`.
+
+    Args:
+        features (Features): Features of a support set.
+        labels (torch.Tensor): Class of every object, (N,) in 0..n-1, or negative to leave it out.
+        n (int): Number of classes.
+        per_level (bool): Whether every level has a row of its own, as in a stock head. There the objects of a class in
+            one image count once, since they resemble each other.
+
+    Returns:
+        (torch.Tensor): Number of shots of every class, (n,) int64.
+    """
+    shown = labels >= 0
+    pairs = torch.stack([labels[shown], features.image[shown]])
+    pairs = pairs.unique(dim=1) if per_level else pairs
+    return torch.bincount(pairs[0], minlength=n)
 
 
 def classifiers(

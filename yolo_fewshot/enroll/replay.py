@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,18 @@ def add_replay(features: Features, rows: ClassRows, exclude: list[int]) -> Featu
         extra = Anchors(embeds[keep].float(), level, torch.zeros(n, 4), none, weight, none, none)
         joined.append(Anchors(*map(torch.cat, zip(anchors, extra))))
     return features._replace(anchors=joined)
+
+
+def add_replay_except(features: Features, rows: ClassRows, names: Collection[str]) -> Features:
+    """Add the anchors of a replay buffer, see `add_replay`, but those of some classes.
+
+    Args:
+        features (Features): Features of a support set.
+        rows (ClassRows): Class rows of the model.
+        names (Collection[str]): Names of the classes; those that the model does not have are ignored.
+
+    Returns:
+        (Features): The features.
+    """
+    indices = {str(n): i for i, n in rows.model.names.items()}
+    return add_replay(features, rows, [indices[n] for n in names if n in indices])

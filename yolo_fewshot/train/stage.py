@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from yolo_fewshot.data.ignore import fully_labeled, masked
 from yolo_fewshot.data.sampling import EpochSampler
 from yolo_fewshot.data.shots_and_base import ShotsAndBase
 from yolo_fewshot.enroll.calibrate import choose_prior_strength
+from yolo_fewshot.enroll.methods import few_shot_method
 from yolo_fewshot.enroll.replay import fill_replay_buffer
 from yolo_fewshot.errors import few
 from yolo_fewshot.nn.criterion import branch_losses
@@ -299,8 +299,7 @@ class Stage:
         imgsz, seed = trainer.args.imgsz, trainer.args.seed
         model.memory = fill_replay_buffer(model, labels, imgsz, seed)
         model.prior_strength = choose_prior_strength(model, labels, trainer.test_loader.dataset.labels, imgsz, seed)
-        better = "mean" if model.prior_strength == math.inf else "fit"
-        LOGGER.info(f"Enrollment from one shot: '{better}' is better on base classes")
+        LOGGER.info(f"Enrollment from one shot: '{few_shot_method(model)}' is better on base classes")
 
     def log_end(self) -> None:
         """Log which classes `meta_val` kept out; called only in the main process."""

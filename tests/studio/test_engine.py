@@ -13,9 +13,12 @@ from yolo_fewshot import FewShotYOLO
 from yolo_fewshot.data.demo import BASE
 from yolo_fewshot.data.support import read_support
 from yolo_fewshot.nn.rows import class_rows
-from yolo_fewshot.studio import engine
-from yolo_fewshot.studio.engine import CONF, Figures, Found, Studio, _in_image, _uncertainty
+from yolo_fewshot.studio import scenes
+from yolo_fewshot.studio.engine import Studio
+from yolo_fewshot.studio.found import CONF, CONF_MIN, Found, as_sure_as_of_shots, uncertainty
+from yolo_fewshot.studio.learning import Figures
 from yolo_fewshot.studio.project import iou
+from yolo_fewshot.studio.scenes import _in_image
 
 SIZE = 160
 
@@ -65,7 +68,7 @@ def label_all(studio, images):
 
 @pytest.mark.parametrize("head", ["few-shot", "stock"])
 def test_it_learns_as_enroll_does_from_the_files_it_wrote(head, start, shots, checkpoints, monkeypatch):
-    monkeypatch.setattr(engine, "ANCHORS_PER_VIEW", 10**6 if head == "stock" else 512)
+    monkeypatch.setattr(scenes, "ANCHORS_PER_VIEW", 10**6 if head == "stock" else 512)
     studio = start(head, shots[:4])  # a power of two: all of them have a part in the statistics
     label_all(studio, shots[:4])
     studio.learn()
@@ -285,9 +288,9 @@ def test_the_least_certain_image_comes_first(start, shots):
 
 
 def test_uncertainty_is_largest_at_the_threshold():
-    values = [_uncertainty(c, 0.3) for c in (0.01, 0.2, 0.3, 0.5, 0.99)]
+    values = [uncertainty(c, 0.3) for c in (0.01, 0.2, 0.3, 0.5, 0.99)]
     assert values[2] == pytest.approx(1) and values == sorted(values[:3]) + sorted(values[3:], reverse=True)
-    assert _uncertainty(0.0, 0.0) == pytest.approx(1) and 0 <= _uncertainty(1.0, 0.0) < 0.01
+    assert uncertainty(0.0, 0.0) == pytest.approx(1) and 0 <= uncertainty(1.0, 0.0) < 0.01
 
 
 def test_a_box_snaps_to_a_proposal(start, shots):
@@ -352,11 +355,11 @@ def test_images_beyond_the_memory_are_read_again(start, shots, monkeypatch):
     label_all(whole, shots[:2])
     whole.refresh()
     whole.learn()
-    monkeypatch.setattr(engine, "MAX_KEPT", whole._scenes[whole.keys[0]].size * 2)
+    monkeypatch.setattr(scenes, "MAX_KEPT", whole._scenes.kept[whole.keys[0]].size * 2)
     small = start(images=shots[:5], folder="small")
     label_all(small, shots[:2])
     small.refresh()
-    assert len(small._scenes) == 2
+    assert len(small._scenes.kept) == 2
     small.learn()
     assert small.refresh(n=2) and not small.refresh(n=2)
     for key in whole.keys:
@@ -382,7 +385,7 @@ def test_a_class_of_one_uncertain_shot_is_shown(start, shots):
     studio.label(studio.keys[0], name, box, snap=False)
     studio.refresh()
     studio.found = {studio.keys[0]: [Found(name, 0.3, box, False)], studio.keys[1]: [Found(name, 0.2, box, False)]}
-    studio._defaults = studio._as_sure_as_of_shots(studio.found)
+    studio._defaults = as_sure_as_of_shots(studio.found, studio.project.images.values())
     assert studio.threshold(name) == 0.15 and len(studio.shown(studio.keys[1])) == 1
     studio.figures = {name: Figures(0.5, None, torch.zeros(0), torch.zeros(0), 0)}
     assert studio.threshold(name) == 0.5  # a suggested one is better
@@ -395,7 +398,7 @@ def test_a_removed_image_leaves_nothing(start, shots):
     studio.learn()
     studio.remove(studio.keys[0])
     studio.learn()
-    assert studio.keys[0] not in {*studio.found, *studio.known, *studio._scenes, *studio.order()}
+    assert studio.keys[0] not in {*studio.found, *studio.known, *studio._scenes.kept, *studio.order()}
 
 
 def test_a_folder_and_a_video_are_read(start, shots, tmp_path):
@@ -465,7 +468,7 @@ def test_the_trained_model_is_looked_at_and_kept(start, shots, tmp_path):
     assert {x.name for k in studio.keys for x in studio.trained[k] if not x.known} <= names
     assert any(not x.known for k in studio.keys for x in studio.trained[k])
     shown = [x for k in studio.keys for x in studio.shown(k, trained=True, judged=True)]
-    assert {x.name for x in shown if not x.known} and min(x.conf for x in shown) >= 2 * engine.CONF_MIN
+    assert {x.name for x in shown if not x.known} and min(x.conf for x in shown) >= 2 * CONF_MIN
     assert names <= set(FewShotYOLO(studio.save(tmp_path / "out.pt", trained=True)).names.values())
 
 

@@ -11,9 +11,12 @@ from test_project import file_of
 
 from yolo_fewshot.data.support import read_support
 from yolo_fewshot.studio import live as module
-from yolo_fewshot.studio.engine import Found, Learned, Studio
+from yolo_fewshot.studio.engine import Studio
+from yolo_fewshot.studio.found import Found
+from yolo_fewshot.studio.learning import Learned
 from yolo_fewshot.studio.live import Live
 from yolo_fewshot.studio.project import Project
+from yolo_fewshot.studio.scenes import Scenes
 from yolo_fewshot.studio.training import Training
 
 WAIT = 60
@@ -28,7 +31,7 @@ class Detector(Studio):
         self.project.about = {"model": "yolo.pt"}
         self.known, self.found, self.trained, self.figures = {}, {}, {}, {}
         self.suspects, self.learned, self.version, self.own = set(), None, 0, ["person"]
-        self._defaults, self._fresh, self._scenes, self._shots = {}, {}, {}, {}
+        self._defaults, self._fresh, self._scenes = {}, {}, Scenes(None, self.project, 64, [])
         self.calls, self.imgsz = [], 64
         self.yolo = type("Yolo", (), {"ckpt_path": None})
         self.device = type("Device", (), {"type": "cpu"})

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from yolo_fewshot.studio import overlay
-from yolo_fewshot.studio.engine import Found
+from yolo_fewshot.studio.found import Found
 from yolo_fewshot.studio.overlay import Mark, buttons_of, color_of, hit, marks_of, svg_of
 from yolo_fewshot.studio.project import Box, LabeledImage
 from yolo_fewshot.studio.server import HEADERS, MAX_UPLOAD, Guard

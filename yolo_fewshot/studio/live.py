@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from yolo_fewshot.studio.engine import CHUNK, Found, Studio
+from yolo_fewshot.studio.engine import Studio
+from yolo_fewshot.studio.found import Found
 from yolo_fewshot.studio.project import Box
+from yolo_fewshot.studio.scenes import CHUNK
 from yolo_fewshot.studio.training import Progress, Training
 from yolo_fewshot.studio.worker import Worker
 

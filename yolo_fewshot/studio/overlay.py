@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from yolo_fewshot.studio.engine import IOU_SAME, Found, Studio
-from yolo_fewshot.studio.project import Box, LabeledImage, iou
+from yolo_fewshot.studio.engine import Studio
+from yolo_fewshot.studio.found import Found
+from yolo_fewshot.studio.project import IOU_SAME, Box, LabeledImage, iou
 
 PALETTE = ("#4f46e5", "#e11d48", "#059669", "#d97706", "#0284c7", "#c026d3", "#65a30d", "#ea580c", "#0d9488", "#7c3aed")
 GRAY, RED, GREEN = "#94a3b8", "#dc2626", "#16a34a"

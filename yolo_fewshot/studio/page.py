@@ -25,7 +25,7 @@ from ultralytics.data.utils import VID_FORMATS
 from ultralytics.utils import LOGGER
 
 from yolo_fewshot.studio import overlay
-from yolo_fewshot.studio.engine import Found
+from yolo_fewshot.studio.found import Found
 from yolo_fewshot.studio.images import MAX_BYTES
 from yolo_fewshot.studio.live import Live
 from yolo_fewshot.studio.project import Box

@@ -26,6 +26,7 @@ VERSION = 1
 FILE = re.compile(r"[0-9a-f]{64}\.(jpg|png|webp|bmp)")  # of an image, by its content
 MAX_NAME = 60  # characters of a class name
 MIN_SIDE = 2  # minimum side of a box in pixels
+IOU_SAME = 0.5  # IoU from which two boxes are the same object
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Project:
             box = Box(self._next, class_name(name), self._corners(image, xyxy))
             self._next += 1
             image.boxes.append(box)
-            image.rejected = [x for x in image.rejected if iou(x.xyxy, box.xyxy) < 0.5]
+            image.rejected = [x for x in image.rejected if iou(x.xyxy, box.xyxy) < IOU_SAME]
             image.empty = False
             self.save()
         return box

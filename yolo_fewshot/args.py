@@ -28,7 +28,13 @@ class Key(NamedTuple):
 
 
 KEYS: dict[str, Key] = {
-    "stage": Key(int, None, "1: ordinary training of the few-shot head; 2: episodes; 3: adapt to shots", 1, 3),
+    "stage": Key(
+        int,
+        None,
+        "1: ordinary training of the few-shot head; 2: episodes; 3: new classes from shots",
+        1,
+        3,
+    ),
     "n_way": Key(int, 8, "classes drawn per episode", 1),
     "k_shot": Key(int, 1, "support images per drawn class", 1),
     "n_query": Key(int, 1, "query images per drawn class", 1),
@@ -69,19 +75,23 @@ KEYS: dict[str, Key] = {
     "blend": Key(
         float,
         None,
-        "weight of the trained model in the interpolation that ends stage 3; 0.75, with one shot 0.5",
+        "stage 3 with graft=none: weight of the trained model in the final interpolation; 0.75, with one shot 0.5",
         high=1,
     ),
-    "teacher": Key(float, 0.5, "gain of the distillation term of stage 3, for the classes without a label"),
+    "teacher": Key(
+        float, 0.5, "stage 3 with graft=none: gain of the distillation term, for the classes without a label"
+    ),
     "memory": Key(
-        float, 0.5, "gain of the replay term of stage 3, for the same classes on the stored anchors of base images"
+        float,
+        0.5,
+        "stage 3 with graft=none: gain of the replay term, for the same classes on the stored anchors of base images",
     ),
     "steps": Key(int, None, "optimizer steps of stage 3; 300, or 60 passes over the shots if that is more", 1),
     "nonfinite": Key(
         str, "skip", "a step whose loss or gradient is NaN or Inf: skip it, or raise", choices=("skip", "raise")
     ),
     "nonfinite_limit": Key(int, 10, "number of such steps in a row after which training stops", 1),
-    "doctor": Key(int, 50, "measure the gradient of every term every x batches; 0 for never"),
+    "doctor": Key(int, 50, "the loss monitor measures the gradient of every term every x batches; 0 for never"),
 }
 
 # Keys that work in any training, stock models included; keys that all stages use; and keys of stage 3.
@@ -99,7 +109,9 @@ ENROLL_KEYS: dict[str, Key] = {
         str, None, "images without the classes to enroll, whose anchors are negatives: folder or .txt list"
     ),
     "objects": Key(
-        str, None, "objects in the image of support=, i.e. 'scooter 10 20 200 300', corners in pixels; by ';'"
+        str,
+        None,
+        "objects in the image of support=, such as 'scooter 10 20 200 300', with corners in pixels; separated by ';'",
     ),
 }
 

@@ -171,7 +171,7 @@ COMMANDS = {
         benchmark,
         "measure stock fine-tuning, enrollment, adaptation and ablations with K shots, over several draws",
         {
-            "data": "folder that yolo-fewshot split wrote, or one with data.yaml and novel_{K}shot_seed{S} alone",
+            "data": "folder that yolo-fewshot split wrote, or one with data.yaml and novel_{K}shot_seed{S}.yaml alone",
             "model": "checkpoint to start from, i.e. yolo11n.pt, or the best.pt of stage 2",
         },
         {

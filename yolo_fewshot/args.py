@@ -28,13 +28,7 @@ class Key(NamedTuple):
 
 
 KEYS: dict[str, Key] = {
-    "stage": Key(
-        int,
-        None,
-        "1: ordinary training of the few-shot head; 2: episodes; 3: new classes from shots",
-        1,
-        3,
-    ),
+    "stage": Key(int, None, "1: ordinary training of the few-shot head; 2: episodes; 3: new classes from shots", 1, 3),
     "n_way": Key(int, 8, "classes drawn per episode", 1),
     "k_shot": Key(int, 1, "support images per drawn class", 1),
     "n_query": Key(int, 1, "query images per drawn class", 1),

@@ -170,7 +170,8 @@ def old_graft(source: Any, group: Group) -> GraftModel:
 def fuse_shared(model: GraftModel) -> None:
     """Give a copy the shared layers of its detector with BatchNorm merged into convolutions, which takes less time.
 
-    They are frozen, so they compute the same, and `unite` takes those of the detector.
+    They are frozen, so they compute the same but for rounding, and `unite` takes those of the detector. A resumed copy
+    gets them in full precision again.
 
     Args:
         model (GraftModel): Copy to train, changed in place.

@@ -179,7 +179,7 @@ def cross_validate(lesson: Lesson, rows: ClassRows, space: Space) -> Assessment:
 
 
 def _rejected(scene: Scene, image: LabeledImage) -> torch.Tensor:
-    """Return the anchors of what the user rejected, except where there is a labeled object, (A,) bool per branch."""
+    """Return the anchors of what the user rejected, except where there is a labeled object, (A,) bool."""
     corners = torch.tensor([x.xyxy for x in image.rejected])
     chosen = (box_iou(scene.boxes, corners) >= IOU_SAME).any(1)
     if image.boxes:

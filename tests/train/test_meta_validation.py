@@ -18,7 +18,8 @@ from ultralytics.data.utils import check_det_dataset
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
 from yolo_fewshot import args as table
 from yolo_fewshot.data.episodes import EpisodeSampler
-from yolo_fewshot.data.ignore import masked
+from yolo_fewshot.data.ignore import fully_labeled, masked
+from yolo_fewshot.enroll.replay import fill_replay_buffer
 from yolo_fewshot.nn.criterion import FewShotLoss, branch_losses
 from yolo_fewshot.nn.ignore import IGNORED
 from yolo_fewshot.nn.model import FewShotDetectionModel
@@ -383,6 +384,13 @@ def test_best_is_the_start_where_training_only_harms(tiny, stage1, messages):
     )
     assert messages.count(text) == 1
     assert len(YOLO(trainer.best).predict(str(tiny / "images/val/00.png"), imgsz=64, verbose=False)) == 1
+    buffers = []
+    for f in (trainer.best, trainer.last):  # each has anchors of its own weights
+        model = torch.load(f, weights_only=False)["model"].float().eval()
+        (expected,) = fill_replay_buffer(model, fully_labeled(trainer.stage.base_dataset), 64, trainer.args.seed)
+        assert all(torch.equal(a, b) for a, b in zip(model.memory[0], expected))
+        buffers.append(expected[0])
+    assert not torch.equal(*buffers)
 
 
 @pytest.mark.parametrize(

@@ -88,17 +88,31 @@ def _validate(trainer: DetectionTrainer, model: nn.Module) -> None:
 
 
 def _prepare_enrollment(trainer: DetectionTrainer, ckpts: list[dict[str, Any]]) -> None:
-    """Measure what a few-shot model needs of the base data with the first checkpoint, and store it in all of them."""
-    if not isinstance(ckpts[0]["model"], FewShotDetectionModel):
-        return
-    model = deepcopy(ckpts[0]["model"]).float().to(trainer.device)
-    trainer.stage.prepare_enrollment(model)
-    if trainer.args.plots:
-        plot_object_embeddings(trainer, model)
+    """Measure what a few-shot model needs of the base data, and store it in its checkpoint; the first one is plotted.
+
+    Checkpoints of other weights are measured each on its own, since the replay buffer has embeddings.
+    """
+    measured: list[tuple[FewShotDetectionModel, FewShotDetectionModel]] = []  # weights as stored, and measured
     for ckpt in ckpts:
-        ckpt["model"].prior_strength, ckpt["model"].memory = model.prior_strength, model.memory
+        stored = ckpt["model"]
+        if not isinstance(stored, FewShotDetectionModel):
+            return
+        model = next((m for s, m in measured if _equal_weights(s, stored)), None)
+        if model is None:
+            model = deepcopy(stored).float().to(trainer.device)
+            trainer.stage.prepare_enrollment(model)
+            if trainer.args.plots and not measured:
+                plot_object_embeddings(trainer, model)
+            measured.append((stored, model))
+        stored.prior_strength, stored.memory = model.prior_strength, model.memory
         if trainer.stage.blends:
             ckpt["train_metrics"] = {**(ckpt.get("train_metrics") or {}), **trainer.metrics}
+
+
+def _equal_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Return whether two models of the same layers have the same weights and buffers."""
+    other = b.state_dict()
+    return all(torch.equal(v, other[k]) for k, v in a.state_dict().items())
 
 
 def _from_main_process(model: nn.Module | None) -> nn.Module | None:

@@ -304,7 +304,7 @@ def opened(monkeypatch, tmp_path):
     """What the command opens a studio with, in place of a studio and its page."""
     monkeypatch.chdir(tmp_path)
     Path("best.pt").touch()
-    page, engine, live = (pytest.importorskip(f"yolo_fewshot.studio.{n}") for n in ("page", "engine", "live"))
+    app, engine, live = (pytest.importorskip(f"yolo_fewshot.studio.{n}") for n in ("app", "engine", "live"))
     calls = []
 
     class Studio:
@@ -320,7 +320,7 @@ def opened(monkeypatch, tmp_path):
 
     monkeypatch.setattr(engine, "Studio", Studio)
     monkeypatch.setattr(live, "Live", lambda studio: studio)
-    monkeypatch.setattr(page, "serve", lambda _, *args: calls.append(args))
+    monkeypatch.setattr(app, "serve", lambda _, *args: calls.append(args))
     return calls
 
 
@@ -336,29 +336,29 @@ def test_studio_opens_a_page(opened, caplog):
 
 def test_studio_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "nicegui", None)
-    monkeypatch.delitem(sys.modules, "yolo_fewshot.studio.page", raising=False)
+    monkeypatch.delitem(sys.modules, "yolo_fewshot.studio.app", raising=False)
     assert 'pip install "yolo-fewshot[studio]"' in text_of("studio", "model=best.pt")
 
 
 def test_studio_warns_of_other_addresses(monkeypatch, caplog):
-    page = pytest.importorskip("yolo_fewshot.studio.page")
-    monkeypatch.setattr(page, "make_app", lambda *_: None)
-    monkeypatch.setattr(page.uvicorn, "Config", lambda *_, **__: None)
+    app = pytest.importorskip("yolo_fewshot.studio.app")
+    monkeypatch.setattr(app, "make_app", lambda *_: None)
+    monkeypatch.setattr(app.uvicorn, "Config", lambda *_, **__: None)
 
     def run(sockets):
         sockets[0].close()
         raise KeyboardInterrupt  # as Ctrl+C does at the end
 
-    monkeypatch.setattr(page.uvicorn, "Server", lambda _: SimpleNamespace(run=run))
+    monkeypatch.setattr(app.uvicorn, "Server", lambda _: SimpleNamespace(run=run))
     live = SimpleNamespace(studio=SimpleNamespace(project=SimpleNamespace(folder="project")))
     caplog.set_level(logging.INFO)
-    page.serve(live, show=False)
+    app.serve(live, show=False)
     assert "whoever can reach" not in caplog.text
     urls = [re.search(r"http://127\.0\.0\.1:\d+/([\w-]{30,})/", caplog.text)[1]]
-    page.serve(live, "0.0.0.0", show=False)
+    app.serve(live, "0.0.0.0", show=False)
     assert "host=0.0.0.0: whoever can reach this address" in caplog.text
     urls.append(re.search(r"http://0\.0\.0\.0:\d+/([\w-]{30,})/", caplog.text)[1])
     assert len(set(urls)) == 2  # a token for each start
     for host, port in (("127.0.0.1", 99999), ("203.0.113.1", 0), ("no such host", 0)):
         with pytest.raises(ValueError, match=f"host={host} port={port} cannot be used"):
-            page.serve(live, host, port, False)
+            app.serve(live, host, port, False)

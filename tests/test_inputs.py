@@ -104,7 +104,7 @@ def test_a_wrong_argument_of_a_command_is_named_before_any_work(line, text, here
 )
 def test_a_wrong_argument_of_the_studio_is_named_before_any_work(argument, text, here, read_only, monkeypatch):
     engine = pytest.importorskip("yolo_fewshot.studio.engine")
-    pytest.importorskip("yolo_fewshot.studio.page")
+    pytest.importorskip("yolo_fewshot.studio.app")
     monkeypatch.setattr(engine, "Studio", lambda *_, **__: pytest.fail("a studio was opened"))
     argv = {"model": "stock.pt", "folder": "new", **dict([argument.split("=")])}
     with pytest.raises(SystemExit) as e:

@@ -19,7 +19,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, ROOT, YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO, args, cli
 from yolo_fewshot.evaluate import learn
-from yolo_fewshot.studio import page as studio_page
+from yolo_fewshot.studio import app as studio_app
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "examples").glob("*.md"))]
@@ -125,7 +125,7 @@ def run(words, folder):
             "doctor": [*quick, "episodes=2", "n_way=2"],
             "studio": ["imgsz=64"],
         }
-        with mock.patch.object(studio_page, "serve", lambda *_: None):  # which would wait for a user
+        with mock.patch.object(studio_app, "serve", lambda *_: None):  # which would wait for a user
             cli.main([*words[1:], *more.get(words[1], [])])
     elif words[:2] == ["python", "examples/add_classes.py"]:
         runpy.run_path(words[1])["main"](*words[2:])

@@ -143,7 +143,7 @@ def studio(
     from yolo_fewshot.studio.live import Live
 
     try:
-        from yolo_fewshot.studio.page import serve
+        from yolo_fewshot.studio.app import serve
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError(f"{e}. The studio needs 'pip install \"yolo-fewshot[studio]\"'.") from e
     show, frames = kwargs.pop("open", True), kwargs.pop("frames", 20)

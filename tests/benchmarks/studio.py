@@ -24,9 +24,9 @@ import torch
 import uvicorn
 from ultralytics.utils import LOGGER
 
+from yolo_fewshot.studio.app import make_app
 from yolo_fewshot.studio.engine import Studio
 from yolo_fewshot.studio.live import Live
-from yolo_fewshot.studio.page import make_app
 
 BOXES = ((0.1, 0.1, 0.5, 0.5), (0.3, 0.3, 0.8, 0.9), (0.5, 0.1, 0.9, 0.6), (0.2, 0.5, 0.6, 0.95))
 

@@ -525,9 +525,9 @@ def _iou(a, b):
 
 
 if __name__ == "__main__":
+    from yolo_fewshot.studio.app import serve
     from yolo_fewshot.studio.engine import Studio
     from yolo_fewshot.studio.live import Live
-    from yolo_fewshot.studio.page import serve
 
     cv2.setNumThreads(1)
     live = Live(Studio(sys.argv[1], sys.argv[2], imgsz=SIZE, device="cpu"), trainer="test_page:standin")

@@ -6,34 +6,25 @@ holds all scripts and fonts, so that the page works offline.
 
 from __future__ import annotations
 
-import secrets
-import socket
 import tempfile
-import warnings
-import webbrowser
 from collections.abc import Callable
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse
-from nicegui import app, events, run, ui
+from nicegui import events, run, ui
 from ultralytics.data.utils import VID_FORMATS
-from ultralytics.utils import LOGGER
 
 from yolo_fewshot.studio import overlay
 from yolo_fewshot.studio.found import Found
 from yolo_fewshot.studio.images import MAX_BYTES
 from yolo_fewshot.studio.live import Live
 from yolo_fewshot.studio.project import Box
-from yolo_fewshot.studio.server import MAX_UPLOAD, Guard
+from yolo_fewshot.studio.server import MAX_UPLOAD
+from yolo_fewshot.studio.style import DROP, STYLE
 
 SHOWN = 120  # images in the list
 CLICK = 0.008  # movement up to which a drag is a click, in longer sides of the image
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 RESULTS = {
     "checkpoint": ("model.pt", "Checkpoint", "The detector with your classes, for YOLO() and every yolo command"),
     "onnx": ("model.onnx", "ONNX", "The same for other runtimes, as yolo export writes it"),
@@ -41,64 +32,6 @@ RESULTS = {
     "trained-onnx": ("trained.onnx", "Trained ONNX", "The same for other runtimes"),
     "labels": ("labels.zip", "Labels", "A YOLO data set: data.yaml, images and labels"),
 }
-STYLE = """
-body { background: #f1f5f9; color: #0f172a; overflow: hidden; }
-.nicegui-content { padding: 0; gap: 0; height: 100vh; }
-.bar { height: 52px; background: white; border-bottom: 1px solid #e2e8f0; }
-.body { height: calc(100vh - 52px); }
-.side { background: white; height: 100%; overflow-y: auto; }
-.drop .q-uploader__list, .drop .q-uploader__subtitle { display: none; }
-.drop { border: 1.5px dashed #a5b4fc; border-radius: 10px; width: 100% !important; box-shadow: none; flex: none; }
-.list { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; align-items: start; width: 100%; }
-.drop .q-uploader__header { background: #eef2ff; color: #4338ca; }
-.drop .q-uploader__title { font-size: 13px; font-weight: 500; }
-.card { border-radius: 10px; overflow: hidden; border: 2px solid #e2e8f0; background: white; cursor: pointer; }
-.card:hover { border-color: #a5b4fc; }
-.card.on { border-color: #4f46e5; box-shadow: 0 0 0 3px #e0e7ff; }
-.card.suspect { border-color: #dc2626; }
-.card .ph { position: relative; background: #e2e8f0; }
-.card .ph { aspect-ratio: 4 / 3; }
-.card img { width: 100%; height: 100%; object-fit: contain; display: block; }
-.card svg { position: absolute; inset: 0; width: 100%; height: 100%; }
-.card .cap { display: flex; gap: 6px; align-items: center; font-size: 11px; padding: 3px 7px; color: #475569; }
-.card .cap span:first-child { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.badge { border-radius: 99px; padding: 0 7px; font-weight: 600; background: #e2e8f0; color: #334155; }
-.badge { white-space: nowrap; font-size: 11px; }
-.badge.new { background: #fef3c7; color: #92400e; } .badge.bad { background: #fee2e2; color: #b91c1c; }
-.badge.ok { background: #dcfce7; color: #166534; }
-.canvas line { vector-effect: non-scaling-stroke; }
-.canvas { cursor: crosshair; user-select: none; border-radius: 8px; overflow: hidden; box-shadow: 0 1px 8px #0f172a26; }
-.cls { border: 1.5px solid #e2e8f0; border-radius: 10px; padding: 8px 10px; width: 100%; gap: 2px; }
-.cls.on { border-color: #4f46e5; background: #f8faff; }
-.muted { color: #64748b; font-size: 12px; } .head { font-weight: 600; font-size: 14px; }
-.dot { width: 12px; height: 12px; border-radius: 4px; flex: none; }
-.both { position: relative; } .both img { width: 100%; display: block; border-radius: 8px; }
-.both svg { position: absolute; inset: 0; width: 100%; height: 100%; }
-"""
-DROP = """
-<script>
-document.addEventListener("dragover", e => e.preventDefault());
-document.addEventListener("drop", async e => {
-  e.preventDefault();
-  if (e.target.closest(".q-uploader")) return;
-  const files = [];
-  const walk = async entry => {
-    if (entry instanceof File) files.push(entry);
-    else if (entry.isFile) files.push(await new Promise((ok, no) => entry.file(ok, no)));
-    else {
-      const reader = entry.createReader();
-      for (;;) {
-        const part = await new Promise((ok, no) => reader.readEntries(ok, no));
-        if (!part.length) break;
-        for (const x of part) await walk(x);
-      }
-    }
-  };
-  await Promise.all([...e.dataTransfer.items].map(x => x.webkitGetAsEntry() || x.getAsFile()).filter(x => x).map(walk));
-  window.addToStudio(files);
-});
-</script>
-"""
 
 
 class Page:
@@ -711,87 +644,3 @@ def _chart(epochs: tuple[int, ...], loss: tuple[float, ...], ap: tuple[float | N
             {**line, "name": "AP50 on your images", "yAxisIndex": 1, "data": list(ap), "color": "#4f46e5"},
         ],
     }
-
-
-def make_app(live: Live, token: str) -> Guard:
-    """Return the application that serves a studio.
-
-    Args:
-        live (Live): The studio.
-        token (str): First part of every path.
-
-    Returns:
-        (Guard): An ASGI application.
-    """
-    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    project = live.studio.project
-
-    @ui.page("/", title="Few-shot Studio")
-    def page() -> None:
-        Page(live, f"/{token}")
-
-    @app.get("/image/{key}")
-    def image(key: str) -> FileResponse:
-        return _file(project.path(project.images[key]) if key in project.images else None)
-
-    @app.get("/thumb/{key}")
-    def thumb(key: str) -> FileResponse:
-        return _file(project.thumb(key) if key in project.images else None)
-
-    @app.get("/exports/{name}")
-    def export(name: str) -> FileResponse:
-        return _file(live.exports / name if name in {x[0] for x in RESULTS.values()} else None)
-
-    ui.run_with(outer, mount_path=f"/{token}", title="Few-shot Studio", show_welcome_message=False, favicon="🎯")
-    return Guard(outer, token)
-
-
-def _file(path: Path | None) -> FileResponse:
-    """Return a file, or raise a 404."""
-    if path is None or not path.is_file():
-        raise HTTPException(404)
-    return FileResponse(path)
-
-
-def serve(live: Live, host: str = "127.0.0.1", port: int = 0, show: bool = True) -> None:
-    """Serve a studio until it is interrupted.
-
-    Args:
-        live (Live): The studio.
-        host (str): Address to listen at.
-        port (int): Port, 0 for a free one.
-        show (bool): Whether to open the page in the browser.
-
-    Raises:
-        ValueError: If the port is in use, or the address is not one of this machine.
-    """
-    token = secrets.token_urlsafe(24)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen()  # from now on a browser waits instead of failing
-    except (OSError, OverflowError) as e:
-        listener.close()
-        raise ValueError(f"host={host} port={port} cannot be used: {e}. Name another port, or none.") from e
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listener.getsockname()[1]}/{token}/"
-    if host not in LOOPBACK:
-        LOGGER.warning(
-            f"host={host}: whoever can reach this address, and learns the URL below, can see and change the project. "
-            "The connection is not encrypted."
-        )
-    LOGGER.info(f"Few-shot Studio: {url}\nPress Ctrl+C to end; everything is saved in {live.studio.project.folder}.")
-    server = uvicorn.Server(uvicorn.Config(make_app(live, token), log_level="warning", ws_max_size=2**24))
-    if show:
-        webbrowser.open(url)
-    # NiceGUI looks at every object of the process, of which PyTorch has some that warn.
-    warnings.filterwarnings("ignore", ".*torch.distributed.reduce_op", FutureWarning)
-    level = LOGGER.level
-    LOGGER.setLevel("WARNING")  # no progress bar for every image
-    try:
-        with suppress(KeyboardInterrupt):  # which uvicorn raises again after its end
-            server.run(sockets=[listener])
-    finally:
-        LOGGER.setLevel(level)

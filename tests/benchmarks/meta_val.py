@@ -2,10 +2,10 @@
 
     python tests/benchmarks/meta_val.py examples/results/meta_val/points.csv
 
-The CSV file has a line for each model: `data`, the base and novel classes, `model`, `meta_ap50`, the AP50 of the classes
-that were kept out of its training (mean of 1 and 5 shots, results.csv of the run), and `novel_map50`, that of the novel
-classes (mean of the draws of 1 and 5 shots with `auto`, rows.csv of the benchmark). The plot is written beside it. Models are
-compared with those of the same data only, since other classes are easier or harder.
+The CSV file has a line for each model: `data`, the base and novel classes, `model`, `meta_ap50`, the AP50 of the
+classes that were kept out of its training (mean of 1 and 5 shots, results.csv of the run), and `novel_map50`, that of
+the novel classes (mean of the draws of 1 and 5 shots with `auto`, rows.csv of the benchmark). The plot is written
+beside it. Models are compared with those of the same data only, since other classes are easier or harder.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class Point(NamedTuple):
 def read(file: Path) -> list[Point]:
     """Read the points of a CSV file."""
     with open(file, encoding="utf-8") as f:
-        return [
-            Point(x["data"], x["model"], float(x["meta_ap50"]), float(x["novel_map50"])) for x in csv.DictReader(f)
-        ]
+        return [Point(x["data"], x["model"], float(x["meta_ap50"]), float(x["novel_map50"])) for x in csv.DictReader(f)]
 
 
 def ordered(points: list[Point]) -> tuple[int, int]:

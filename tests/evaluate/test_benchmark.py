@@ -24,18 +24,10 @@ NAMES = [*BASE, *NOVEL]
 
 
 @pytest.fixture(scope="module")
-def data(demo, tmp_path_factory):
+def data(part_of_demo, tmp_path_factory):
     """A hand-made folder of a few demo images: lists for 'one' shot, and a data.yaml of each seed for 'five'."""
     root = tmp_path_factory.mktemp("data")
-    for folder, count in (("train", 60), ("val", 12), ("novel_query", 12), ("novel_support", 24)):
-        for kind, suffix in (("images", "jpg"), ("labels", "txt")):
-            (root / kind / folder).mkdir(parents=True)
-            for i in range(count):
-                shutil.copy(demo / kind / folder / f"{i:04}.{suffix}", root / kind / folder)
-    common = {"train": "images/train", "names": dict(enumerate(NAMES))}
-    YAML.save(root / "base.yaml", {**common, "val": "images/val", "names": dict(enumerate(BASE))})
-    YAML.save(root / "data.yaml", {**common, "val": ["images/val", "images/novel_query"]})
-    novel = {**common, "train": "images/novel_support", "val": "images/novel_query"}
+    novel = part_of_demo(root, train=60, val=12, novel_query=12, novel_support=24)
     YAML.save(root / "novel_1shot.yaml", {**novel, "train": "images"})
     for seed in range(2):
         names = [f"./images/novel_support/{i:04}.jpg\n" for i in range(12 * seed, 12 * seed + 12)]

@@ -29,18 +29,11 @@ NAMES = [*BASE, *NOVEL]
 
 
 @pytest.fixture(scope="module")
-def near(demo, tmp_path_factory):
+def near(part_of_demo, tmp_path_factory):
     """A folder of a few demo images with base.yaml, whose labels have the numbers of all classes."""
     root = tmp_path_factory.mktemp("near")
-    for folder, count in (("train", 4), ("val", 12), ("novel_query", 12), ("novel_support", 12)):
-        for kind, suffix in (("images", "jpg"), ("labels", "txt")):
-            (root / kind / folder).mkdir(parents=True)
-            for i in range(count):
-                shutil.copy(demo / kind / folder / f"{i:04}.{suffix}", root / kind / folder)
-    common = {"train": "images/train", "names": dict(enumerate(NAMES))}
-    YAML.save(root / "base.yaml", {**common, "val": "images/val", "names": dict(enumerate(BASE))})
-    YAML.save(root / "data.yaml", {**common, "val": ["images/val", "images/novel_query"]})
-    YAML.save(root / "novel_1shot_seed0.yaml", {**common, "train": "images/novel_support", "val": "images/novel_query"})
+    novel = part_of_demo(root, train=4, val=12, novel_query=12, novel_support=12)
+    YAML.save(root / "novel_1shot_seed0.yaml", novel)
     return root
 
 

@@ -14,6 +14,7 @@ from ultralytics.utils import plt_settings
 from yolo_fewshot.errors import few
 
 COLUMNS = ("method", "shots", "ap", "params_m", "source")
+HEIGHT, LINE = 270, 9  # of a panel, and of a name in it, in points
 
 
 class Result(NamedTuple):
@@ -107,19 +108,21 @@ def plot_published(ours: Sequence[Result], published: Sequence[Result], file: Pa
             for x in results:
                 ax.errorbar(x.params_m, x.ap, x.half or 0, capsize=3, **style)
         ax.set_ylim(0, None)
-        _name_points(ax, *shown)
+        _name_points(ax, [*shown[0], *shown[1]])
     fig.savefig(file, dpi=200)
     plt.close(fig)
 
 
-def _name_points(ax: Any, ours: Sequence[Result], published: Sequence[Result]) -> None:
+def _name_points(ax: Any, results: Sequence[Result]) -> None:
     """Write the method beside each point: to the left of the smallest and of large models, where there is room."""
     ax.margins(x=0.2)
-    low, high = ax.get_xlim()
-    smallest = min(x.params_m for x in (*ours, *published))
-    ours = sorted(ours, key=lambda x: x.params_m)
-    up = [4] * len(published) + [4 if i % 2 else -9 for i in range(len(ours))]  # ours are close to each other
-    for x, y in zip((*published, *ours), up):
+    (low, high), smallest = ax.get_xlim(), min(x.params_m for x in results)
+    unit = HEIGHT / ax.get_ylim()[1]
+    heights: dict[tuple[bool, int], float] = {}  # of the last name on a side of models of a size
+    for x in sorted(results, key=lambda x: x.ap):
         left = x.params_m > math.sqrt(low * high) or x.params_m < 1.05 * smallest
-        side, align = (-5, "right") if left else (5, "left")
-        ax.annotate(x.method, (x.params_m, x.ap), (side, y), textcoords="offset points", fontsize=7, ha=align)
+        place = left, round(4 * math.log10(x.params_m))
+        heights[place] = max(x.ap * unit + 4, heights.get(place, -math.inf) + LINE)
+        at = -5 if left else 5, heights[place] - x.ap * unit
+        align = "right" if left else "left"
+        ax.annotate(x.method, (x.params_m, x.ap), at, textcoords="offset points", fontsize=7, ha=align)

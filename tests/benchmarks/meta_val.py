@@ -48,18 +48,19 @@ def ordered(points: list[Point]) -> tuple[int, int]:
 
 
 def plot(points: list[Point], file: Path) -> None:
-    """Plot the novel classes against the kept-out ones, with a line from model to model of the same data."""
+    """Plot the novel classes against the kept-out ones; models after stage 1 are hollow."""
     fig, ax = plt.subplots(figsize=(7, 5), tight_layout=True)
-    for data, marker in zip(dict.fromkeys(p.data for p in points), "osD^vP*X"):
+    for i, data in enumerate(dict.fromkeys(p.data for p in points)):
         same = sorted((p for p in points if p.data == data), key=lambda p: p.meta)
-        x, y = [p.meta for p in same], [p.novel for p in same]
-        ax.plot(x, y, marker=marker, lw=0.8, label="{}: {} of {}".format(data, *ordered(same)))
+        style = {"marker": "osD^vP*X"[i], "color": f"C{i}"}
+        ax.plot([p.meta for p in same], [p.novel for p in same], lw=0.6, color=f"C{i}")
+        ax.plot([], [], lw=0, **style, label="{}: {} of {}".format(data, *ordered(same)))
         for p in same:
-            ax.annotate(p.model, (p.meta, p.novel), (5, -9), textcoords="offset points", fontsize=6.5)
+            ax.plot(p.meta, p.novel, **style, ms=7, mfc="white" if p.model.startswith("stage 1") else f"C{i}")
     right, n = ordered(points)
     ax.set(xlabel="AP50 of the classes that meta_val keeps out", ylabel="mAP50 of the novel classes")
     ax.set_title(f"{right} of {n} pairs of models in the same order", fontsize=10)
-    ax.legend(fontsize=7, title="pairs in the same order", title_fontsize=7)
+    ax.legend(fontsize=7, title="pairs in the same order (hollow: after stage 1)", title_fontsize=7)
     ax.margins(0.12)
     fig.savefig(file, dpi=150)
     plt.close(fig)

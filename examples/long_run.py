@@ -23,7 +23,7 @@ def main(model: str, data: str, device: str = "cpu", project: str = "long", **se
     Args:
         model (str): Few-shot checkpoint after stage 1, or a model YAML.
         data (str): data.yaml of the base classes.
-        device (str): Devices, i.e. '0,1'.
+        device (str): Devices, e.g. '0,1'.
         project (str): Folder of the run; a run that is in it is continued.
         **settings (Any): Further arguments of training.
 

@@ -205,7 +205,7 @@ def need_support(args: dict[str, Any]) -> None:
     """
     alone = [f"'{k}={args[k]}'" for k in ENROLL_KEYS if args.get(k) is not None]
     if alone and args.get("support") is None:
-        raise ValueError(f"{', '.join(alone)} needs support=, the labeled examples to enroll, i.e. support=shots.yaml.")
+        raise ValueError(f"{', '.join(alone)} needs support=, the labeled examples to enroll, e.g. support=shots.yaml.")
 
 
 def need_stage(args: dict[str, Any]) -> None:

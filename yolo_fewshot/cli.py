@@ -126,9 +126,9 @@ def studio(
 
     Args:
         model (str): Checkpoint.
-        folder (str): Folder of the project, which is made, or opened again.
+        folder (str): Folder of the project, created or reopened.
         source (str, optional): Image, folder or video to add.
-        host (str): Address to listen at.
+        host (str): Address to listen on.
         port (int): Port, 0 for a free one.
         **kwargs (Any): `imgsz` and `device`, as in Ultralytics; `open`, whether to open the browser; `frames`, the
             number of frames to take from a video.
@@ -169,37 +169,37 @@ def studio(
 COMMANDS = {
     "benchmark": Command(
         benchmark,
-        "measure stock fine-tuning, enrollment, adaptation and ablations with K shots, over several draws",
+        "measure fine-tuning, enrollment, grafting, adaptation and ablations with K shots, over several draws",
         {
             "data": "folder that yolo-fewshot split wrote, or one with data.yaml and novel_{K}shot_seed{S}.yaml alone",
-            "model": "checkpoint to start from, i.e. yolo11n.pt, or the best.pt of stage 2",
+            "model": "checkpoint to start from, e.g. yolo11n.pt, or the best.pt of stage 2",
         },
         {
             "base_val": "data.yaml whose val split shows classes of model=, to measure what it forgets",
-            "published": "CSV of others' results, method,shots,ap,params_m,source, for a plot of AP by parameters",
+            "published": "CSV of others' results, method,shots,ap,params_m,source, for a plot of AP against parameters",
             "stock": "stock detector to fine-tune (model=, folded if it is few-shot)",
             "stage1": "few-shot checkpoint before stage 2, for the ablations",
             "shots": "numbers of shots (1,3,5,10)",
             "seeds": "number of draws (3)",
-            "methods": "some of stock,mean,fit,auto,graft-head,graft-neck,graft-all (these if model= is stock), "
-            "stock_all,adapt,replay,adapt_full,adapt_all (these and enrollment if it is few-shot), "
+            "methods": "some of stock,mean,fit,auto,graft-head,graft-neck,graft-all; with base.yaml stock_all; "
+            "with a few-shot model= also adapt,replay,adapt_full,adapt_all and, with stage1=, "
             "no_episodes,full,minus_supcon,minus_cpe,minus_triplet,minus_contrast,unturned,two_way; "
             "stock-0 is stock with freeze=0 only",
             "out": "folder to write or to continue (benchmark)",
             "save": "keep the training runs (False)",
-            "KEY": "any other argument of yolo train, i.e. imgsz=160 fliplr=0 device=0",
+            "KEY": "any other argument of yolo train, e.g. imgsz=160 fliplr=0 device=0",
         },
         "yolo-fewshot benchmark data=steel model=yolo11n.pt methods=stock,auto shots=1,5 base_val=coco.yaml out=steel1",
     ),
     "demo": Command(
         demo,
-        "see a stock detector learn a class from a few shots, on built-in data; no key is needed",
+        "see a stock detector learn a class from a few shots, on built-in data; no arguments needed",
         {},
         {
             "model": "checkpoint (yolo11n.pt, or a small one trained here if it cannot be downloaded)",
             "shots": "labeled objects to learn from (5)",
             "imgsz": "image size (320, or 96 for the one trained here)",
-            "device": "device, i.e. 0 or cpu",
+            "device": "device, e.g. 0 or cpu",
             "project": "folder of the run folder, as in Ultralytics (runs/detect)",
             "name": "name of the run folder (demo)",
         },
@@ -208,25 +208,25 @@ COMMANDS = {
     "doctor": Command(
         doctor,
         "check the data, the first losses, the time and the memory of a training run before it starts",
-        {"data": "data.yaml", "model": "model to train, i.e. best.pt or fewshot.yaml"},
-        {"cfg": "recipe (stage2.yaml)", "KEY": "any other argument of yolo train, i.e. imgsz=320 n_way=4"},
+        {"data": "data.yaml", "model": "model to train, e.g. best.pt or fewshot.yaml"},
+        {"cfg": "recipe (stage2.yaml)", "KEY": "any other argument of yolo train, e.g. imgsz=320 n_way=4"},
         "yolo-fewshot doctor model=best.pt cfg=stage2.yaml data=base.yaml",
     ),
     "enroll": Command(
         enroll,
         "teach a model new classes from a few labeled examples, and save it",
         {
-            "model": "checkpoint, i.e. yolo11n.pt",
+            "model": "checkpoint, e.g. yolo11n.pt",
             "support": "support set: data.yaml, .txt list of images, folder of crops by class, or an image",
             "save": "checkpoint to write",
         },
         {
-            "objects": "objects in the image, i.e. 'scooter 10 20 200 300', corners in pixels; separated by ';'",
+            "objects": "objects in the image, e.g. 'scooter 10 20 200 300', corners in pixels; separated by ';'",
             "background": "folder or .txt list of images that show none of the classes, against false alarms",
             "enroll": "auto (default), mean or fit",
             "imgsz": "image size (that of training)",
             "batch": "images per forward pass (16)",
-            "device": "device, i.e. 0 or cpu",
+            "device": "device, e.g. 0 or cpu",
             "nms": "False if YOLO26 will predict with nms=False, for the suggested thresholds",
         },
         "yolo-fewshot enroll model=yolo11n.pt support=shots.yaml background=images save=site-a.pt",
@@ -236,7 +236,7 @@ COMMANDS = {
         "split a data set into base classes and K shots of novel ones, with links to its images",
         {
             "data": "data.yaml, or COCO json of the train images",
-            "novel": "names of the novel classes, i.e. bird,bus, or a YAML with a list of them, i.e. voc-split1.yaml",
+            "novel": "names of the novel classes, e.g. bird,bus, or a YAML with a list of them, e.g. voc-split1.yaml",
             "out": "folder to write",
         },
         {
@@ -251,14 +251,14 @@ COMMANDS = {
     "studio": Command(
         studio,
         "label a few objects in the browser, see the detector learn them at once, and save it",
-        {"model": "checkpoint, i.e. yolo11n.pt"},
+        {"model": "checkpoint, e.g. yolo11n.pt"},
         {
-            "folder": "folder of the project, which is made, or opened again (studio)",
-            "source": "image, folder or video to add, i.e. photos",
+            "folder": "folder of the project, created or reopened (studio)",
+            "source": "image, folder or video to add, e.g. photos",
             "frames": "number of frames to take from a video (20)",
             "imgsz": "image size (that of training)",
-            "device": "device, i.e. 0 or cpu",
-            "host": "address to listen at (127.0.0.1, for this machine alone)",
+            "device": "device, e.g. 0 or cpu",
+            "host": "address to listen on (127.0.0.1, for this machine alone)",
             "port": "port (a free one)",
             "open": "False to print the URL only",
         },
@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     name, rest = (argv[0], merge_equals_args(argv[1:])) if argv else ("help", [])
     if name in {"help", "-h", "--help"}:
-        LOGGER.info(usage())
+        LOGGER.info(usage(rest[0] if rest and rest[0] in COMMANDS else None))
         return
     if name not in COMMANDS:
         raise SystemExit(f"unknown command '{name}'.\n\n{usage()}")

@@ -179,7 +179,7 @@ def write_scenes(root: Path, n: int, seed: int, labels: bool = False) -> list[np
     (root / "images").mkdir(parents=True)
     if labels:
         (root / "labels").mkdir()
-        YAML.save(root / "data.yaml", {"train": "images", "names": {0: CLASS}})
+        YAML.save(root / "data.yaml", {"train": "images", "val": "images", "names": {0: CLASS}})
     for i in range(n):
         image, drawn = draw_scene([CLASS, *rng.choice(BASE, 2, replace=False)], rng)
         imwrite(str(root / "images" / f"{i:03}.jpg"), cv2.resize(image, None, fx=SCALE, fy=SCALE))
@@ -223,7 +223,7 @@ def _report(result: Demo, model: str) -> None:
     folder, found = result.folder, f"{result.found} of {result.objects} objects found in new images"
     text = f"'{CLASS}': {found}, {result.false} false alarms. Dashed boxes in demo.jpg are of the new class."
     if not result.found:
-        text = f"'{CLASS}' was not found: {found}, {result.false} false alarms. Try more shots, i.e. shots=10."
+        text = f"'{CLASS}' was not found: {found}, {result.false} false alarms. Try more shots, e.g. shots=10."
     (LOGGER.info if result.found else LOGGER.warning)(text)
     commands = {
         f"yolo-fewshot enroll model={model} support=shots save=mine.pt": f"a folder like {folder / 'shots'}",

@@ -36,6 +36,6 @@ def no_rows(model: Any, what: str, reason: str = "") -> str:
         return f"model='{name}' is an exported model, and {what} needs a *.pt checkpoint. Enroll, then export."
     reason = f": {reason}" if reason else f" is a {type(model).__name__} model for task '{model.task}'."
     return (
-        f"model='{name}'{reason} {what} needs a YOLO model for detection, segmentation, pose or OBB, i.e. 'yolo "
+        f"model='{name}'{reason} {what} needs a YOLO model for detection, segmentation, pose or OBB, e.g. 'yolo "
         "predict model=yolo11n.pt support=shots.yaml source=street.jpg'."
     )

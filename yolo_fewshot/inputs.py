@@ -22,7 +22,7 @@ def check_checkpoint(model: str | Path) -> None:
     """
     if Path(model).is_dir():
         raise ValueError(
-            f"'model={model}' is a folder. It must be a *.pt checkpoint, i.e. yolo11n.pt; a model that is exported "
+            f"'model={model}' is a folder. It must be a *.pt checkpoint, e.g. yolo11n.pt; a model that is exported "
             "to a folder has to be enrolled into before its export."
         )
     elsewhere = "://" in str(model) or (Path(SETTINGS["weights_dir"]) / model).is_file()
@@ -30,7 +30,7 @@ def check_checkpoint(model: str | Path) -> None:
     if not (Path(model).is_file() or elsewhere or offered):
         raise FileNotFoundError(
             f"'model={model}' does not exist. Give the path of a *.pt checkpoint, or a name that Ultralytics "
-            "downloads, i.e. yolo11n.pt."
+            "downloads, e.g. yolo11n.pt."
         )
 
 

@@ -511,6 +511,6 @@ def check_upgradable(model: Any, keys: list[str]) -> None:
     if model._smart_load("trainer") is not DetectionTrainer:
         raise TypeError(
             f"model='{model.model_name}' is a {type(model).__name__} model for task '{model.task}', and the few-shot "
-            f"settings {', '.join(f'{k}=' for k in keys)} need a YOLO detection model. Use a detection model, i.e. "
+            f"settings {', '.join(f'{k}=' for k in keys)} need a YOLO detection model. Use a detection model, e.g. "
             "'yolo train model=yolo11n.pt cfg=stage1.yaml', or leave out these settings and the stage recipe."
         )

@@ -102,13 +102,13 @@ class FewShotYOLO(YOLO):
                 anchors of the support images, with an L2 prior around that mean. 'auto': 'fit' unless 'mean' is clearly
                 better, see `yolo_fewshot.enroll.cross_validation.choose_methods`.
             device (str, optional): Device, as in Ultralytics; that of the model if not given.
-            plot (str | Path, optional): File of a plot of the shots, i.e. 'support_check.png'; no plot if not given.
+            plot (str | Path, optional): File of a plot of the shots, e.g. 'support_check.png'; no plot if not given.
             nms (bool, optional): As in `predict`. If it is False and the head is dual, thresholds and `auto` are for
                 the NMS-free branch. Both branches are enrolled anyway.
             background (str | Path, optional): Folder or .txt list of images that show none of the classes, whose
                 anchors are negatives. They need no labels, and lower the number of false alarms.
             objects (str, optional): Objects in the image that `support` is: class name and corners x1, y1, x2, y2 in
-                pixels, several separated by ';', i.e. 'scooter 10 20 200 300'.
+                pixels, several separated by ';', e.g. 'scooter 10 20 200 300'.
 
         Returns:
             (dict[str, int]): Number of shots per enrolled class.

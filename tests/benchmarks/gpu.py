@@ -6,7 +6,7 @@
 Training uses the trainers themselves with their loaders, AMP, clip, optimizer and moving average, on random images,
 and stops before the end of an epoch; every batch is an optimizer step. The most important measurements come first, and
 the table is written after each. A row of a failed measurement names the error, and the other rows say that time was
-up. Needs neither network nor polars. `model=` may also be a model YAML without its suffix, i.e. model=my/yolo11n-own.
+up. Needs neither network nor polars. `model=` may also be a model YAML without its suffix, e.g. model=my/yolo11n-own.
 """
 
 from __future__ import annotations

@@ -298,15 +298,15 @@ def test_the_stock_fine_tuning_takes_enough_steps(images, batch, epochs):
 def test_further_arguments_reach_the_runs_that_accept_them():
     given = {
         **{"imgsz": 96, "fliplr": 0.0, "batch": 8, "steps": 2, "n_way": 4, "epochs": 1, "episodes": 3, "lr0": 0.1},
-        **{"doctor": 0, "val": True, "iou": 0.6, "blend": 0.3, "grad_clip": 1.0},
+        **{"doctor": 0, "val": True, "iou": 0.6, "blend": 0.3, "grad_clip": 1.0, "background": "images"},
     }
-    of = {
-        what: learning.settings_for(what, given).keys() - {"plots", "verbose"} for what in ("stock", "stage2", "stage3")
-    }
+    kinds = ("stock", "stage2", "stage3", "graft")
+    of = {what: learning.settings_for(what, given).keys() - {"plots", "verbose"} for what in kinds}
     common = {"imgsz", "fliplr", "iou"}
     assert of["stock"] == common | {"batch"}
     assert of["stage2"] == common | {"n_way", "epochs", "episodes", "lr0", "doctor", "val", "grad_clip"}
     assert of["stage3"] == common | {"batch", "steps", "doctor", "blend", "grad_clip"}
+    assert of["graft"] == of["stage3"] | {"background"}
     assert learning.settings_for("val", given) == {"imgsz": 96, "iou": 0.6}
 
 
@@ -346,6 +346,8 @@ def test_further_arguments_reach_the_runs_that_accept_them():
         ({"base_val": "none.yaml"}, FileNotFoundError, r"^base_val=.*none\.yaml does not exist"),
         ({"published": "none.csv"}, FileNotFoundError, r"^published=none\.csv does not exist"),
         ({"graft": "neck"}, ValueError, r"^graft= cannot be set"),
+        ({"objects": "a 0 0 9 9"}, ValueError, r"^objects= cannot be set"),
+        ({"background": "none"}, FileNotFoundError, r"^background='none' does not exist"),
     ],
 )
 def test_everything_is_checked_first(data, model, tmp_path, asked, change, error, text):

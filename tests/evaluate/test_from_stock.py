@@ -133,6 +133,24 @@ def test_a_stock_checkpoint_with_base_images_of_the_users_own(stock, far, near, 
         benchmark(far, stock, **{**keys, "base_val": None})
 
 
+def test_background_images_reach_every_method_that_takes_them(stock, far, near, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "MIN_STEPS", 1)
+    monkeypatch.setattr(learning, "MIN_EPOCHS", 1)
+    trained, train = [], learning._train
+    monkeypatch.setattr(learning, "_train", lambda *a, **kw: [trained.append(kw.get("background")), train(*a, **kw)][1])
+    background = str(near / "images/val")
+    keys = {**QUICK, "methods": "stock-22,fit,graft-head", "background": background, "epochs": 1, "steps": 1}
+    rows = read_rows(benchmark(far, stock, out=tmp_path, **keys) / "rows.csv")
+    assert trained == [None, background]  # fine-tuning does not take them
+    aps = []
+    for images in (None, background):
+        yolo = FewShotYOLO(stock)
+        yolo.enroll(far / "novel_1shot.yaml", imgsz=96, method="fit", background=images)
+        metrics = yolo.val(data=str(far / "data.yaml"), imgsz=96, workers=0, batch=1, plots=False)
+        aps.append(metrics.groups["novel"]["mAP50"])
+    assert rows["fit", 1, 0]["FSOD_nAP50"] == pytest.approx(aps[1], abs=1e-4) != pytest.approx(aps[0], abs=1e-3)
+
+
 def test_without_base_images_their_figures_stay_empty(stock, far, by_hand, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_run_start", lambda _: pytest.fail("there are no base images"))
     out = benchmark(far, stock, methods="mean", out=tmp_path, **QUICK)

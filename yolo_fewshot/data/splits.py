@@ -66,7 +66,7 @@ def split(
     Args:
         data (str | Path): A YOLO data.yaml, or the COCO json of the train images.
         novel (str | Path | list[str] | tuple[str, ...]): Names of the novel classes, comma-separated in a str, or a
-            YAML file with a list `novel`, i.e. 'voc-split1.yaml'.
+            YAML file with a list `novel`, e.g. 'voc-split1.yaml'.
         out (str | Path): New or empty folder to write.
         shots (str | int | list[int] | tuple[int, ...]): Numbers of labeled objects of each novel class.
         seeds (int): Number of draws.
@@ -138,7 +138,7 @@ def shot_counts(shots: Any) -> list[int]:
     """
     values = [str(x).strip() for x in (shots if isinstance(shots, (list, tuple)) else str(shots).split(","))]
     if not values or not all(x.isdecimal() and int(x) for x in values):
-        raise ValueError(f"'shots={shots}' is an invalid value. It must be ints of at least 1, i.e. shots=1,3,5,10.")
+        raise ValueError(f"'shots={shots}' is an invalid value. It must be ints of at least 1, e.g. shots=1,3,5,10.")
     return sorted({int(x) for x in values})
 
 
@@ -166,14 +166,14 @@ def _novel_names(novel: Any) -> list[str]:
             )
         names = YAML.load(file).get("novel")
         if not isinstance(names, list):
-            raise ValueError(f"'novel={novel}' has no list of novel classes. Write one, i.e. 'novel: [bird, bus]'.")
+            raise ValueError(f"'novel={novel}' has no list of novel classes. Write one, e.g. 'novel: [bird, bus]'.")
     elif not isinstance(novel, (list, tuple)):
         names = str(novel).strip().removeprefix("[").removesuffix("]").split(",")
     names = [x for x in (str(n).strip().strip("'\"") for n in names) if x]
     duplicates = sorted(repeated(names))
     if duplicates or not names:
         text = f"names {few(duplicates)} more than once" if duplicates else "names no class"
-        raise ValueError(f"'novel={novel}' {text}. Name every novel class once, i.e. novel=bird,bus.")
+        raise ValueError(f"'novel={novel}' {text}. Name every novel class once, e.g. novel=bird,bus.")
     return names
 
 
@@ -201,7 +201,7 @@ def _read_coco(data: Any, val: Any, images: Any, val_images: Any) -> tuple[list[
     """Return the class names, the images with their rows, and the channels of two COCO jsons."""
     if not (val and images):
         raise ValueError(
-            "val= and images= must be given with a COCO json, i.e. data=instances_train.json images=train2017 "
+            "val= and images= must be given with a COCO json, e.g. data=instances_train.json images=train2017 "
             "val=instances_val.json val_images=val2017."
         )
     names: list[str] = []

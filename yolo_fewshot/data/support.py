@@ -24,10 +24,10 @@ from yolo_fewshot.errors import few
 MIN_SIDE = 0.99  # minimum side of a box in pixels: 1, minus the rounding of label files
 LAYOUTS = (
     "A support set is a data.yaml, a .txt list of images with YOLO label files, a folder with one sub-folder of "
-    "cropped images per class, i.e. 'shots/scooter/1.jpg', or an image with objects='scooter 10 20 200 300'."
+    "cropped images per class, e.g. 'shots/scooter/1.jpg', or an image with objects='scooter 10 20 200 300'."
 )
 OBJECTS = (
-    "Objects are a class name and the corners x1 y1 x2 y2 in pixels, several of them separated by ';', i.e. "
+    "Objects are a class name and the corners x1 y1 x2 y2 in pixels, several of them separated by ';', e.g. "
     "objects='scooter 10 20 200 300; traffic cone 220 80 250 130'."
 )
 
@@ -132,7 +132,7 @@ def read_support(
     ids = sorted({int(c) for x in labels for c in x["cls"].flat})
     if not ids:
         raise ValueError(
-            f"None of the {len(files)} images of {source} has a box. Label files are looked for as in training, i.e. "
+            f"None of the {len(files)} images of {source} has a box. Label files are looked for as in training, e.g. "
             f"{label_files[0]} for {files[0]}."
         )
     new = [] if "names" in data else [i for i in ids if i not in known]
@@ -266,7 +266,7 @@ def _find(support: str | Path) -> Path:
         try:
             return utils.find_dataset_yaml(path)
         except AssertionError as e:
-            raise ValueError(f"{path} has several YAML files. Name the one to use, i.e. support='{yamls[0]}'.") from e
+            raise ValueError(f"{path} has several YAML files. Name the one to use, e.g. support='{yamls[0]}'.") from e
     if path.is_file() and path.suffix.lower() not in {".yaml", ".yml", ".txt"} and not _is_image(path.name):
         raise ValueError(f"support='{support}' is of an unknown type. {LAYOUTS}")
     return path
@@ -428,7 +428,7 @@ def _no_label_files(unlabeled: list[tuple[str, str]], n: int) -> str:
     )
     if misplaced:
         return f"{text} Label files are in the wrong place: {few(misplaced, '; ')}."
-    return f"{text} Label files are looked for as in training, i.e. {unlabeled[0][1]}; background has an empty one."
+    return f"{text} Label files are looked for as in training, e.g. {unlabeled[0][1]}; background has an empty one."
 
 
 def _label(file: str, shape: tuple[int, int], cls: np.ndarray, bboxes: np.ndarray) -> dict[str, Any]:

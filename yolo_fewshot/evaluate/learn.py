@@ -63,7 +63,7 @@ def learn(plan: Plan, method: str, shots: int, seed: int, folder: Path) -> Learn
             "adapt_full": {"blend": 1.0},
         }
         own = {"graft": GRAFTS[method]} if method in GRAFTS else {"graft": "none", **extra.get(method, {})}
-        keys = {**settings_for("stage3", plan.settings), **own}
+        keys = {**settings_for("graft" if method in GRAFTS else "stage3", plan.settings), **own}
         trainer, meter = _train(plan.model, folder, cfg=_recipe(3), data=str(train), seed=seed, **keys)
         return Learned(Path(trainer.best if method in GRAFTS else trainer.last), meter)
     start = (plan.stage1 if method == "no_episodes" else None) or plan.model
@@ -75,7 +75,7 @@ def settings_for(what: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the further arguments that apply to one kind of run.
 
     Args:
-        what (str): 'stock', 'stage2', 'stage3' or 'val'.
+        what (str): 'stock', 'stage2', 'stage3', 'graft' or 'val'.
         settings (dict[str, Any]): Further arguments of the benchmark.
 
     Returns:
@@ -83,12 +83,14 @@ def settings_for(what: str, settings: dict[str, Any]) -> dict[str, Any]:
     """
     if what == "val":
         return {k: v for k, v in settings.items() if k in VAL_KEYS}
+    stage3 = (*table.ADAPTING, *table.EVERY_STAGE, "grad_clip")
     known = {
         "stock": (),
         "stage2": [k for k in table.KEYS if k not in table.ADAPTING],
-        "stage3": (*table.ADAPTING, *table.EVERY_STAGE, "grad_clip"),
+        "stage3": stage3,
+        "graft": (*stage3, "background"),
     }[what]
-    unused = {k for k in table.KEYS if k not in known} | ({"batch"} if what == "stage2" else STAGE2_ONLY)
+    unused = {k for k in table.ALL_KEYS if k not in known} | ({"batch"} if what == "stage2" else STAGE2_ONLY)
     return {"plots": False, "verbose": False, **{k: v for k, v in settings.items() if k not in unused}}
 
 
@@ -152,7 +154,8 @@ def _enroll(plan: Plan, folder: Path, start: Path, data: Path, method: str) -> L
     """Enroll shots, and save the model."""
     yolo, keys = FewShotYOLO(start), settings_for("val", plan.settings)
     with Meter() as meter:
-        yolo.enroll(data, imgsz=keys.get("imgsz"), method=method, device=keys.get("device"))
+        background = plan.settings.get("background")
+        yolo.enroll(data, imgsz=keys.get("imgsz"), method=method, device=keys.get("device"), background=background)
     folder.mkdir(parents=True)
     yolo.save(folder / "enrolled.pt")
     return Learned(folder / "enrolled.pt", meter)

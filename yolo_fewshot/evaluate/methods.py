@@ -10,11 +10,12 @@ from typing import Any
 from yolo_fewshot.enroll.methods import METHODS as METHODS_OF_ENROLLMENT
 from yolo_fewshot.errors import few
 
-FREEZES = (0, 10, 22)  # of the stock fine-tuning: nothing, the backbone, or all but the head is frozen
+# Stock fine-tuning freezes nothing, the backbone, or, on YOLO11, all but the last block of the neck and the head.
+FREEZES = (0, 10, 22)
 STOCKS = ("stock", "stock_all")  # fine-tuning on the shots of the novel classes, and on shots of all classes
 ALL = "_all"  # suffix of the methods that see shots of all classes
 ENROLLMENTS = (*METHODS_OF_ENROLLMENT, "auto")
-GRAFTS = {"graft-head": "head", "graft-neck": "neck", "graft-all": "all"}  # stage 3 of a stock detector
+GRAFTS = {"graft-head": "head", "graft-neck": "neck", "graft-all": "all"}  # stage 3
 ABLATIONS: dict[str, dict[str, Any]] = {  # stage 2 again with the seed of the draw, unchanged or with one change
     "full": {},
     "minus_supcon": {"supcon": 0.0},

@@ -15,13 +15,14 @@ from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_as
 
 from yolo_fewshot import args as table
 from yolo_fewshot.class_names import repeated
+from yolo_fewshot.data.support import read_background
 from yolo_fewshot.errors import few
 from yolo_fewshot.evaluate.novel_only import images_of, labeled_names, novel_only
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
 OURS = {  # keys that the protocol sets
-    "base_replay", "cfg", "enroll", "exist_ok", "graft", "mode", "name", "pretrained", "project", "resume", "save_dir",
-    "seed", "stage", "support", "task",
+    "base_replay", "cfg", "enroll", "exist_ok", "graft", "mode", "name", "objects", "pretrained", "project", "resume",
+    "save_dir", "seed", "stage", "support", "task",
 }  # fmt: skip
 
 Draws = dict[tuple[int, int], Path]  # data.yaml of each number of shots and seed
@@ -128,9 +129,10 @@ def check_settings(settings: dict[str, Any]) -> None:
         settings (dict[str, Any]): Arguments.
 
     Raises:
-        ValueError: If an argument is set by the protocol or has an invalid value.
+        ValueError: If an argument is set by the protocol or has an invalid value, or there are no background images.
         SyntaxError: If an argument is misspelled.
         TypeError: If a value has a wrong type.
+        FileNotFoundError: If the background images do not exist.
     """
     taken = sorted(OURS & settings.keys())
     if taken:
@@ -140,6 +142,8 @@ def check_settings(settings: dict[str, Any]) -> None:
         v = settings.get(k, 1)
         if type(v) is not int or v < 1:  # no list, and no automatic batch size, which differs between methods
             raise ValueError(f"'{k}={v}' is an invalid value. It must be an int of at least 1 here.")
+    if settings.get("background"):
+        read_background(settings["background"])
 
 
 def check_models(files: dict[str, Path]) -> tuple[bool, dict[int, str]]:
@@ -160,7 +164,7 @@ def check_models(files: dict[str, Path]) -> tuple[bool, dict[int, str]]:
         yolo = YOLO(file)
         has_prototypes = isinstance(yolo.model, FewShotDetectionModel)
         if yolo.task != "detect":
-            raise TypeError(f"{key}={file} is a model for task '{yolo.task}'. It must be a detector, i.e. yolo11n.pt.")
+            raise TypeError(f"{key}={file} is a model for task '{yolo.task}'. It must be a detector, e.g. yolo11n.pt.")
         if key == "stage1" and not has_prototypes:
             raise TypeError(
                 f"model='{yolo.model_name}' has no few-shot head, which stage1= needs. Train or upgrade it with "

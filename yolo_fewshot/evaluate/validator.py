@@ -80,7 +80,7 @@ class MatchesByName:
             spelled = f" Correct the spelling of {few(pairs, '; ')} if they are one." if pairs else ""
             raise ValueError(
                 f"The images of '{self.args.data}' show {', '.join(map(str, unknown))}, which the model does not "
-                f"know.{spelled} Enroll these classes first, i.e. "
+                f"know.{spelled} Enroll these classes first, e.g. "
                 "FewShotYOLO(...).enroll('shots.yaml'), or validate on other data."
             )
         self.matched = index
@@ -158,7 +158,7 @@ class FewShotValidator(MatchesByName, DetectionValidator):
         novel = section.get("novel") if isinstance(section, dict) else None
         if not isinstance(novel, list):
             raise ValueError(
-                f"'fewshot: {section}' in '{self.args.data}' has no list of novel classes. Name them, i.e. "
+                f"'fewshot: {section}' in '{self.args.data}' has no list of novel classes. Name them, e.g. "
                 f"'fewshot: {{novel: [{names[0]}]}}', or remove the section."
             )
         ids = {**{i: i for i in names}, **{str(n): i for i, n in names.items()}}

@@ -90,7 +90,7 @@ def check_graftable(model: Any) -> None:
     if type(head) not in {Detect, v10Detect}:
         raise TypeError(
             f"A {type(head).__name__} head cannot be grafted onto, only one that detects boxes (Detect). Enroll the "
-            "classes instead, i.e. 'yolo predict model=... support=...'."
+            "classes instead, e.g. 'yolo predict model=... support=...'."
         )
     StockRows(model)  # checks the class branch
     rows = [*model.yaml.get("backbone", []), *model.yaml.get("head", [])]

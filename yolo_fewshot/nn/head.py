@@ -203,7 +203,7 @@ class FewShotDetect(Detect):
         if type(detect) is not Detect or detect.cv2 is None:
             raise TypeError(
                 f"A {type(detect).__name__} head{' that is fused' if type(detect) is Detect else ''} cannot become a "
-                "few-shot head. Use an unfused YOLO detection model, i.e. model=yolo11n.pt."
+                "few-shot head. Use an unfused YOLO detection model, e.g. model=yolo11n.pt."
             )
         head = cls.__new__(cls)
         head.__dict__ = detect.__dict__

@@ -43,7 +43,7 @@ def _create(path: str) -> EpisodeTerm:
     """Import the class at a dotted path, and create it without arguments."""
     module, _, name = path.rpartition(".")
     if not module:
-        raise ValueError("Valid 'terms' values are dotted paths of classes, i.e. 'terms=my_losses.SpreadLoss'.")
+        raise ValueError("Valid 'terms' values are dotted paths of classes, e.g. 'terms=my_losses.SpreadLoss'.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the `yolo` command does not add it; worker processes inherit the path
     try:
@@ -71,7 +71,7 @@ def _check(term: EpisodeTerm, taken: tuple[str, ...]) -> None:
     stem = name.removesuffix("_loss") if isinstance(name, str) else ""
     if not (stem.isidentifier() and stem != name and len(name) <= MAX_NAME_LENGTH):
         raise ValueError(
-            f"name={name!r} must end with '_loss' and have at most {MAX_NAME_LENGTH} characters, i.e. 'spr_loss'."
+            f"name={name!r} must end with '_loss' and have at most {MAX_NAME_LENGTH} characters, e.g. 'spr_loss'."
         )
     if name in taken:
         raise ValueError(f"name='{name}' is taken by another term.")

@@ -335,7 +335,7 @@ class Studio:
         """Enroll the labeled classes, and find them in all images whose features are kept; `refresh` finds the others.
 
         Raises:
-            RuntimeError: If the network fails, i.e. for lack of memory.
+            RuntimeError: If the network fails, e.g. for lack of memory.
         """
         with self._network:
             self._scenes.standardize()

@@ -97,7 +97,7 @@ class Training:
 
         Args:
             folder (Path): Folder for its files, which is emptied.
-            function (str): Module and name of the function that trains, i.e. 'yolo_fewshot.studio.training:graft'.
+            function (str): Module and name of the function that trains, e.g. 'yolo_fewshot.studio.training:graft'.
             **arguments (Any): Its arguments but `folder` and `report`.
         """
         shutil.rmtree(folder, ignore_errors=True)

@@ -154,7 +154,7 @@ class Adaptation(ShotStage):
         if not isinstance(weights, FewShotDetectionModel):
             raise ValueError(
                 f"'model={self.args.model}' cannot be adapted with graft=none, which starts from a few-shot "
-                "checkpoint, i.e. the best.pt of stage 2. Leave graft= out: the new classes get layers of their own."
+                "checkpoint, e.g. the best.pt of stage 2. Leave graft= out: the new classes get layers of their own."
             )
         self.adopt(weights)
         known = {int(i): str(n) for i, n in weights.names.items()}

@@ -56,7 +56,7 @@ class Grafting(ShotStage):
         if weights is None:
             raise ValueError(
                 f"'model={self.args.model}' has no trained weights, and stage 3 adds classes to a trained detector. "
-                "Use a checkpoint, i.e. model=yolo11n.pt, and leave pretrained= out."
+                "Use a checkpoint, e.g. model=yolo11n.pt, and leave pretrained= out."
             )
         if isinstance(weights, GraftModel):  # resumed
             model = weights

@@ -79,7 +79,7 @@ def folder(tmp_path, monkeypatch, trained):
     for name in ("shots.yaml", "novel_5shot.yaml"):
         YAML.save(name, {**write_data(tmp_path / name[:-5], ["scooter", "bus"], 5)})
     cv2.imwrite("street.jpg", cv2.resize(cv2.imread("base/images/val/0000.png"), (160, 120)))
-    for name in ("images", "photos"):
+    for name in ("images", "photos", "street"):
         shutil.copytree("base/images/val", name)
     for name in ("steel", "runways", "neu_det"):  # K-shot lists without base classes
         shots = write_data(tmp_path / name, ["crack", "hole"], 4)

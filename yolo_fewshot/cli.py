@@ -229,7 +229,7 @@ COMMANDS = {
             "device": "device, e.g. 0 or cpu",
             "nms": "False if YOLO26 will predict with nms=False, for the suggested thresholds",
         },
-        "yolo-fewshot enroll model=yolo11n.pt support=shots.yaml background=images save=site-a.pt",
+        "yolo-fewshot enroll model=yolo11n.pt support=shots.yaml background=street save=site-a.pt",
     ),
     "split": Command(
         split,

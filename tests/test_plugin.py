@@ -23,7 +23,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer, DetectionValidator
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, DEFAULT_CFG_PATH, ROOT, YAML, checks
+from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, DEFAULT_CFG_PATH, ROOT, YAML, checks, torch_utils
 
 import yolo_fewshot
 from yolo_fewshot import args, plugin
@@ -64,6 +64,10 @@ def state() -> dict[str, object]:
         "types": {k: getattr(cfg, k) for k in TYPED},
         "check_file": {n: vars(m)["check_file"] for n, m in holders()},
         "smart_load": Model.__dict__["_smart_load"],
+        "check_resume": BaseTrainer.__dict__["check_resume"],
+        "defaults": {
+            k: v for k, v in vars(torch_utils).items() if k == "DEFAULT_CFG_DICT" and v is not DEFAULT_CFG_DICT
+        },
         "meta_path": list(sys.meta_path),
     }
 
@@ -438,6 +442,15 @@ def test_a_resumed_run_keeps_the_trainer_that_it_began_with(stock: YOLO, tmp_pat
         for model, resume in ((YOLO(file), True), (stock, str(file))):
             cls = trained_by(model, resume=resume)
             assert cls is DetectionTrainer if expected is None else cls.__bases__ == expected
+
+
+@pytest.mark.parametrize("state", [{"epoch": -1, "optimizer": {}}, {"epoch": 1, "optimizer": None}])
+def test_a_finished_run_that_cannot_be_resumed_says_nothing_about_the_new_one(state: dict, stock: YOLO, tmp_path: Path):
+    file = tmp_path / "best.pt"
+    train_args = {**DEFAULT_CFG_DICT, "model": "x.pt", "task": "detect", "stage": 3, "grad_clip": 5.0}
+    torch.save({"model": stock.model, **state, "train_args": train_args}, file)
+    assert plugin.trainer_for(YOLO(file), None, {"resume": True}) is None
+    assert plugin.trainer_for(YOLO(file), None, {"resume": True, "cfg": "stage2.yaml"}) is FewShotTrainer
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import inspect
 import logging
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import cv2
@@ -245,6 +246,60 @@ def test_images_have_the_size_of_training_if_none_is_given(model, few, calls):
 def test_devices_in_every_form_of_ultralytics(model, few):
     for device in (None, "", "cpu", ["cpu"], torch.device("cpu")):
         assert model.enroll(few, device=device, method="mean") == {"hourglass": 2, "star": 2}
+
+
+@pytest.fixture
+def selected(monkeypatch):
+    """The devices that were asked for; each is the CPU."""
+    seen = []
+
+    def select(device, **_):
+        seen.append(device)
+        return torch.device("cpu")
+
+    monkeypatch.setattr("yolo_fewshot.yolo.select_device", select)
+    return seen
+
+
+def test_classes_are_enrolled_where_ultralytics_predicts(model, few, queries, selected):
+    model.enroll(few, method="mean")
+    predict(model, queries[:1], support=few, enroll="mean")
+    predict(model, queries[:1], support=few, enroll="fit", device="cpu")
+    model.overrides["device"] = ["cpu"]
+    predict(model, queries[:1], support=few, enroll="mean")
+    assert selected == ["", "", "cpu", ["cpu"]]  # "" is the current GPU, if there is one
+
+
+def test_classes_are_enrolled_where_the_user_has_moved_the_model(model, few, selected, monkeypatch):
+    devices = []
+    monkeypatch.setattr(
+        enrollment, "enroll", lambda network, *_: devices.append(next(network.parameters()).device) or 1 / 0
+    )
+    model.to("meta")
+    with pytest.raises(ZeroDivisionError):
+        model.enroll(few)
+    assert devices == [torch.device("meta")] and not selected
+
+
+def test_the_batch_size_of_the_user_is_that_of_enrollment(model, few, both, queries, monkeypatch):
+    stock, sizes = enrollment.enroll, []
+
+    def enroll(*args):
+        sizes.append(inspect.signature(stock).bind(*args).arguments["batch"])
+        return stock(*args)
+
+    monkeypatch.setattr(enrollment, "enroll", enroll)
+    image = np.zeros((96, 96, 3), np.uint8)
+    for mode, given in (
+        (model.predict, {}),
+        (model.predict, {"batch": 3}),
+        (model.track, {}),
+        (model.track, {"batch": 2}),
+    ):
+        model._changed()
+        mode(image, support=few, enroll="mean", verbose=False, **given)
+    model.val(data=both, support=SHOTS, enroll="mean", imgsz=96, batch=5, workers=0, plots=False, verbose=False)
+    assert sizes == [16, 3, 16, 2, 5]
 
 
 def test_a_support_set_of_a_few_hundred_small_images(model, tmp_path):
@@ -721,6 +776,28 @@ def test_a_support_set_is_enrolled_again_for_another_network(model, few, queries
     model.model, model.predictor = FewShotYOLO(model.ckpt_path).model, None  # as training leaves it
     predict(model, queries[:1], support=few)
     assert list(model.model.enrolled) == ["hourglass", "star"]
+
+
+@pytest.mark.parametrize("change", ["load", "reset_weights", "train"])
+def test_a_support_set_is_enrolled_again_after_the_weights_have_changed(
+    model, few, queries, calls, monkeypatch, change
+):
+    others = []
+
+    def train(self, trainer=None, **kwargs):
+        others.append(threading.Thread(target=self.forget, args=("star",), daemon=True))
+        others[0].start()
+        others[0].join(60)
+        assert not others[0].is_alive()  # it did not have to wait for the end of the training
+
+    monkeypatch.setattr("ultralytics.engine.model.Model.train", train)
+    predict(model, queries[:1], support=few)
+    before = model.model
+    assert model.shots is not None
+    result = getattr(model, change)(*[model.ckpt_path] * (change == "load"))
+    assert result is (None if change == "train" else model) and model.model is before and model.shots is None
+    predict(model, queries[:1], support=few)
+    assert len(calls) == 2 and model.shots is not None
 
 
 def test_without_a_support_set_nothing_is_enrolled(model, queries, calls):

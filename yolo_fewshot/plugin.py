@@ -1,10 +1,10 @@
 """Hooks into Ultralytics: the only file that changes its behavior, and the list of symbols that the plugin uses.
 
 A few small changes make the stock `yolo` command drive few-shot models: configuration keys and their types are added
-(default None, so a stock run is unchanged), bare names like `fewshot.yaml` resolve to the files of the plugin, models
-with a `fewshot` section, with enrolled classes or with `support=` get the classes of this package, tuning starts from
-the defaults of the plugin, and the restricted loader accepts few-shot checkpoints. Each change is made when Ultralytics
-imports the module concerned, so registering imports nothing.
+(default None, so a stock run is unchanged, and its files do not have them), bare names like `fewshot.yaml` resolve to
+the files of the plugin, models with a `fewshot` section, with enrolled classes or with `support=` get the classes of
+this package, tuning starts from the defaults of the plugin, and the restricted loader accepts few-shot checkpoints.
+Each change is made when Ultralytics imports the module concerned, so registering imports nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "DetMetrics.process",
         "DetMetrics.results_dict",
     ),
-    "ultralytics.utils.torch_utils": ("init_seeds", "initialize_weights", "autocast", "unwrap_model"),
+    "ultralytics.utils.torch_utils": (
+        "DEFAULT_CFG_DICT",
+        "init_seeds",
+        "initialize_weights",
+        "autocast",
+        "unwrap_model",
+    ),
     "ultralytics.utils.tal": ("TaskAlignedAssigner.forward",),
     "ultralytics.utils.loss": (
         "v8DetectionLoss.get_assigned_targets_and_loss",
@@ -55,6 +61,8 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     "ultralytics.nn.tasks": ("DetectionModel.init_criterion", "DetectionModel.load", "yaml_model_load"),
     "ultralytics.engine.model": (
         "Model._smart_load",
+        "Model.load",
+        "Model.reset_weights",
         "Model.train",
         "Model.tune",
         "Model.predict",
@@ -66,6 +74,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     "ultralytics.data.build": ("InfiniteDataLoader", "build_dataloader", "seed_worker"),
     "ultralytics.data.dataset": ("YOLODataset.collate_fn", "YOLODataset.get_labels", "YOLODataset.get_img_files"),
     "ultralytics.engine.trainer": (
+        "BaseTrainer.check_resume",
         "BaseTrainer.optimizer_step",
         "BaseTrainer.resume_training",
         "BaseTrainer.save_metrics",
@@ -200,6 +209,31 @@ def _add_types(cfg: Any) -> None:
         keys = getattr(cfg, f"CFG_{name}_KEYS")
         ours = {k for k, key in table.ALL_KEYS.items() if key.kind is kind}
         _replace(cfg, f"CFG_{name}_KEYS", type(keys)({*keys, *ours}))
+
+
+def _omit_unset(trainer: Any) -> None:
+    """Take keys that are not set out of the arguments of a training without a stage.
+
+    They would be in its args.yaml and its checkpoints, and Ultralytics refuses unknown keys where the plugin is absent.
+    """
+    stock = trainer.BaseTrainer.check_resume
+
+    @functools.wraps(stock)
+    def check_resume(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        given = vars(self.args)
+        if given.get("stage") is None:
+            for k in table.ALL_KEYS.keys() & given.keys():
+                if given[k] is None:
+                    del given[k]
+
+    _replace(trainer.BaseTrainer, "check_resume", check_resume)
+
+
+def _omit_defaults(torch_utils: Any) -> None:
+    """Keep `strip_optimizer` from adding our keys to the checkpoint of a finished training that did not have them."""
+    defaults = {k: v for k, v in torch_utils.DEFAULT_CFG_DICT.items() if k not in table.ALL_KEYS}
+    _replace(torch_utils, "DEFAULT_CFG_DICT", defaults)
 
 
 def _resolve_names(checks: Any) -> None:
@@ -343,8 +377,10 @@ def _allow_loading() -> None:
 _CHANGES: dict[str, Callable[[Any], None]] = {
     "ultralytics.utils": _add_keys,
     "ultralytics.utils.checks": _resolve_names,
+    "ultralytics.utils.torch_utils": _omit_defaults,
     "ultralytics.cfg": _add_types,
     "ultralytics.engine.model": _route_models,
+    "ultralytics.engine.trainer": _omit_unset,
     "ultralytics.models.yolo.model": _adopt_models,
 }
 
@@ -462,12 +498,15 @@ def training_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     from ultralytics.utils import YAML, checks
 
     resume = kwargs.get("resume")
+    ckpt = model.ckpt or {}
+    if resume is True and (ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None):
+        resume = False  # Ultralytics warns that this checkpoint cannot be resumed, and starts a new training
     if isinstance(resume, (str, Path)) and Path(resume).is_file():
         from ultralytics.nn.tasks import load_checkpoint
 
         return load_checkpoint(resume)[0].args
     if resume:
-        return (model.ckpt or {}).get("train_args") or {}
+        return ckpt.get("train_args") or {}
     return YAML.load(checks.check_yaml(kwargs["cfg"])) if kwargs.get("cfg") else model.overrides
 
 

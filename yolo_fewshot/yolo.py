@@ -101,7 +101,8 @@ class FewShotYOLO(YOLO):
             method (str): 'mean': the mean embedding of the shots (Snell et al. 2017). 'fit': a classifier fitted on all
                 anchors of the support images, with an L2 prior around that mean. 'auto': 'fit' unless 'mean' is clearly
                 better, see `yolo_fewshot.enroll.cross_validation.choose_methods`.
-            device (str, optional): Device, as in Ultralytics; that of the model if not given.
+            device (str, optional): Device, as in Ultralytics. If not given, that which the model was moved to, else the
+                current GPU, if there is one.
             plot (str | Path, optional): File of a plot of the shots, e.g. 'support_check.png'; no plot if not given.
             nms (bool, optional): As in `predict`. If it is False and the head is dual, thresholds and `auto` are for
                 the NMS-free branch. Both branches are enrolled anyway.
@@ -132,7 +133,9 @@ class FewShotYOLO(YOLO):
             train_args = (self.ckpt or {}).get("train_args") or {}
             views = support_views(train_args, shots.crops, class_rows(model).per_level)
             home, training = next(model.parameters()).device, model.training
-            model.eval().to(home if device in (None, "") else select_device(device, verbose=False))
+            default = device in (None, "")
+            moved = default and home.type != "cpu"
+            model.eval().to(home if moved else select_device("" if default else device, verbose=False))
             try:
                 size = imgsz or self.overrides.get("imgsz", 640)
                 result = enrollment.enroll(model, shots, size, batch, method, views, kept, nms, others)
@@ -181,6 +184,47 @@ class FewShotYOLO(YOLO):
             self.model = self.model.fold()
             self._changed()
         return self
+
+    def load(self, weights: Any = "yolo26n.pt") -> FewShotYOLO:
+        """Load weights as Ultralytics does.
+
+        Args:
+            weights (str | Path | dict | nn.Module): File, checkpoint or network.
+
+        Returns:
+            (FewShotYOLO): The model.
+        """
+        with self._lock:
+            super().load(weights)
+            self._changed()
+        return self
+
+    def reset_weights(self) -> FewShotYOLO:
+        """Reset the weights as Ultralytics does.
+
+        Returns:
+            (FewShotYOLO): The model.
+        """
+        with self._lock:
+            super().reset_weights()
+            self._changed()
+        return self
+
+    def train(self, trainer: Any = None, **kwargs: Any) -> Any:
+        """Train as Ultralytics does; other threads need not wait for its end.
+
+        Args:
+            trainer (Any): Trainer class.
+            **kwargs (Any): Ultralytics' arguments.
+
+        Returns:
+            (Any): Results.
+        """
+        try:
+            return super().train(trainer, **kwargs)
+        finally:
+            with self._lock:
+                self._changed()
 
     def save(self, filename: str | Path = "saved_model.pt") -> None:
         """Save the model as Ultralytics does, but atomically, and with the exact weights of the head.
@@ -311,7 +355,11 @@ class FewShotYOLO(YOLO):
         others = None if background is None else background_fingerprint(str(background))
         source = (id(self.model), fingerprint(support), others, objects, method, imgsz, nms is False)
         if self._last_source != source:
-            given = {"background": background, "objects": objects, "device": kwargs.get("device"), "nms": nms}
+            given = {"background": background, "objects": objects, "device": merged.get("device"), "nms": nms}
+            batch = kwargs.get("batch")
+            least = 2 if kwargs.get("mode") == "track" else 1  # track gives batch=1 itself, for its frames
+            if type(batch) is int and batch >= least:
+                given["batch"] = batch
             self.enroll(support, imgsz=imgsz, method=method, **given)
             self._last_source, self._plot_pending = source, True
         return kwargs

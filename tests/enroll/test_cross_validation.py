@@ -131,6 +131,21 @@ def test_replayed_anchors_are_in_every_fit_and_are_never_detected(prototypes, mo
     assert len(given) == 5 and all((x.image < 0).sum() == 40 for x in given)
 
 
+def test_only_background_images_that_a_class_was_looked_for_in_count(prototypes, monkeypatch):
+    """Class 0 has its shot in one of five images with class 1; two of the ten background images are in its fold."""
+    box, axes = [10, 10, 30, 30], torch.eye(D)
+    objects = [(1, i, box) for i in range(5)] + [(0, 2, [50, 50, 70, 70])]
+    anchors = [(p, 0, 0, box, 3 * axes[0] + 2 * axes[1]) for p in range(5, 15)]
+    features = features_of(objects, anchors)._replace(n_background=10)
+    weights = (torch.eye(2, D), torch.zeros(2))
+    monkeypatch.setattr(module, "classifiers", lambda *args: weights)
+    found = detect_left_out(features, features.cls, ["mean"] * 2, torch.tensor([1, 5]), prototypes)
+    alarms = torch.bincount(found.cls[found.background], minlength=2)
+    assert found.n_background.tolist() == alarms.tolist() == [8, 10]  # one of each class in each image
+    everywhere = detect(features, features.cls, EVERY[:15], weights, prototypes)
+    assert everywhere.n_background.expand(2).tolist() == [10, 10]
+
+
 def test_separable_classes_get_a_threshold_between_true_and_false_positives(prototypes):
     """Shots along two axes, and weaker anchors beside them: the means of the other shots tell them apart."""
     box, beside, axes = [10, 10, 30, 30], [50, 50, 70, 70], torch.eye(D)

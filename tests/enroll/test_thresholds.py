@@ -91,7 +91,18 @@ def test_thresholds_with_background_are_the_larger_of_both():
     """Class 0 has no alarm, class 1 some above its shots, class 2 was never found."""
     cls, conf = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0.9, 0.2, 0.3, 0.5, 0.4, 0.35])
     tp, background = torch.tensor([1, 0, 1, 0, 0, 0]).bool(), torch.tensor([0, 0, 0, 1, 1, 1]).bool()
-    found = thresholds(Detections(cls, conf, tp, torch.tensor([1, 1, 1]), background, 10))
+    found = thresholds(Detections(cls, conf, tp, torch.tensor([1, 1, 1]), background, torch.tensor(10)))
     assert found[0] == best_conf(conf[:2], tp[:2], 1) == 0.55
     assert found[1] == quiet_conf(conf[3:], 10, 0.05 / 3) > best_conf(conf[2:], tp[2:], 1)
     assert found[2] == CONF
+
+
+def test_the_rate_of_a_class_is_that_of_the_images_it_was_looked_for_in():
+    """Seven alarms of logit 0 and one of -1: -1 + log(7 / images / rate), where the rate is 0.05 / 3 for each class."""
+    cls = torch.arange(3).repeat_interleave(8)
+    conf = torch.tensor([0.0] * 7 + [-1.0]).sigmoid().repeat(3)
+    nothing, searched = torch.zeros(24).bool(), torch.tensor([10, 8, 0])
+    found = thresholds(Detections(cls, conf, nothing, torch.tensor([1, 1, 1]), ~nothing, searched))
+    assert found[0] == pytest.approx(42 / (42 + math.e), abs=1e-3)
+    assert found[1] == pytest.approx(52.5 / (52.5 + math.e), abs=1e-3)
+    assert found[2] is None

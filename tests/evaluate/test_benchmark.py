@@ -73,7 +73,7 @@ def test_stock_enrollment_and_adaptation_end_to_end(data, model, tmp_path, monke
     monkeypatch.setattr(learning, "MIN_EPOCHS", 1)
     seen, train = [], YOLO.train
     monkeypatch.setattr(
-        YOLO, "train", lambda self, **kwargs: seen.append((type(self), kwargs)) or train(self, **kwargs)
+        YOLO, "train", lambda self, *a, **kwargs: seen.append((type(self), kwargs)) or train(self, *a, **kwargs)
     )
     before = {x for x in data.rglob("*") if x.suffix != ".cache"}
     out = benchmark(data, model, methods="stock,mean,adapt", seeds=2, steps=2, lr0=1.0, out=tmp_path / "out", **QUICK)
@@ -114,7 +114,7 @@ def test_stock_enrollment_and_adaptation_end_to_end(data, model, tmp_path, monke
 
 def test_ablations_end_to_end(data, model, trained, tmp_path, monkeypatch):
     seen, train = [], YOLO.train
-    monkeypatch.setattr(YOLO, "train", lambda self, **kwargs: seen.append(kwargs) or train(self, **kwargs))
+    monkeypatch.setattr(YOLO, "train", lambda self, *a, **kw: seen.append(kw) or train(self, *a, **kw))
     keys = {**QUICK, "epochs": 1, "episodes": 2, "val": False, "save": True, "shots": (1, 5), "seeds": 1}
     out = benchmark(data, model, stage1=trained[0].best, methods=["minus_cpe"], out=tmp_path / "out", **keys)
     assert len(seen) == 1 and seen[0]["cpe"] == 0 and seen[0]["episodes"] == 2 and "n_way" not in seen[0]

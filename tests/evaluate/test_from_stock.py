@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -133,6 +134,22 @@ def test_a_stock_checkpoint_with_base_images_of_the_users_own(stock, far, near, 
         benchmark(far, stock, **{**keys, "base_val": None})
 
 
+@pytest.mark.parametrize("case", ["queries", "base images", "base.yaml"])
+def test_background_images_that_are_measured_on_are_refused(stock, far, near, tmp_path, nothing_runs, case):
+    data, folder, base_val = {
+        "queries": (far, far / "images/novel_query", None),
+        "base images": (far, near / "images/val", near / "base.yaml"),
+        "base.yaml": (near, near / "images/val", None),
+    }[case]
+    image = sorted(folder.iterdir())[0]
+    (tmp_path / "background").mkdir()
+    (tmp_path / "background/other.jpg").symlink_to(image.resolve())
+    keys = {**QUICK, "methods": "mean", "background": str(tmp_path / "background"), "base_val": base_val}
+    with pytest.raises(ValueError, match=rf"^background=.* has 1 images of the val split of .*: .*{image.name}\. Take"):
+        benchmark(data, stock, out=tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_background_images_reach_every_method_that_takes_them(stock, far, near, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "MIN_STEPS", 1)
     monkeypatch.setattr(learning, "MIN_EPOCHS", 1)
@@ -192,6 +209,23 @@ def test_the_view_of_novel_classes_keeps_ignore_regions_and_equal_names_apart(ne
     assert [[float(v) for v in x.split()] for x in read["labels"]] == [[0, 0.3, 0.3, 0.1, 0.1], []]
     assert read["ignore"] == ["0.7 0.7 0.1 0.1\n"] and YAML.load(file)["fewshot"] == {"ignore": "ignore"}
     assert len(list((tmp_path / "view/images/shots").iterdir())) == 2
+
+
+@pytest.mark.parametrize("refused", [("symlink",), ("symlink", "link")])
+def test_a_view_has_hard_links_or_copies_where_there_are_no_symbolic_links(near, tmp_path, monkeypatch, refused):
+    def refuse(*_):
+        raise OSError("a required privilege is not held by the client")
+
+    for name in refused:
+        monkeypatch.setattr(os, name, refuse)
+    shutil.copytree(near / "images/val", tmp_path / "images")  # of the file system of the view
+    images = [str(x) for x in sorted((tmp_path / "images").iterdir())]
+    novel_only({"names": {0: "new"}, "val": images[1]}, images, ("new",), tmp_path / "view", "shots")
+    made = sorted((tmp_path / "view/images/shots").iterdir())
+    assert len(made) == len(images) == 12
+    for x, image in zip(made, images):
+        assert x.read_bytes() == Path(image).read_bytes() and not x.is_symlink()
+        assert x.samefile(image) == ("link" not in refused)
 
 
 # Methods

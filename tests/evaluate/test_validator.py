@@ -1,5 +1,6 @@
 import copy
 import csv
+import itertools
 import json
 import pickle
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionValidator
-from ultralytics.utils import LOGGER, YAML, ops
+from ultralytics.utils import LOGGER, YAML, nms, ops
 from ultralytics.utils.metrics import DetMetrics
 
 from yolo_fewshot import FewShotYOLO
@@ -80,6 +81,22 @@ def test_results_do_not_depend_on_the_order_of_the_data(model, data):
         model.val(data=str(data / f"{o}.yaml"), imgsz=96, workers=0, plots=False).results_dict for o in ("ab", "ba")
     )
     assert a == b
+
+
+def test_a_slow_machine_loses_no_detection(model, data, monkeypatch):
+    """Ultralytics' NMS stops after some seconds for a batch; later every look at the clock is a minute later."""
+    found = []
+
+    class Spy(FewShotValidator):
+        def update_metrics(self, preds, batch):
+            found.append([x["conf"].tolist() for x in preds])
+            super().update_metrics(preds, batch)
+
+    clock = itertools.count(0, 60)
+    for _ in range(2):
+        model.val(validator=Spy, data=str(data / "ab.yaml"), imgsz=96, conf=1e-6, batch=2, workers=0, plots=False)
+        monkeypatch.setattr(nms, "time", SimpleNamespace(time=lambda: next(clock)))
+    assert found[0] == found[1] and [len(x) > 0 for x in found[0]] == [True, True]
 
 
 def test_unknown_classes_are_an_error_that_names_the_remedy(model, data):

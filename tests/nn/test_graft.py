@@ -6,9 +6,9 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel, OBBModel
 
+from yolo_fewshot.args import KEYS
 from yolo_fewshot.enroll.enroll import forget
 from yolo_fewshot.nn.graft import (
-    PARTS,
     check_graftable,
     drop_unused_levels,
     fuse_shared,
@@ -20,6 +20,7 @@ from yolo_fewshot.nn.graft import (
 
 pytestmark = pytest.mark.oldest
 
+PARTS = [x for x in KEYS["graft"].choices if x != "none"]
 FAMILIES = ("yolo11n.yaml", "yolov8n.yaml", "yolov9t.yaml", "yolov10n.yaml", "yolo12n.yaml", "yolo26n.yaml")
 
 
@@ -93,6 +94,19 @@ def test_stock_ultralytics_builds_the_same_layers_from_the_yaml(cfg, part):
     assert built.state_dict().keys() == grafted.state_dict().keys()
     width = {k: v.shape for k, v in grafted.state_dict().items() if ".cv3." not in k and "one2one_cv3" not in k}
     assert {k: v.shape for k, v in built.state_dict().items() if k in width} == width  # class stems depend on nc
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_grafted_checkpoint_has_the_names_of_its_layers_and_loads_with_the_restricted_loader(
+    detector, part, tmp_path, monkeypatch
+):
+    grafted = unite(new_graft(detector, ["cat"], part))
+    types = [m.type for m in grafted.model]
+    assert types == [f"{type(m).__module__}.{type(m).__name__}" for m in grafted.model]
+    assert (types[0] == "torch.nn.modules.linear.Identity") == (part == "all")
+    torch.save({"model": grafted, "train_args": {}}, tmp_path / "grafted.pt")
+    monkeypatch.setattr("ultralytics.nn.tasks.SAFE_LOAD", True)  # as ULTRALYTICS_SAFE_LOAD=1
+    assert [m.type for m in YOLO(tmp_path / "grafted.pt").model.model] == types
 
 
 def test_a_copy_starts_with_the_weights_of_the_detector_and_fresh_rows():

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_project import file_of
 
 from yolo_fewshot.data.support import read_support
+from yolo_fewshot.studio import engine
 from yolo_fewshot.studio import live as module
 from yolo_fewshot.studio.engine import Studio
 from yolo_fewshot.studio.found import Found
@@ -34,7 +36,7 @@ class Detector(Studio):
         self._defaults, self._fresh, self._scenes = {}, {}, Scenes(None, self.project, 64, [])
         self.calls, self.imgsz = [], 64
         self.yolo = type("Yolo", (), {"ckpt_path": None})
-        self.device = type("Device", (), {"type": "cpu"})
+        self.device = torch.device("cpu")
 
     def learn(self):
         self.calls.append("learn")
@@ -141,6 +143,27 @@ def test_many_images_are_read_in_parts(live):
     assert live.wait(WAIT) and len(live.studio.found) == 2 * module.CHUNK + 1
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_folder_is_saved_once_in_a_while_and_at_the_end(broken, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "SAVE_EVERY", 3)
+    (tmp_path / "in").mkdir()
+    for i in range(8):
+        (tmp_path / f"in/{i}.png").write_bytes(file_of(seed=i) if i < 7 or not broken else b"text")
+    studio = Detector(tmp_path / "project")
+    saved, save = [], Project.save
+    monkeypatch.setattr(Project, "save", lambda self: saved.append(len(self.images)) or save(self))
+    if broken:
+        with pytest.raises(ValueError, match=r"7\.png is not an image"):
+            studio.add_source(tmp_path / "in")
+    else:
+        assert len(studio.add_source(tmp_path / "in")) == 8
+    assert saved == [1, 4, 7, 7 if broken else 8]
+    studio.close()
+    again = Project(tmp_path / "project")
+    assert [x.name for x in again.images.values()] == [f"{i}.png" for i in range(saved[-1])]
+    again.close()
+
+
 def test_an_action_does_not_wait_for_the_network(live):
     hold, learn = threading.Event(), live.studio.learn
     live.studio.learn = lambda: hold.wait(WAIT) and learn()
@@ -167,11 +190,20 @@ def test_a_training_gives_a_model_beside_what_there_is(live):
     session = (live.studio.project.folder / "session.json").read_text()
     live.train(2.5)
     until(lambda: live.training is None)
-    assert live.studio.trained_file.read_text() == "yolo.pt 1 ['scooter'] 2.5 64 None"
+    assert live.studio.trained_file.read_text() == "yolo.pt 1 ['scooter'] 2.5 64 cpu"
     assert live.progress.epochs == (1,) and live.progress.ap == (0.5,) and not live.messages
     assert live.wait(WAIT) and "look" in live.studio.calls
     assert (live.studio.project.folder / "session.json").read_text() == session
     assert not {"train", ".train-data"} & {x.name for x in live.studio.project.folder.iterdir()}
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_a_training_is_on_the_device_of_the_studio(device, live):
+    live.studio.device = torch.device(device)
+    labeled(live)
+    live.train(2.5)
+    until(lambda: live.training is None)
+    assert live.studio.trained_file.read_text().endswith(f" {device}")
 
 
 @pytest.mark.parametrize("name", ["endless", "failing"])

@@ -168,6 +168,16 @@ def test_indices_follow_when_a_class_goes(project):
     assert not project.data.exists() and not list((project.folder / "labels").iterdir())
 
 
+def test_saving_does_not_look_for_the_label_file_of_every_image(project, monkeypatch):
+    keys = [project.add(file_of(seed=i), f"{i}.png") for i in range(5)]
+    project.label(keys[0], "a", BOX)
+    file, looked, exists = project.folder / f"labels/{keys[0]}.txt", [], Path.exists
+    assert file.exists()
+    monkeypatch.setattr(Path, "exists", lambda self, *a, **kw: looked.append(self) or exists(self, *a, **kw))
+    project.unlabel(keys[0], 1)
+    assert not looked and not os.path.exists(file)
+
+
 def test_it_is_opened_again_as_it_was(project):
     first, second = (project.add(file_of(seed=i), f"<b>{i}</b>.png") for i in range(2))
     project.label(first, "<script>", BOX)

@@ -68,9 +68,29 @@ def model_of(file) -> DetectionModel:
     return torch.load(file, weights_only=False)["model"]
 
 
+def batches_of(patch):
+    """A list to which every batch adds its epoch, its images, and the sum of their pixels."""
+    seen, preprocess = [], FewShotTrainer.preprocess_batch
+
+    def spy(trainer, batch):
+        seen.append((trainer.epoch, tuple(batch["im_file"]), batch["img"].double().sum().item()))
+        return preprocess(trainer, batch)
+
+    patch.setattr(FewShotTrainer, "preprocess_batch", spy)
+    return seen
+
+
 @pytest.fixture(scope="module")
-def run(root):
-    return graft(root, "neck")
+def whole(root):
+    """The trainer of a run, and its batches."""
+    with pytest.MonkeyPatch.context() as m:
+        batches = batches_of(m)
+        return graft(root, "neck"), batches
+
+
+@pytest.fixture(scope="module")
+def run(whole):
+    return whole[0]
 
 
 def assert_old_layers_are_those_of(source, model, classes):
@@ -302,6 +322,32 @@ def test_base_and_background_images_are_negatives(root):
     assert len(plain[0]["cls"]) == 0 and plain[0]["img"].shape == (3, 64, 64)
 
 
+@pytest.mark.parametrize("keys", [["base_replay"], ["background"], ["base_replay", "background"]])
+def test_a_batch_without_room_for_other_images_is_an_error(root, keys):
+    places = {"base_replay": str(root / "data.yaml"), "background": str(root / "plain")}
+    trainer, named = built(root, batch=1, **{k: places[k] for k in keys}), " and ".join(f"{k}=" for k in keys)
+    with pytest.raises(ValueError, match=rf"'batch=1' has no room for .* {named}, .* Set batch=2 or .* {named} out"):
+        trainer.get_dataloader(trainer.data["train"], 1, -1)
+    trainer.batch_size, trainer.world_size = 5, 3
+    with pytest.raises(ValueError, match=r"'batch=5' on 3 GPUs has no room .* Set batch=6 or more"):
+        trainer.get_dataloader(trainer.data["train"], 1, -1)
+    trainer.batch_size, trainer.world_size = 2, 0
+    drawn = torch.tensor(list(trainer.get_dataloader(trainer.data["train"], 2, -1).sampler)).view(-1, 2)
+    assert (drawn[:, 0] < 8).all() and (drawn[:, 1] >= 8).all()
+
+
+def test_shots_alone_can_have_a_batch_of_one(root):
+    trainer = built(root, batch=1)
+    assert len(trainer.get_dataloader(trainer.data["train"], 1, -1)) == 2  # 4 steps in 2 epochs
+
+
+def test_the_log_has_the_steps_that_are_taken(root, monkeypatch):
+    trainer, logged = built(root, steps=7, epochs=3), []
+    monkeypatch.setattr(LOGGER, "info", lambda x: logged.append(str(x)))
+    loader = trainer.get_dataloader(trainer.data["train"], 4, -1)
+    assert len(loader) == 3 and any(" 9 steps on 8 support images" in x for x in logged)
+
+
 def test_labels_of_background_images_do_not_count(root):
     trainer = built(root, background=str(root / "images/val"))
     plain = trainer.get_dataloader(trainer.data["train"], 4, -1).dataset.parts[-1]
@@ -338,7 +384,7 @@ class Crash(Exception):
     """Stands for a machine that fails."""
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(root, run):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(root, run, whole, monkeypatch):
     def crash(trainer):
         if trainer.epoch == 0:
             raise Crash
@@ -349,10 +395,12 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(root, run):
         trainer.train()
     moved = root / "moved"
     shutil.move(root / "cut", moved)
+    batches = batches_of(monkeypatch)
     YOLO(moved / "weights/last.pt").train(resume=True)
-    cut, whole = (model_of(x).state_dict() for x in (moved / "weights/best.pt", run.best))
-    assert cut.keys() == whole.keys()
-    for k, v in whole.items():  # the weights of an epoch are saved in half precision
+    assert batches == whole[1][2:]  # without loader processes and mosaic
+    cut, full = (model_of(x).state_dict() for x in (moved / "weights/best.pt", run.best))
+    assert cut.keys() == full.keys()
+    for k, v in full.items():  # the weights of an epoch are saved in half precision
         torch.testing.assert_close(cut[k].float(), v.float(), rtol=0.02, atol=0.02)
     assert model_of(moved / "weights/best.pt").enrolled == model_of(run.best).enrolled
 

@@ -13,7 +13,7 @@ from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.nn.tasks import yaml_model_load
-from ultralytics.utils import YAML
+from ultralytics.utils import DEFAULT_CFG_PATH, YAML
 from ultralytics.utils.loss import v8DetectionLoss
 
 from yolo_fewshot.train.guarded import GuardedTrainer, guarded
@@ -98,6 +98,18 @@ def test_a_guarded_run_is_the_stock_run_step_by_step(data, task):
         ours = torch.load(trainer.last, weights_only=False)["model"]
         assert type(ours).__module__.startswith("ultralytics.")
         assert all(torch.equal(v, weights[k]) for k, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("given", [{}, {"grad_clip": 5.0}])
+def test_the_files_of_a_run_without_a_stage_have_only_the_keys_of_ours_that_are_set(data, given):
+    trainer, _, _ = train(data, "detect", "keys", **given)
+    stock = set(YAML.load(DEFAULT_CFG_PATH)) | {"save_dir"}
+    saved = {"args.yaml": YAML.load(trainer.save_dir / "args.yaml")}
+    for file in (trainer.last, trainer.best):
+        saved[file.name] = torch.load(file, weights_only=False)["train_args"]
+    for file, args in saved.items():
+        assert set(args) - stock == set(given) and {k: args[k] for k in given} == given, file
+    assert len(saved["args.yaml"]) == len(stock) + len(given)  # all others are there
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -463,8 +463,16 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
         LOGGER.info(f"The system refused symbolic links, so {', '.join(others)}.")
 
 
-def _place(file: str, target: Path) -> str:
-    """Link an image, or copy it if the system supports no links, and return which."""
+def place(file: str, target: Path) -> str:
+    """Link an image, or copy it if the system supports no links.
+
+    Args:
+        file (str): Absolute path of the image.
+        target (Path): File to make.
+
+    Returns:
+        (str): How it was done: 'symbolic links', 'hard links' or 'copies'.
+    """
     for link, how in ((os.symlink, "symbolic links"), (os.link, "hard links")):  # Windows may refuse symbolic links
         try:
             link(file, target)
@@ -483,11 +491,11 @@ def _save_image(task: tuple[Path, str, Image, np.ndarray]) -> tuple[dict[str, st
 
     Returns:
         files (dict[str, str]): SHA-256 of each file.
-        how (str): How the image was placed, see `_place`.
+        how (str): How the image was placed, see `place`.
     """
     part, folder, p, labeled = task
     image, stem = f"images/{folder}/{p.name}", os.path.splitext(p.name)[0]
-    how = _place(os.path.realpath(p.file), part / image)
+    how = place(os.path.realpath(p.file), part / image)
     boxes = [" ".join(f"{v:.6f}" for v in row[1:5]) for row in p.rows]
     files = {f"labels/{folder}/{stem}.txt": [f"{row[0]:.0f} {b}" for row, b, x in zip(p.rows, boxes, labeled) if x]}
     if not labeled.all():

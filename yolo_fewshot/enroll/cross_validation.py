@@ -55,12 +55,12 @@ def detect_left_out(
 
     Returns:
         (Detections): Detections of classes that have shots outside of the fold; a class whose shots are all in one
-            image counts no object.
+            image counts no object, and no background image of its fold.
     """
     n = len(methods)
     if (shots < 2).all() and not features.n_background:  # nothing to learn from in the other folds
         none = torch.zeros(0)
-        return Detections(none.long(), none, none.bool(), torch.zeros(n, dtype=torch.long), none.bool(), 0)
+        return Detections(none.long(), none, none.bool(), torch.zeros(n, dtype=torch.long), none.bool())
     fold, first, parts = folds(features, labels), features.anchors[0], []
     for f in fold.unique().tolist():
         rest = torch.where(fold[features.image] == f, -1, labels)
@@ -70,14 +70,14 @@ def detect_left_out(
         out = detect(features, labels, fold == f, weights, space, nms=nms)
         valid = known[out.cls]
         cls, conf, tp, background = (x[valid] for x in (out.cls, out.conf, out.tp, out.background))
-        parts.append(Detections(cls, conf, tp, out.n_gt * known, background, out.n_background))
+        parts.append(Detections(cls, conf, tp, out.n_gt * known, background, out.n_background * known))
     return Detections(
         torch.cat([x.cls for x in parts]),
         torch.cat([x.conf for x in parts]),
         torch.cat([x.tp for x in parts]),
         torch.stack([x.n_gt for x in parts]).sum(0),
         torch.cat([x.background for x in parts]),
-        sum(x.n_background for x in parts),
+        torch.stack([x.n_background for x in parts]).sum(0),
     )
 
 

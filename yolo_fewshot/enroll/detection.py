@@ -26,7 +26,8 @@ class Detections(NamedTuple):
         tp (torch.Tensor): Whether it is a true positive at IoU 0.5, (M,) bool.
         n_gt (torch.Tensor): Number of objects of every class, (n,) int64.
         background (torch.Tensor): Whether the detection is in a background image, see `Features`, (M,) bool.
-        n_background (int): Number of background images that were searched.
+        n_background (torch.Tensor): Number of background images that were searched for every class, (n,) int64, or
+            for all alike, ().
     """
 
     cls: torch.Tensor
@@ -34,7 +35,7 @@ class Detections(NamedTuple):
     tp: torch.Tensor
     n_gt: torch.Tensor
     background: torch.Tensor = torch.zeros(0, dtype=torch.bool)
-    n_background: int = 0
+    n_background: torch.Tensor = torch.tensor(0)
 
 
 def detect(
@@ -83,7 +84,7 @@ def detect(
     rows = rows[order]
     n_gt = torch.bincount(labels[(labels >= 0) & images[features.image]], minlength=n)
     first = len(images) - features.n_background
-    return Detections(c[rows], s[rows], tp[order], n_gt, image[rows] >= first, int(images[first:].sum()))
+    return Detections(c[rows], s[rows], tp[order], n_gt, image[rows] >= first, images[first:].sum())
 
 
 def _match(iou: torch.Tensor) -> torch.Tensor:

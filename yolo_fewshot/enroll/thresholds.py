@@ -19,16 +19,17 @@ def thresholds(detections: Detections) -> list[float | None]:
         detections (Detections): Detections of n classes in images that their classifiers were not made from.
 
     Returns:
-        (list[float | None]): Threshold in 0..1 per class; None for a class without a true positive, unless there are
-            background images.
+        (list[float | None]): Threshold in 0..1 per class; None for a class without a true positive, unless it was
+            looked for in background images.
     """
     n, suggested = len(detections.n_gt), []
-    for c, n_gt in enumerate(detections.n_gt.tolist()):
+    searched = detections.n_background.expand(n).tolist()
+    for c, (n_gt, images) in enumerate(zip(detections.n_gt.tolist(), searched)):
         i = detections.cls == c
         conf = best_conf(detections.conf[i], detections.tp[i], n_gt)
-        if detections.n_background:
+        if images:
             alarms = detections.conf[i & detections.background]
-            conf = max(conf or CONF, quiet_conf(alarms, detections.n_background, FALSE_ALARMS / n))
+            conf = max(conf or CONF, quiet_conf(alarms, images, FALSE_ALARMS / n))
         suggested.append(conf)
     return suggested
 

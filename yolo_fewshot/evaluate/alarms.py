@@ -14,6 +14,9 @@ CONF = 0.25  # threshold of a class without a suggested one, Ultralytics' defaul
 def false_alarms(yolo: YOLO, images: list[str], novel: tuple[str, ...], **keys: Any) -> float:
     """Return the number of detections of new classes per image, above their suggested thresholds.
 
+    The images are padded to squares, and predicted one by one: Ultralytics loads a whole list as one batch, whose NMS
+    has a time limit, after which it drops the detections of the remaining images.
+
     Args:
         yolo (YOLO): Model.
         images (list[str]): Images that show none of these classes.
@@ -27,9 +30,10 @@ def false_alarms(yolo: YOLO, images: list[str], novel: tuple[str, ...], **keys: 
         return float("nan")
     records = enrolled_classes(yolo.model)
     limits = {n: (records.get(n) or {}).get("conf") or CONF for n in novel}
-    run = {"conf": min(limits.values()), "max_det": 1000, "verbose": False, "save": False, **keys}
+    run = {"conf": min(limits.values()), "max_det": 1000, "rect": False, "verbose": False, "save": False, **keys}
     alarms = 0
-    for result in yolo.predict(images, stream=True, **run):
+    for image in images:
+        (result,) = yolo.predict([image], **run)
         names = [result.names[int(c)] for c in result.boxes.cls.tolist()]
         alarms += sum(s >= limits.get(n, float("inf")) for n, s in zip(names, result.boxes.conf.tolist()))
     return alarms / len(images)

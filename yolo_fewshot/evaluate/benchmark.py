@@ -21,6 +21,7 @@ from yolo_fewshot.evaluate.measure import measure, measure_start
 from yolo_fewshot.evaluate.methods import ABLATIONS, check, default_methods, parse, sees_all
 from yolo_fewshot.evaluate.plan import (
     Plan,
+    check_background,
     check_models,
     check_queries,
     check_settings,
@@ -110,6 +111,8 @@ def benchmark(
     found = find_shots(folder, counts, seeds, "novel")
     balanced = find_shots(folder, counts, seeds, "all") if any(sees_all(m) for m in chosen) else {}
     check_queries(read, found)
+    if settings.get("background"):
+        check_background(read, found, settings["background"])
     settings = {"imgsz": YOLO(files["model"]).overrides.get("imgsz", 640), **settings}  # which recipes would set to 640
     more = {"shots": counts, "seeds": seeds, "methods": chosen, "save": save}
     record = provenance.provenance(folder, read.base_val, files, settings, more)

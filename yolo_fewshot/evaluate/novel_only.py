@@ -16,6 +16,7 @@ from ultralytics.utils import NUM_THREADS, YAML
 
 from yolo_fewshot.data.ignore import ignore_files, ignore_folder
 from yolo_fewshot.data.labels import read_labels
+from yolo_fewshot.data.splits import place
 from yolo_fewshot.data.support import list_images
 
 
@@ -67,7 +68,7 @@ def _write_split(data: dict[str, Any], images: list[str], novel: tuple[str, ...]
     ignored = ignore_files(images, folder) if folder else [""] * len(images)
     for i, (image, label, ignore) in enumerate(zip(images, img2label_paths(images), ignored)):
         stem = f"{i:06}_{Path(image).stem}"  # images of several folders may share a name
-        _link(image, part / f"{stem}{Path(image).suffix}")
+        place(os.path.realpath(image), part / f"{stem}{Path(image).suffix}")
         rows = read_labels(image, label, len(data["names"])).boxes
         lines = [f"{number[int(c)]} {' '.join(f'{v:.6f}' for v in box)}\n" for c, *box in rows if int(c) in number]
         (root / "labels" / name / f"{stem}.txt").write_text("".join(lines))
@@ -91,11 +92,3 @@ def labeled_names(file: Path) -> set[str]:
         read = pool.starmap(read_labels, zip(images, img2label_paths(images), repeat(len(data["names"]))))
     found = np.unique(np.concatenate([np.zeros((0, 5)), *(x.boxes for x in read)])[:, 0]).astype(int)
     return {str(data["names"][i]) for i in found}
-
-
-def _link(image: str, target: Path) -> None:
-    """Link an image, or copy it if the system supports no links."""
-    try:
-        os.symlink(os.path.realpath(image), target)
-    except (NotImplementedError, OSError):  # Windows may refuse
-        shutil.copyfile(image, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import product
 from pathlib import Path
@@ -302,14 +303,41 @@ def check_queries(data: Data, shots: dict[tuple[int, int], tuple[Path, Path | No
     Raises:
         ValueError: If no image of a val split has a label of a novel class.
     """
-    yamls = dict.fromkeys(x for x, _ in shots.values()) if (data.folder / "base.yaml").is_file() else ()
-    seen: dict[str, Path] = {str(check_det_dataset(x)["val"]): x for x in yamls or (data.folder / "data.yaml",)}
-    for file in seen.values():
+    for file in _query_files(data, shots):
         if not labeled_names(file).intersection(data.novel):
             raise ValueError(
                 f"No image of the val split of {file} has a label of a novel class ({few(list(data.novel))}), so that "
                 "there is nothing to measure. Label some, or correct 'val:'."
             )
+
+
+def check_background(data: Data, shots: dict[tuple[int, int], tuple[Path, Path | None]], background: str) -> None:
+    """Refuse background images that are also measured on, since methods learn from them that they show no novel class.
+
+    Args:
+        data (Data): Data.
+        shots (dict[tuple[int, int], tuple[Path, Path | None]]): Result of `find_shots`.
+        background (str): Folder, .txt list of images, or image, which `check_settings` has checked.
+
+    Raises:
+        ValueError: If there are such images.
+    """
+    learned = {os.path.realpath(x) for x in images_of(background)}
+    base = [data.base_val or data.folder / "data.yaml"] if data.base else []
+    for file in dict.fromkeys([*_query_files(data, shots), *base]):
+        shared = [x for x in images_of(check_det_dataset(file)["val"]) if os.path.realpath(x) in learned]
+        if shared:
+            raise ValueError(
+                f"background={background} has {len(shared)} images of the val split of {file}, which are measured on: "
+                f"{few(shared)}. Take other images."
+            )
+
+
+def _query_files(data: Data, shots: dict[tuple[int, int], tuple[Path, Path | None]]) -> list[Path]:
+    """Return a data.yaml of each val split with novel queries."""
+    yamls = dict.fromkeys(x for x, _ in shots.values()) if (data.folder / "base.yaml").is_file() else ()
+    seen: dict[str, Path] = {str(check_det_dataset(x)["val"]): x for x in yamls or (data.folder / "data.yaml",)}
+    return list(seen.values())
 
 
 # Files of the run

@@ -148,6 +148,19 @@ class FewShotValidator(MatchesByName, DetectionValidator):
         none = self.training or self.args.single_cls
         self.metrics.novel = set() if none else self._novel_classes(model, self.matched)
 
+    def postprocess(self, preds: torch.Tensor | list | tuple) -> list[dict[str, torch.Tensor]]:
+        """Apply NMS to one image after the other, since for a batch it has a time limit and drops what is left.
+
+        Args:
+            preds (torch.Tensor | list | tuple): Predictions (B, ...), or a sequence that begins with them.
+
+        Returns:
+            (list[dict[str, torch.Tensor]]): Detections of every image, as in Ultralytics.
+        """
+        stock: Any = super()
+        images = preds[0] if isinstance(preds, (list, tuple)) else preds
+        return [found for image in images.split(1) for found in stock.postprocess(image)]
+
     def _novel_classes(self, model: nn.Module, index: dict[int, int]) -> set[int]:
         """Return the novel classes as class indices of the model; `index` maps those of the data to them."""
         if "fewshot" not in self.data:

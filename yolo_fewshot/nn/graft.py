@@ -25,7 +25,6 @@ from yolo_fewshot.nn.criterion import FewShotLoss
 from yolo_fewshot.nn.head import class_prior
 from yolo_fewshot.nn.rows import StockRows
 
-PARTS = ("head", "neck", "all")  # what new classes get of their own
 OFF = -30.0  # bias of a class at the levels of other classes, i.e. a score of 1e-13
 IMAGE = -1  # source of the first layer
 LEVEL_LISTS = ("cv2", "cv3", "one2one_cv2", "one2one_cv3")  # lists of the head with an entry for each level
@@ -301,7 +300,8 @@ def _assemble(model: Any, layers: list[Layer], backbone: int) -> None:
         else:
             f = x.sources
         module.i, module.f, module.np = i, f, sum(p.numel() for p in module.parameters())
-        module.type = getattr(module, "type", f"{type(module).__module__}.{type(module).__name__}")
+        # Not getattr, which finds the method nn.Module.type in a layer that Ultralytics has not made.
+        module.type = module.__dict__.get("type", f"{type(module).__module__}.{type(module).__name__}")
         saved |= {j for j in ([f] if isinstance(f, int) else f) if j >= 0}
         rows.append([f, *x.row])
     model.model, model.save = nn.Sequential(*(x.module for x in layers)), sorted(saved)

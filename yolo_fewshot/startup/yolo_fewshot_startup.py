@@ -7,7 +7,7 @@ later, PEP 829). Every Python process imports it at its start, so it imports onl
 import sys
 
 
-def runs_yolo(argv):
+def runs_yolo(argv: list[str]) -> bool:
     """Return whether a command line starts Ultralytics' console script or one of its modules.
 
     Args:
@@ -26,7 +26,7 @@ def runs_yolo(argv):
     return False
 
 
-def main():
+def main() -> None:
     """Import ``yolo_fewshot`` if this process runs ``yolo``; never raise, since that would break Python's start."""
     try:
         if runs_yolo(sys.orig_argv):

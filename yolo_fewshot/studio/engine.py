@@ -25,6 +25,7 @@ from yolo_fewshot.studio.sources import files_of, frames_of, is_video
 from yolo_fewshot.yolo import FewShotYOLO
 
 IOU_SNAP = 0.6  # IoU from which a drawn box snaps to a proposal
+SAVE_EVERY = 50  # images of a source after which the session is saved
 
 
 class Studio:
@@ -105,9 +106,9 @@ class Studio:
 
     # Images
 
-    def add(self, data: bytes, name: str) -> str:
+    def add(self, data: bytes, name: str, save: bool = True) -> str:
         """Add an image, see `Project.add`."""
-        key = self.project.add(data, name)
+        key = self.project.add(data, name, save)
         self._changed()
         return key
 
@@ -126,17 +127,20 @@ class Studio:
             FileNotFoundError: If the source does not exist.
             ValueError: If it has no images, or one is unusable.
         """
-        keys = []
-        for file in files_of(source):
-            try:
-                if is_video(file):
-                    keys += self.add_video(file, file.name, frames)
-                else:
-                    keys.append(self.add(file.read_bytes(), file.name))
-            except ValueError as e:
-                if skipped is None:
-                    raise
-                skipped.append(str(e))
+        keys: list[str] = []
+        try:
+            for file in files_of(source):
+                try:
+                    if is_video(file):
+                        keys += self.add_video(file, file.name, frames)
+                    else:
+                        keys.append(self.add(file.read_bytes(), file.name, save=len(keys) % SAVE_EVERY == 0))
+                except ValueError as e:
+                    if skipped is None:
+                        raise
+                    skipped.append(str(e))
+        finally:
+            self.project.save()
         return list(dict.fromkeys(keys))
 
     def add_video(self, file: str | Path, name: str, frames: int = 20) -> list[str]:
@@ -155,7 +159,10 @@ class Studio:
         """
         name = display_name(name)
         with closing(frames_of(file, name, frames)) as read:
-            keys = [self.add(data, f"{name[:80]} frame {place}") for place, data in read]
+            try:
+                keys = [self.add(data, f"{name[:80]} frame {place}", save=False) for place, data in read]
+            finally:
+                self.project.save()
         return list(dict.fromkeys(keys))
 
     def remove(self, key: str) -> None:

@@ -173,7 +173,7 @@ class Live:
                 data=str(data / "data.yaml"),
                 minutes=minutes,
                 imgsz=studio.imgsz,
-                device=None if studio.device.type == "cpu" else str(studio.device.index or 0),
+                device=str(studio.device),
             )
         threading.Thread(target=self._follow, args=(self.training, data), daemon=True).start()
         studio.version += 1

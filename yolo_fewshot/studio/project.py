@@ -132,12 +132,13 @@ class Project:
             self._claim.close()
             self._claim = None
 
-    def add(self, data: bytes, name: str) -> str:
+    def add(self, data: bytes, name: str, save: bool = True) -> str:
         """Add an image; one of the same content is not added twice.
 
         Args:
             data (bytes): Content of its file.
             name (str): Name for display, which is never used as a path.
+            save (bool): Whether to save the session, too, which takes longer the more images there are.
 
         Returns:
             (str): Its key.
@@ -145,14 +146,15 @@ class Project:
         Raises:
             ValueError: If it is no image, broken, or too large.
         """
-        return self.store(check_image(data, display_name(name)), name)
+        return self.store(check_image(data, display_name(name)), name, save)
 
-    def store(self, checked: Checked, name: str) -> str:
+    def store(self, checked: Checked, name: str, save: bool = True) -> str:
         """Add an image that was checked, see `add`.
 
         Args:
             checked (Checked): The image.
             name (str): Name for display.
+            save (bool): Whether to save the session, too.
 
         Returns:
             (str): Its key.
@@ -164,7 +166,8 @@ class Project:
                 AtomicPath(self.path(image)).write_bytes(checked.data)
                 AtomicPath(self.thumb(key)).write_bytes(checked.thumb)
                 self.images[key] = image
-                self.save()
+                if save:
+                    self.save()
         return key
 
     def remove(self, key: str) -> None:
@@ -326,8 +329,9 @@ class Project:
             labeled = [p for p in self.images.values() if p.labeled]
             for p in labeled:
                 self._write(self._label_file(p), "".join(_line(names.index(x.name), x.xyxy) for x in p.boxes))
+            present = set(os.listdir(self.folder / "labels"))  # faster than to look for the file of every image
             for p in self.images.values():
-                if not p.labeled and self._label_file(p).exists():
+                if not p.labeled and self._label_file(p).name in present:
                     self._label_file(p).unlink()
                     self._written.pop(self._label_file(p), None)
             files = [self.folder / "train.txt", self.data]

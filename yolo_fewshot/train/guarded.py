@@ -123,7 +123,7 @@ class GuardedTrainer(BaseTrainer):
             FloatingPointError: If they are not finite and `nonfinite=raise`, or in `nonfinite_limit` steps in a row.
         """
         self.scaler.unscale_(self.optimizer)
-        if self.guard.clip(self.args.grad_clip, self.loss_scale, self.loss):
+        if self.guard.clip(getattr(self.args, "grad_clip", None), self.loss_scale, self.loss):
             self.scaler.step(self.optimizer)
             self._finite_tloss = self.tloss
             if self.ema:
@@ -149,9 +149,10 @@ class GuardedTrainer(BaseTrainer):
         text = f"Non-finite {diagnosis}"
         if restored:
             text += f" Weights of {', '.join(restored)} were taken from the moving average."
-        if self.args.nonfinite == "raise":
+        if getattr(self.args, "nonfinite", None) == "raise":
             raise FloatingPointError(f"{text} Training stops because of nonfinite=raise.")
-        limit, row = self.args.nonfinite_limit or table.KEYS["nonfinite_limit"].default, self.guard.in_a_row
+        limit = getattr(self.args, "nonfinite_limit", None) or table.KEYS["nonfinite_limit"].default
+        row = self.guard.in_a_row
         if row >= limit:
             raise FloatingPointError(
                 f"{text} Training stops after {row} such steps in a row (nonfinite_limit={limit}); last.pt has the "

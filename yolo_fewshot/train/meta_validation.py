@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -237,7 +238,8 @@ class MetaValidation:
             size = torch.tensor(batch["img"].shape[:1:-1]).repeat(2)  # width, height, twice
             boxes, image, target = xywh2xyxy(batch["bboxes"]) * size, batch["batch_idx"], batch["cls"].view(-1)
             n_gt += torch.bincount(place[target.long()], minlength=len(n_gt))
-            limits = {"conf_thres": CONF, "iou_thres": IOU_NMS, "max_det": MAX_DET}
+            # After a time limit Ultralytics drops the detections of the remaining images.
+            limits = {"conf_thres": CONF, "iou_thres": IOU_NMS, "max_det": MAX_DET, "max_time_img": math.inf}
             found = non_max_suppression(preds, **limits, classes=list(self.classes), multi_label=True, end2end=end2end)
             for i, x in enumerate(found):
                 x = x.cpu()

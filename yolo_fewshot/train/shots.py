@@ -75,6 +75,21 @@ class ShotStage(Stage):
         self.args = trainer.args
         self.datasets = [data, *([check_det_dataset(self.args.base_replay)] if self.args.base_replay else [])]
 
+    def check_batch(self) -> None:
+        """Refuse a batch without room for the other images.
+
+        Raises:
+            ValueError: If there are base or background images, and the batch of a process has one image.
+        """
+        keys = " and ".join(f"{k}=" for k in ("base_replay", "background") if vars(self.args).get(k))
+        processes = max(self.trainer.world_size, 1)
+        if keys and self.trainer.batch_size < 2 * processes:
+            gpus = f" on {processes} GPUs" if processes > 1 else ""
+            raise ValueError(
+                f"'batch={self.trainer.batch_size}'{gpus} has no room for the images of {keys}, which make half of "
+                f"each batch. Set batch={2 * processes} or more, or leave {keys} out."
+            )
+
     def build_dataset(self, build: Callable[..., YOLODataset], img_path: str, mode: str, batch: int | None) -> Dataset:
         """Return a data set with the class indices of the model, in training the shots and the other images.
 
@@ -111,12 +126,12 @@ class ShotStage(Stage):
         raise NotImplementedError
 
     def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
-        """Return a loader of shots and other images with `steps` / `epochs` batches, and log the settings."""
+        """Return a loader of shots and other images with `steps` / `epochs` batches, rounded up; log the settings."""
         a, dataset, processes = self.args, loader.dataset, max(self.trainer.world_size, 1)
         shots, others = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
         steps = a.steps or steps_for(shots, batch_size * processes)
-        self._log_settings(dataset, steps)
         batches, rank = -(-steps // a.epochs), max(RANK, 0)
+        self._log_settings(dataset, batches * a.epochs)
         sampler = AdaptSampler(shots, others, batch_size, batches, a.seed, rank, processes)
         return self._resampled(loader, dataset, sampler, batch_size)
 

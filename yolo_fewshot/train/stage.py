@@ -34,8 +34,10 @@ class Stage:
 
     Attributes:
         keys (frozenset[str]): Our configuration keys that have an effect.
-        seeded_epochs (bool): Whether each epoch starts from a random state of its own, so that a resumed run repeats
-            the epochs of an uninterrupted one.
+        seeded_epochs (bool): Whether each epoch draws its images with a seed of its own, so that a resumed run has the
+            batches of an uninterrupted one. In stage 2 their augmentation is the same, too; in stage 3 only without
+            loader processes (`workers=0`), and without mosaic, which mixes in images that were loaded shortly before
+            (with `cache=ram` any images, and the same ones again).
         blends (bool): Whether the final weights are interpolated, so that the checkpoints record the metrics of the
             final validation.
         trainer (DetectionTrainer): Trainer of the run.

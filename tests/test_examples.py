@@ -191,7 +191,7 @@ def test_a_notebook_runs(name, tmp_path, monkeypatch, demo):
     monkeypatch.setenv("YOLO_VERBOSE", "")  # which a notebook sets
     train = YOLO.train
     share = {"fewshot-demo.yaml": 0.2}  # of the base images
-    monkeypatch.setattr(YOLO, "train", lambda self, **x: train(self, **x, fraction=share.get(x["data"], 1.0)))
+    monkeypatch.setattr(YOLO, "train", lambda self, *a, **x: train(self, *a, **x, fraction=share.get(x["data"], 1.0)))
     code = ["".join(x["source"]) for x in cells(EXAMPLES / f"{name}.ipynb")]
     used = {"__name__": "notebook"}
     exec(code[0], used)

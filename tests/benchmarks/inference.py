@@ -1,8 +1,8 @@
-"""Speed of few-shot models against stock ones of the same family and class count, and of enrollment.
+"""Speed of few-shot and grafted models against stock ones of the same family, and of enrollment.
 
     python tests/benchmarks/inference.py
 
-Stock and few-shot forward passes alternate in one run. Prints medians and ratios of medians.
+Forward passes of the models alternate in one run. Prints medians and ratios of medians, and FLOPs of grafted models.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import cv2
 import numpy as np
 import torch
 from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.torch_utils import get_flops
 
 from yolo_fewshot.data.support import read_support
 from yolo_fewshot.enroll.enroll import enroll
+from yolo_fewshot.nn.graft import new_graft, unite
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
 
@@ -58,6 +60,22 @@ def inference(family: str, imgsz: int = 320, nc: int = 100) -> None:
         compare({name: lambda m=models[name]: m(x) for name in pair})
 
 
+@torch.inference_mode()
+def grafts(scale: str, time_it: bool, imgsz: int = 640) -> None:
+    """Compare a detector of 80 classes with the same after seven more were grafted onto it."""
+    stock = DetectionModel(f"{scale}.yaml", nc=80, verbose=False).eval()
+    models = {"stock": stock}
+    for part in ("head", "neck", "all"):
+        models[f"graft={part}"] = unite(new_graft(stock, [f"new{i}" for i in range(7)], part)).eval()
+    models = {name: m.fuse(verbose=False) for name, m in models.items()}
+    flops = {name: get_flops(m, imgsz) for name, m in models.items()}
+    ratios = ", ".join(f"{name} {v / flops['stock']:.2f}" for name, v in flops.items())
+    print(f"{scale}, one image of {imgsz} x {imgsz}, FLOPs: {ratios}")
+    if time_it:
+        x = torch.rand(1, 3, imgsz, imgsz)
+        compare({name: lambda m=m: m(x) for name, m in models.items()}, repeats=20)
+
+
 def enrollment(classes: int = 20, shots: int = 5, imgsz: int = 320) -> None:
     """Time enrollment from images with one shot each."""
     rng = np.random.default_rng(0)
@@ -82,4 +100,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     for family in ("yolo11n", "yolov8n", "yolo26n"):
         inference(family)
+    for scale in ("yolo11n", "yolo11m", "yolov8n", "yolo26n"):
+        grafts(scale, time_it=scale == "yolo11n")
     enrollment()

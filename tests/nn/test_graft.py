@@ -121,7 +121,7 @@ def test_a_copy_starts_with_the_weights_of_the_detector_and_fresh_rows():
     assert all(p.requires_grad for p in copy.parameters() if p.ndim == 4)
 
 
-@pytest.mark.parametrize(("part", "shared"), [("head", range(23)), ("neck", range(11)), ("all", [])])
+@pytest.mark.parametrize(("part", "shared"), [("head", range(23)), ("neck", range(10)), ("all", [])])
 def test_what_is_shared(detector, part, shared):
     copy = new_graft(detector, ["cat"], part)
     assert copy.graft["shared"] == list(shared)
@@ -131,6 +131,14 @@ def test_what_is_shared(detector, part, shared):
     rows = 3 * (64 + 1) * (1 + 4)
     total = sum(p.numel() for p in detector.parameters())
     assert sum(p.numel() for p in grafted.parameters()) == total + own + rows - 16  # of the DFL, which all levels share
+
+
+@pytest.mark.parametrize(("cfg", "shared"), [(f, 9 if "12" in f else 10) for f in FAMILIES])
+def test_what_follows_sppf_in_the_backbone_is_copied_with_the_neck(cfg, shared):
+    model = network(cfg)
+    assert new_graft(model, ["cat"], "neck").graft["shared"] == list(range(shared))
+    own = [type(m).__name__ for m in model.model[shared : len(model.yaml["backbone"])]]
+    assert own == {"yolo11n.yaml": ["C2PSA"], "yolov10n.yaml": ["PSA"], "yolo26n.yaml": ["C2PSA"]}.get(cfg, [])
 
 
 @pytest.mark.parametrize("cfg", FAMILIES)
@@ -195,7 +203,7 @@ def test_training_a_copy_further_changes_its_levels_alone(detector, part):
 def test_a_further_graft_shares_what_other_levels_read(detector):
     once = unite(new_graft(detector, ["cat"], "neck"))
     copy = old_graft(once, level_groups(once)[1])
-    assert copy.graft["shared"] == list(range(11)) and copy.graft["layers"][11:-1] == list(range(23, 35))
+    assert copy.graft["shared"] == list(range(10)) and copy.graft["layers"][10:-1] == list(range(23, 36))
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -302,7 +302,7 @@ def test_objects_of_known_classes_are_background(root, monkeypatch):
     monkeypatch.setattr(LOGGER, "info", lambda x: logged.append(str(x)))
     trainer = built(root)
     assert any("blue, green: classes of the model, whose objects" in x and "background" in x for x in logged)
-    assert any("layers of their own for red, black; 11 of 24 layers are shared" in x for x in logged)
+    assert any("layers of their own for red, black; 10 of 24 layers are shared" in x for x in logged)
     dataset = trainer.get_dataloader(trainer.data["train"], 4, -1).dataset
     assert isinstance(dataset, ShotsAndBase) and len(dataset) == 8
     assert [x["cls"].ravel().tolist() for x in dataset.labels] == [[], [], [0], [1]] * 2

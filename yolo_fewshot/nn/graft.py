@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from ultralytics.nn.modules.block import SPPF
 from ultralytics.nn.modules.head import Detect, v10Detect
 from ultralytics.nn.tasks import BaseModel, DetectionModel
 from ultralytics.utils.loss import E2ELoss
@@ -129,7 +130,8 @@ def new_graft(source: Any, names: Iterable[str], part: str) -> GraftModel:
     Args:
         source (DetectionModel): Detector.
         names (Iterable[str]): Names of the n new classes.
-        part (str): What the new classes get of their own: 'head'; 'neck', and the head; or 'all' layers.
+        part (str): What the new classes get of their own: 'head'; 'neck', i.e. what follows SPPF, the last layer of the
+            backbone that is shared, so with the attention of YOLO11 (C2PSA), and the head; or 'all' layers.
 
     Returns:
         (GraftModel): The copy; layers that it shares with the detector are in `graft["shared"]`.
@@ -141,7 +143,8 @@ def new_graft(source: Any, names: Iterable[str], part: str) -> GraftModel:
     model, layers = _subnetwork(source, level_groups(source)[0].levels)
     backbone = sum(i < len(source.yaml["backbone"]) for i in layers)
     entry = int(isinstance(model.model[0], nn.Identity))  # of a detector that a whole network was grafted onto
-    shared = {"head": len(layers) - 1, "neck": backbone, "all": entry}[part]
+    neck = max((k + 1 for k in range(backbone) if isinstance(model.model[k], SPPF)), default=backbone)
+    shared = {"head": len(layers) - 1, "neck": neck, "all": entry}[part]
     _fresh_rows(model, list(names))
     return _as_graft(model, source, layers, list(range(shared)), None)
 

@@ -62,7 +62,7 @@ KEYS: dict[str, Key] = {
     "graft": Key(
         str,
         "neck",
-        "what the new classes of stage 3 get of their own: head, neck (and head), or all layers; none: nothing",
+        "what the new classes of stage 3 get of their own: head, neck (and head, C2PSA), or all layers; none: nothing",
         choices=("head", "neck", "all", "none"),
     ),
     "base_replay": Key(str, None, "data.yaml whose train images make half of each batch of stage 3"),

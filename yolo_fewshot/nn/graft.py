@@ -130,8 +130,8 @@ def new_graft(source: Any, names: Iterable[str], part: str) -> GraftModel:
     Args:
         source (DetectionModel): Detector.
         names (Iterable[str]): Names of the n new classes.
-        part (str): What the new classes get of their own: 'head'; 'neck', i.e. what follows SPPF, the last layer of the
-            backbone that is shared, so with the attention of YOLO11 (C2PSA), and the head; or 'all' layers.
+        part (str): What the new classes get of their own: 'head'; 'neck', with the head and what follows SPPF in the
+            backbone (C2PSA in YOLO11); or 'all' layers.
 
     Returns:
         (GraftModel): The copy; layers that it shares with the detector are in `graft["shared"]`.

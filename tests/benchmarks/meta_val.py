@@ -49,10 +49,10 @@ def ordered(points: list[Point]) -> tuple[int, int]:
 
 def plot(points: list[Point], file: Path) -> None:
     """Plot the novel classes against the kept-out ones; models after stage 1 are hollow."""
-    fig, ax = plt.subplots(figsize=(7, 5), tight_layout=True)
+    fig, ax = plt.subplots(figsize=(9.5, 5), tight_layout=True)
     for i, data in enumerate(dict.fromkeys(p.data for p in points)):
         same = sorted((p for p in points if p.data == data), key=lambda p: p.meta)
-        style = {"marker": "osD^vP*X"[i], "color": f"C{i}"}
+        style = {"marker": "osD^vP*Xhp<"[i], "color": f"C{i}"}
         ax.plot([p.meta for p in same], [p.novel for p in same], lw=0.6, color=f"C{i}")
         ax.plot([], [], lw=0, **style, label="{}: {} of {}".format(data, *ordered(same)))
         for p in same:
@@ -60,7 +60,8 @@ def plot(points: list[Point], file: Path) -> None:
     right, n = ordered(points)
     ax.set(xlabel="AP50 of the classes that meta_val keeps out", ylabel="mAP50 of the novel classes")
     ax.set_title(f"{right} of {n} pairs of models in the same order", fontsize=10)
-    ax.legend(fontsize=7, title="pairs in the same order (hollow: after stage 1)", title_fontsize=7)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1)}
+    ax.legend(fontsize=7, title="pairs in the same order (hollow: after stage 1)", title_fontsize=7, **beside)
     ax.margins(0.12)
     fig.savefig(file, dpi=150)
     plt.close(fig)

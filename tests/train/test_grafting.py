@@ -124,7 +124,7 @@ def test_the_result_is_a_stock_detector_with_old_and_new_classes(root, run):
 
 
 def test_training_is_in_the_memory_format_that_is_fast_and_the_file_in_the_usual_one(run):
-    trained, saved = run.model.model[13].m[0].cv1.conv.weight, model_of(run.best).model[25].m[0].cv1.conv.weight
+    trained, saved = run.model.model[13].m[0].cv1.conv.weight, model_of(run.best).model[26].m[0].cv1.conv.weight
     assert trained.is_contiguous(memory_format=torch.channels_last) and not trained.is_contiguous()
     assert all(x.is_contiguous() for x in model_of(run.best).state_dict().values())
     assert saved.shape == trained.shape
@@ -138,8 +138,8 @@ def test_without_validation_both_files_have_the_last_weights(run):
 def test_the_new_layers_are_those_that_were_trained(run):
     model, copy = model_of(run.best).float(), run.ema.ema
     assert isinstance(copy, GraftModel) and list(copy.names.values()) == ["red", "black"]
-    for k in range(11, 23):  # the neck
-        for a, b in zip(copy.model[k].parameters(), model.model[k + 12].parameters()):
+    for k in range(10, 23):  # C2PSA and the neck
+        for a, b in zip(copy.model[k].parameters(), model.model[k + 13].parameters()):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)  # half precision
     moved = [not torch.equal(a, b) for a, b in zip(copy.model[13].parameters(), model.model[13].parameters())]
     assert any(moved)
@@ -148,12 +148,12 @@ def test_the_new_layers_are_those_that_were_trained(run):
 def test_the_shared_layers_compute_the_same_after_training_without_batchnorm(root, run):
     source, copy = model_of(root / "stock.pt").float().eval(), run.model.eval()
     ours = theirs = torch.rand(2, 3, 64, 64)
-    for k in range(11):
+    for k in range(10):
         ours, theirs = copy.model[k](ours), source.model[k](theirs)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert not [m for m in copy.model[k].modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert [m for m in copy.model[13].modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert not any(p.requires_grad for k in range(11) for p in copy.model[k].parameters())
+    assert not any(p.requires_grad for k in range(10) for p in copy.model[k].parameters())
 
 
 @pytest.mark.parametrize("part", ["head", "all"])
@@ -194,7 +194,7 @@ def test_weights_beyond_half_precision_stay_exact(root, tmp_path):
     torch.save({"model": model, "train_args": {}}, tmp_path / "exact.pt")
     grafted = model_of(graft(root, "exact", model=str(tmp_path / "exact.pt")).best)
     assert_old_layers_are_those_of(model, grafted, 3)
-    assert {p.dtype for p in grafted.model[25].parameters()} == {torch.float16}  # what was trained
+    assert {p.dtype for p in grafted.model[26].parameters()} == {torch.float16}  # what was trained
 
 
 def test_a_few_shot_checkpoint_is_folded_first(root):
@@ -254,12 +254,12 @@ def test_a_second_graft_and_further_training_of_the_first(root, run):
     assert again.names == second.names and [g.classes for g in level_groups(again)] == [[0, 1, 2], [3, 4], [5]]
     a, b = again.state_dict(), second.state_dict()
     changed = {
-        k.split(".")[1] if k.split(".")[1] != "35" else ".".join(k.split(".")[2:4])
+        k.split(".")[1] if k.split(".")[1] != "36" else ".".join(k.split(".")[2:4])
         for k in a
         if not torch.equal(a[k], b[k])
     }
-    assert changed <= {*map(str, range(23, 35)), "cv2.3", "cv2.4", "cv2.5", "cv3.3", "cv3.4", "cv3.5"}
-    assert {"25", "cv2.3", "cv3.5"} <= changed
+    assert changed <= {*map(str, range(23, 36)), "cv2.3", "cv2.4", "cv2.5", "cv3.3", "cv3.4", "cv3.5"}
+    assert {"23", "26", "cv2.3", "cv3.5"} <= changed
 
 
 def test_further_training_needs_shots_of_all_classes_of_the_layers(root, run):
@@ -373,7 +373,7 @@ def test_ignore_regions_apply(root):
 def test_frozen_layers_of_the_users_own_are_frozen_as_well(root):
     trainer = built(root, freeze=13)
     assert trainer.args.freeze == list(range(13))
-    assert built(root, freeze=[15]).args.freeze == [*range(11), 15]
+    assert built(root, freeze=[15]).args.freeze == [*range(10), 15]
     assert built(root, graft="head").args.freeze == list(range(23))
 
 

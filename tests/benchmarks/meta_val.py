@@ -60,8 +60,8 @@ def plot(points: list[Point], file: Path) -> None:
     right, n = ordered(points)
     ax.set(xlabel="AP50 of the classes that meta_val keeps out", ylabel="mAP50 of the novel classes")
     ax.set_title(f"{right} of {n} pairs of models in the same order", fontsize=10)
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1)}
-    ax.legend(fontsize=7, title="pairs in the same order (hollow: after stage 1)", title_fontsize=7, **beside)
+    title = "pairs in the same order (hollow: after stage 1)"
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=7, title=title, title_fontsize=7)
     ax.margins(0.12)
     fig.savefig(file, dpi=150)
     plt.close(fig)

@@ -17,7 +17,7 @@ ORDER = [
     {"plots"},
     {"train", "yolo"},
     {"evaluate"},
-    {"demo", "studio"},
+    {"demo", "pseudo_labels", "studio"},
     {"cli"},
     {"plugin"},
 ]

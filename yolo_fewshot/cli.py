@@ -119,6 +119,17 @@ def benchmark(**kwargs: Any) -> None:
     benchmark(**_as_text(kwargs, {"data", "model", "stock", "stage1", "base_val", "published", "out"}))
 
 
+def label(**kwargs: Any) -> None:
+    """Label the unlabeled images in which a detector is most confident, as further shots.
+
+    Args:
+        **kwargs (Any): Arguments of `yolo_fewshot.pseudo_labels.pseudo_label`.
+    """
+    from yolo_fewshot.pseudo_labels import pseudo_label
+
+    pseudo_label(**_as_text(kwargs, {"model", "data", "source", "out"}))
+
+
 def studio(
     model: str, folder: str = "studio", source: str | None = None, host: str = "127.0.0.1", port: int = 0, **kwargs: Any
 ) -> None:
@@ -230,6 +241,23 @@ COMMANDS = {
             "nms": "False if YOLO26 will predict with nms=False, for the suggested thresholds",
         },
         "yolo-fewshot enroll model=yolo11n.pt support=shots.yaml background=street save=site-a.pt",
+    ),
+    "label": Command(
+        label,
+        "label the unlabeled images in which a detector is most confident, as further shots",
+        {
+            "model": "checkpoint that knows the classes, e.g. the best.pt of stage 3",
+            "data": "data.yaml of the shots, whose classes are looked for",
+            "source": "folder or .txt list of unlabeled images",
+            "out": "folder to write",
+        },
+        {
+            "conf": "minimum confidence of the best object of an image (0.5)",
+            "top": "maximum number of images of a class (10)",
+            "imgsz": "image size (that of training)",
+            "device": "device, e.g. 0 or cpu",
+        },
+        "yolo-fewshot label model=runs/detect/scooter/weights/best.pt data=shots.yaml source=unlabeled out=more",
     ),
     "split": Command(
         split,

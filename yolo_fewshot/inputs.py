@@ -70,6 +70,29 @@ def check_writable(key: str, path: str | Path, folder: bool = True) -> None:
         raise PermissionError(f"'{key}={path}' cannot be written: {e.strerror} in {exists}. Name another place.") from e
 
 
+def new_folder(out: str | Path) -> Path:
+    """Return the folder to write, which must be new or empty.
+
+    Args:
+        out (str | Path): Value of `out=`.
+
+    Returns:
+        (Path): Its absolute path.
+
+    Raises:
+        FileNotFoundError: If the folder above it does not exist.
+        PermissionError: If writing there fails.
+        ValueError: If it is a file, or a folder that is not empty.
+    """
+    path = Path(out).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"'out={out}' exists and is not empty. Name a new folder: nothing is overwritten.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"'out={out}' is in a folder that does not exist. Create {path.parent} first.")
+    check_writable("out", out)
+    return path
+
+
 def check_project(args: dict[str, Any], task: str) -> None:
     """Check that a run can write its folder, if `project` names one.
 

@@ -476,7 +476,7 @@ def test_errors_of_a_coco_json(boxes, data, tmp_path):
     fails(ValueError, "val.json is not a COCO json of boxes: JSONDecodeError")
 
 
-@pytest.mark.parametrize("name", ["_save_image", "_sha256", "YAML.save", "json.dumps"])
+@pytest.mark.parametrize("name", ["_save_image", "sha256", "YAML.save", "json.dumps"])
 @pytest.mark.parametrize("empty", [True, False])
 def test_a_failure_in_the_middle_leaves_nothing(name, empty, data, tmp_path, monkeypatch):
     if empty:
@@ -493,8 +493,8 @@ def test_a_failure_in_the_middle_leaves_nothing(name, empty, data, tmp_path, mon
         return stock(*args, **kwargs)
 
     monkeypatch.setattr(splits, "NUM_THREADS", 8)
-    if name == "_sha256":
-        monkeypatch.setattr(splits, "_sha256", lambda x: fail(x) if ".part" in str(x) else stock(x))
+    if name == "sha256":
+        monkeypatch.setattr(splits, "sha256", lambda x: fail(x) if ".part" in str(x) else stock(x))
     else:
         monkeypatch.setattr(owner, attribute, fail)
     with pytest.raises(OSError, match="disk full"):

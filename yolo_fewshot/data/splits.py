@@ -22,7 +22,7 @@ from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.data.support import MIN_SIDE, list_images
 from yolo_fewshot.errors import few
-from yolo_fewshot.inputs import check_writable, check_yaml_file
+from yolo_fewshot.inputs import check_yaml_file, new_folder
 from yolo_fewshot.paths import cfg_dir
 
 
@@ -85,7 +85,7 @@ def split(
     Examples:
         >>> split("VOC.yaml", "voc-split1.yaml", "voc1")
     """
-    counts, target, chosen = shot_counts(shots), _new_folder(out), _novel_names(novel)
+    counts, target, chosen = shot_counts(shots), new_folder(out), _novel_names(novel)
     if type(seeds) is not int or seeds < 1:
         raise ValueError(f"'seeds={seeds}' is an invalid value. It must be an int of at least 1, the number of draws.")
     if Path(data).suffix.lower() == ".json":
@@ -140,17 +140,6 @@ def shot_counts(shots: Any) -> list[int]:
     if not values or not all(x.isdecimal() and int(x) for x in values):
         raise ValueError(f"'shots={shots}' is an invalid value. It must be ints of at least 1, e.g. shots=1,3,5,10.")
     return sorted({int(x) for x in values})
-
-
-def _new_folder(out: str | Path) -> Path:
-    """Return the absolute path of the folder to write, which must be new or empty."""
-    path = Path(out).resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"'out={out}' exists and is not empty. Name a new folder: nothing is overwritten.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"'out={out}' is in a folder that does not exist. Create {path.parent} first.")
-    check_writable("out", out)
-    return path
 
 
 def _novel_names(novel: Any) -> list[str]:
@@ -281,7 +270,7 @@ def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Ima
                 rows[:, 0] = ids[rows[:, 0].astype(int)]
                 # Sorted, so that the split does not depend on the order of the labels.
                 rows = np.unique(rows[(rows[:, 3:5] > 0).all(1)], axis=0)
-                images.append(Image(file, _unique_name(file, taken, copies), shape, digest, rows))
+                images.append(Image(file, unique_name(file, taken, copies), shape, digest, rows))
             if not images:
                 raise ValueError(f"No usable image in {key}: {few(left_out, '; ') or 'it lists none'}.")
             read.append(images)
@@ -297,16 +286,32 @@ def _read_image(task: Task) -> tuple[Any, Any, str, str]:
     if labels.error:
         return None, None, "", labels.error
     rows = np.pad(labels.boxes.astype(float), ((0, 0), (0, 1))) if rows is None else rows
-    return rows.round(6), labels.shape, _sha256(Path(file)), ""
+    return rows.round(6), labels.shape, sha256(Path(file)), ""
 
 
-def _sha256(file: Path) -> str:
-    """Return the SHA-256 of a file."""
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Args:
+        file (Path): File.
+
+    Returns:
+        (str): 64 hexadecimal digits.
+    """
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _unique_name(file: str, taken: set[str], copies: Counter[str]) -> str:
-    """Return the name of an image, with a number if its stem, which names the label file, is taken."""
+def unique_name(file: str, taken: set[str], copies: Counter[str]) -> str:
+    """Return the name of an image, with a number if its stem, which names the label file, is taken.
+
+    Args:
+        file (str): Path of the image.
+        taken (set[str]): Stems that are taken, casefolded; the new one is added.
+        copies (Counter[str]): Number of names that were numbered, by stem; changed in place.
+
+    Returns:
+        (str): File name.
+    """
     stem, suffix = os.path.splitext(os.path.basename(file).lstrip("."))  # hidden files are not listed
     name = stem
     while name.casefold() in taken:
@@ -450,7 +455,7 @@ def _save(target: Path, views: dict[str, View], yamls: dict[str, tuple[str, dict
                 pool.join()  # after a failure others may still be writing
         for name, (comment, content) in yamls.items():
             YAML.save(part / name, content, f"# {comment}\n")
-            files[name] = _sha256(part / name)
+            files[name] = sha256(part / name)
         text = json.dumps(manifest | {"files": files}, indent=1, ensure_ascii=False)
         (part / "fewshot.json").write_text(text, encoding="utf-8")
         if target.exists():
@@ -502,4 +507,4 @@ def _save_image(task: tuple[Path, str, Image, np.ndarray]) -> tuple[dict[str, st
         files[f"ignore/{folder}/{stem}.txt"] = [b for b, x in zip(boxes, labeled) if not x]
     for name, lines in files.items():
         (part / name).write_bytes("".join(f"{x}\n" for x in lines).encode())
-    return {image: p.digest} | {name: _sha256(part / name) for name in files}, how
+    return {image: p.digest} | {name: sha256(part / name) for name in files}, how

@@ -153,12 +153,13 @@ def read_support(
     return Support(names, labels, False, source, data.get("channels") or channels, ignore_folder(data))
 
 
-def read_background(source: str | Path, channels: int = 3) -> Support:
+def read_background(source: str | Path, channels: int = 3, key: str = "background") -> Support:
     """Read images without an object of the classes to enroll; label files are not read.
 
     Args:
         source (str | Path): Folder, .txt list of images, or image.
         channels (int): Channels of the images.
+        key (str): Name of the argument, for errors.
 
     Returns:
         (Support): The images, as a support set without boxes.
@@ -167,18 +168,18 @@ def read_background(source: str | Path, channels: int = 3) -> Support:
         FileNotFoundError: If the source, or an image that it lists, does not exist.
         ValueError: If there are no images, or one is corrupt.
     """
-    files = _background_images(source)
+    files = _background_images(source, key)
     return Support({}, _verify(files, [""] * len(files), sys.maxsize, (0, 0)), False, Path(source), channels)
 
 
-def _background_images(source: str | Path) -> list[str]:
-    """Return the images of `background=`."""
+def _background_images(source: str | Path, key: str = "background") -> list[str]:
+    """Return the images of an argument such as `background=`."""
     path = Path(os.path.abspath(source))
     if not path.exists():
-        raise FileNotFoundError(f"background='{source}' does not exist. It is a folder or a .txt list of images.")
+        raise FileNotFoundError(f"{key}='{source}' does not exist. It is a folder or a .txt list of images.")
     files = list_images(path) if path.is_dir() or path.suffix.lower() == ".txt" or _is_image(path.name) else []
     if not files:
-        raise ValueError(f"background='{source}' has no images. It is a folder or a .txt list of images.")
+        raise ValueError(f"{key}='{source}' has no images. It is a folder or a .txt list of images.")
     return list(dict.fromkeys(files))
 
 

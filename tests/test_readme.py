@@ -79,7 +79,7 @@ def folder(tmp_path, monkeypatch, trained):
     for name in ("shots.yaml", "novel_5shot.yaml"):
         YAML.save(name, {**write_data(tmp_path / name[:-5], ["scooter", "bus"], 5)})
     cv2.imwrite("street.jpg", cv2.resize(cv2.imread("base/images/val/0000.png"), (160, 120)))
-    for name in ("images", "photos", "street"):
+    for name in ("images", "photos", "street", "unlabeled"):
         shutil.copytree("base/images/val", name)
     for name in ("steel", "runways", "neu_det"):  # K-shot lists without base classes
         shots = write_data(tmp_path / name, ["crack", "hole"], 4)
@@ -122,6 +122,7 @@ def run(words, folder):
             "demo": quick[:1],
             "enroll": quick[:1],
             "benchmark": short,
+            "label": [*quick[:1], "conf=0.0001"],  # the training before has two steps
             "doctor": [*quick, "episodes=2", "n_way=2"],
             "studio": ["imgsz=64"],
         }

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torchvision.ops import nms
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.engine.results import Boxes, Results
@@ -91,7 +92,7 @@ def pseudo_label(
     settings |= {"imgsz": imgsz} if imgsz else {}
     found = {}
     for file in TQDM(files, desc="Looking for objects..."):  # not as a list, of which Ultralytics reads all at once
-        boxes = yolo.predict(imread(file), **settings)[0].boxes.cpu()
+        boxes = yolo.predict(file, **settings)[0].boxes.cpu()
         found[file] = boxes[nms(boxes.xyxy, boxes.conf, IOU)]  # an object has one class
     chosen = _most_confident(found, classes, conf, top)
     if not chosen:
@@ -180,7 +181,8 @@ def _save(
             labels = [classes[int(c)] for c in boxes.cls]
             rows = [f"{c} {' '.join(f'{v:.6f}' for v in b)}\n" for c, b in zip(labels, boxes.xywhn.tolist())]
             (part / "labels" / f"{stem}.txt").write_text("".join(rows))
-            Results(imread(file), file, names, boxes.data).save(str(part / "check" / f"{stem}.jpg"))
+            image = np.ascontiguousarray(imread(file)[..., :3])  # of multispectral ones the first three channels
+            Results(image, file, names, boxes.data).save(str(part / "check" / f"{stem}.jpg"))
             counts.update(labels)
         YAML.save(part / "data.yaml", content, "# Shots, and images that a detector has labeled\n")
         if target.exists():

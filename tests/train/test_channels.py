@@ -9,6 +9,7 @@ from ultralytics.utils import YAML
 
 from yolo_fewshot import FewShotTrainer, FewShotYOLO
 from yolo_fewshot.enroll.replay import base_support
+from yolo_fewshot.pseudo_labels import pseudo_label
 
 FEW = {"epochs": 1, "imgsz": 64, "workers": 0, "warmup_epochs": 0, "optimizer": "AdamW"}
 
@@ -68,6 +69,18 @@ def test_the_best_model_validates_enrolls_and_predicts(stages, gray, tmp_path):
     model.save(tmp_path / "saved.pt")
     again = YOLO(tmp_path / "saved.pt").predict(str(gray / "images/val/00.png"), imgsz=64, conf=0.0, verbose=False)
     np.testing.assert_allclose(again[0].boxes.conf, found[0].boxes.conf, atol=1e-4)
+
+
+def test_unlabeled_gray_images_get_labels(stages, gray, tmp_path):
+    (tmp_path / "unlabeled").mkdir()
+    for i in range(3):
+        image = np.random.default_rng(i).integers(0, 256, (64, 64), np.uint8)
+        assert cv2.imwrite(str(tmp_path / "unlabeled" / f"{i}.png"), image)
+    data = pseudo_label(
+        stages[1].best, gray / "data.yaml", tmp_path / "unlabeled", tmp_path / "more", conf=1e-6, imgsz=64
+    )
+    assert YAML.load(data)["channels"] == 1 and len(list((tmp_path / "more" / "labels").iterdir())) == 3
+    assert cv2.imread(str(tmp_path / "more" / "check" / "0.jpg")).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("graft", ["none", "neck"])

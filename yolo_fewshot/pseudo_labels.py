@@ -130,14 +130,11 @@ def _classes(known: dict[int, str], names: dict[int, str], model: Any, data: Any
 def _new_images(files: list[str], info: dict[str, Any]) -> list[str]:
     """Return the images that are no copies of labeled ones, nor of each other."""
     splits = [x for k in ("train", "val", "test") for x in _paths(info.get(k))]
-    seen = {sha256(Path(x)) for p in splits for x in list_images(Path(p)) if os.path.isfile(x)}
-    labeled, kept = set(seen), []
-    for x in files:
-        digest = sha256(Path(x))
-        if digest not in seen:
-            kept.append(x)
-        seen.add(digest)
-    copies = [x for x in files if sha256(Path(x)) in labeled]
+    labeled = {sha256(Path(x)) for p in splits for x in list_images(Path(p)) if os.path.isfile(x)}
+    digests = {x: sha256(Path(x)) for x in files}
+    first = {digest: x for x, digest in reversed(digests.items())}
+    kept = [x for x, digest in digests.items() if digest not in labeled and first[digest] == x]
+    copies = [x for x, digest in digests.items() if digest in labeled]
     if copies:
         LOGGER.warning(f"{len(copies)} images are also those of the data.yaml, and left out: {few(copies)}.")
     if not kept:

@@ -22,8 +22,9 @@ from ultralytics.utils.patches import imread
 
 from yolo_fewshot.class_names import check_unambiguous, match_classes
 from yolo_fewshot.data.splits import place, sha256, unique_name
-from yolo_fewshot.data.support import list_images, read_background
+from yolo_fewshot.data.support import read_background
 from yolo_fewshot.errors import few
+from yolo_fewshot.evaluate.novel_only import images_of
 from yolo_fewshot.inputs import check_checkpoint, check_yaml_file, new_folder
 from yolo_fewshot.yolo import FewShotYOLO
 
@@ -129,8 +130,8 @@ def _classes(known: dict[int, str], names: dict[int, str], model: Any, data: Any
 
 def _new_images(files: list[str], info: dict[str, Any]) -> list[str]:
     """Return the images that are no copies of labeled ones, nor of each other."""
-    splits = [x for k in ("train", "val", "test") for x in _paths(info.get(k))]
-    labeled = {sha256(Path(x)) for p in splits for x in list_images(Path(p)) if os.path.isfile(x)}
+    splits = [info[k] for k in ("train", "val", "test") if info.get(k)]
+    labeled = {sha256(Path(x)) for split in splits for x in images_of(split) if os.path.isfile(x)}
     digests = {x: sha256(Path(x)) for x in files}
     first = {digest: x for x, digest in reversed(digests.items())}
     kept = [x for x, digest in digests.items() if digest not in labeled and first[digest] == x]

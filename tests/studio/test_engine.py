@@ -418,6 +418,47 @@ def test_a_folder_and_a_video_are_read(start, shots, tmp_path):
     assert abs(middle.mean() - 8 * 14) < 4
 
 
+def test_its_own_and_hidden_files_are_no_source(start, shots, tmp_path):
+    studio = start(images=shots[:1])
+    for folder in (".git", "in"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(shots[1][0].read_bytes())
+    (tmp_path / "in" / ".b.png").write_bytes(shots[2][0].read_bytes())
+    keys = studio.add_source(tmp_path)
+    assert [studio.project.images[k].name for k in keys] == ["a.png"] and len(studio.project.images) == 2
+    with pytest.raises(ValueError, match="no images"):
+        studio.add_source(studio.project.folder)
+
+
+def test_an_image_may_be_removed_while_the_network_sees(start, shots, monkeypatch):
+    studio = start(images=shots[:4])
+    label_all(studio, shots[:2])
+    see, predict = studio._scenes.see, studio.yolo.predict
+    monkeypatch.setattr(studio._scenes, "see", lambda keys: studio.remove(studio.keys[3]) or see(keys))
+    with monkeypatch.context() as patch:
+        patch.setattr(studio, "remove", lambda key, remove=studio.remove: key in studio.project.images and remove(key))
+        studio.refresh()
+        assert {*studio.found} == {*studio.known} == {*studio.keys[:3]}
+        monkeypatch.undo()
+
+    def remove_first(file, **kwargs):
+        if studio.keys[2] in studio.project.images:
+            studio.remove(studio.keys[2])
+        return predict(file, **kwargs)
+
+    studio.known.clear()
+    monkeypatch.setattr(studio.yolo, "predict", remove_first)
+    assert {*studio._predict(studio.yolo, studio.keys[:3], set())} == {*studio.keys[:2]}
+    shots_of = studio._scenes.shots_of
+    monkeypatch.setattr(
+        studio._scenes,
+        "shots_of",
+        lambda image: (image.key == studio.keys[0] and studio.remove(image.key)) or shots_of(image),
+    )
+    studio.learn()
+    assert studio.learned.names == sorted({n for n, _ in shots[1][1]}, key=studio.project.names.index)
+
+
 def test_sources_without_images_are_errors(start, tmp_path):
     studio = start()
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -470,6 +511,15 @@ def test_the_trained_model_is_looked_at_and_kept(start, shots, tmp_path):
     shown = [x for k in studio.keys for x in studio.shown(k, trained=True, judged=True)]
     assert {x.name for x in shown if not x.known} and min(x.conf for x in shown) >= 2 * CONF_MIN
     assert names <= set(FewShotYOLO(studio.save(tmp_path / "out.pt", trained=True)).names.values())
+    before, added = dict(studio.trained), studio.add(shots[4][0].read_bytes(), "later.png")
+    studio.project.rename(studio.project.names[0], "another name")
+    studio.look()
+    assert studio.trained[added] and {k: studio.trained[k] for k in before} == before
+    assert names >= {x.name for x in studio.trained[added] if not x.known} and studio.trained.keys() > before.keys()
+    studio.remove(added)
+    studio.trained.clear()
+    studio.look()  # after the class was renamed
+    assert any(x.name in names and not x.known for k in studio.keys for x in studio.trained[k])
 
 
 def test_export_to_onnx(start, shots, tmp_path):

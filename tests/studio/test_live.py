@@ -270,6 +270,30 @@ def test_results_are_written_and_outdated(live):
     assert live.wait(WAIT) and not live.exported
 
 
+def test_a_result_that_is_outdated_while_it_is_made_is_not_done(live, monkeypatch):
+    key = labeled(live)
+    save, begun, labeled_more = live.studio.save, threading.Event(), threading.Event()
+
+    def slow(file, trained=False):
+        begun.set()
+        assert labeled_more.wait(WAIT)
+        save(file, trained)
+
+    monkeypatch.setattr(live.studio, "save", slow)
+    live.export("checkpoint")
+    assert begun.wait(WAIT)
+    live.label(key, "lamp", OTHER)
+    until(lambda: "lamp" in live.studio.learned.names and live._front.idle)
+    assert live.exported == {"model.pt": "busy"}
+    labeled_more.set()
+    assert live.wait(WAIT) and not live.exported
+
+
+def test_new_images_are_looked_at_by_the_trained_model(live):
+    live.add(file_of(seed=1), "b.png")
+    assert live.wait(WAIT) and "look" in live.studio.calls
+
+
 def test_what_a_crash_left_is_removed(tmp_path):
     detector = Detector(tmp_path / "project")
     for name in ("train", ".train-data"):

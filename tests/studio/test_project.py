@@ -139,6 +139,48 @@ def test_what_browsers_and_opencv_see_differently_is_converted(kind, mode, proje
         assert stored.mode == "RGB" and stored.format in {"PNG", "JPEG"}
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_an_image_of_16_bits_has_the_values_that_ultralytics_reads(kind, project):
+    values, buffer = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64), BytesIO()
+    Image.fromarray(values).save(buffer, kind)
+    key = project.add(buffer.getvalue(), "x-ray")
+    with Image.open(project.path(project.images[key])) as stored:
+        np.testing.assert_array_equal(np.asarray(stored)[..., 0], values // 256)
+    with Image.open(project.thumb(key)) as thumb:
+        assert abs(np.asarray(thumb).mean() - 127.5) < 2
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_an_image_of_32_bits_is_refused(dtype, project):
+    buffer = BytesIO()
+    Image.fromarray(np.full((48, 64), 300, dtype)).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="x.tif has 32 bits"):
+        project.add(buffer.getvalue(), "x.tif")
+
+
+def test_an_image_that_was_removed_can_be_labeled_again(project, tmp_path):
+    for _ in range(2):
+        key = project.add(file_of(), "a.png")
+        project.label(key, "scooter", BOX)
+        assert (project.folder / f"labels/{key}.txt").read_text() == "0 0.375000 0.500000 0.250000 0.500000\n"
+        project.archive(tmp_path / "labels.zip")
+        project.remove(key)
+        assert not list((project.folder / "labels").iterdir())
+
+
+def test_a_full_disk_is_remembered_until_all_is_saved(project, monkeypatch):
+    key = project.add(file_of(), "a.png")
+    assert not project.unsaved
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicPath, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space"):
+            project.label(key, "scooter", BOX)
+    assert project.unsaved
+    project.set_conf("scooter", 0.5)
+    assert not project.unsaved and "scooter" in (project.folder / "session.json").read_text()
+    assert (project.folder / f"labels/{key}.txt").exists()
+
+
 def test_the_same_content_is_stored_once(project):
     keys = {project.add(file_of(), name) for name in ("a.png", "b.png")}
     assert len(keys) == len(project.images) == 1

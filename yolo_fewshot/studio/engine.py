@@ -129,7 +129,7 @@ class Studio:
         """
         keys: list[str] = []
         try:
-            for file in files_of(source):
+            for file in files_of(source, but=self.project.folder):
                 try:
                     if is_video(file):
                         keys += self.add_video(file, file.name, frames)
@@ -451,12 +451,15 @@ class Studio:
         self._changed()
 
     def look(self) -> None:
-        """Find the classes with the trained model, if there is one."""
-        if not self.trained_file.exists():
+        """Find the classes with the trained model, if there is one, in the images it has not looked at."""
+        trained = self.trained  # `adopt` replaces it
+        keys = [k for k in list(self.project.images) if k not in trained]
+        if not keys or not self.trained_file.exists():
             return
-        yolo, keys = FewShotYOLO(self.trained_file), list(self.project.images)
-        self.trained = self._predict(yolo, keys, set(self.project.names))
-        self._trained_defaults = as_sure_as_of_shots(self.trained, list(self.project.images.values()))
+        yolo = FewShotYOLO(self.trained_file)
+        new = {*self.project.names, *map(str, yolo.names.values())} - set(self.own) | set(self.project.names)
+        trained |= self._predict(yolo, keys, new)
+        self._trained_defaults = as_sure_as_of_shots(trained, list(self.project.images.values()))
         self._changed()
 
     # Parts
@@ -474,17 +477,31 @@ class Studio:
         return FewShotYOLO(self.trained_file)
 
     def _see(self, keys: Sequence[str]) -> dict[str, Scene]:
-        """Return the scenes of images, and note what the detector's own classes find there."""
-        scenes = self._scenes.see(keys)
+        """Return the scenes of images that are not removed, and note what the detector's own classes find there."""
+        keys = [k for k in keys if k in self.project.images]
+        try:
+            scenes = self._scenes.see(keys)
+        except (KeyError, FileNotFoundError):
+            if all(k in self.project.images for k in keys):
+                raise
+            return self._see(keys)  # one was removed meanwhile
         unknown = [k for k in keys if k not in self.known]
         if unknown:
             self.known |= self._predict(self.yolo, unknown, set())
         return scenes
 
     def _predict(self, yolo: FewShotYOLO, keys: Sequence[str], new: set[str]) -> dict[str, list[Found]]:
-        """Return what a model finds in images; classes outside of `new` are its own."""
-        path, images = self.project.path, self.project.images
-        return {k: found_by(yolo, path(images[k]), self.imgsz, self.device, new) for k in keys}
+        """Return what a model finds in images that are not removed; classes outside of `new` are its own."""
+        found = {}
+        for key in keys:
+            image = self.project.images.get(key)
+            try:
+                if image is not None:
+                    found[key] = found_by(yolo, self.project.path(image), self.imgsz, self.device, new)
+            except FileNotFoundError:
+                if key in self.project.images:
+                    raise
+        return found
 
     def _gather(self) -> Lesson | None:
         """Return what there is to learn from, or None without a box."""
@@ -494,5 +511,10 @@ class Studio:
         labeled = [p for p in images if p.boxes]
         if not labeled:
             return None
-        shots = [self._scenes.shots_of(p) for p in labeled]
-        return gather(images, names, shots, self._see([p.key for p in images if p.empty or p.rejected]))
+        try:
+            shots = [self._scenes.shots_of(p) for p in labeled]
+            return gather(images, names, shots, self._see([p.key for p in images if p.empty or p.rejected]))
+        except (KeyError, FileNotFoundError):
+            if all(p.key in self.project.images for p in images):
+                raise
+            return self._gather()  # one was removed meanwhile

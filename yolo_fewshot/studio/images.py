@@ -6,6 +6,7 @@ import struct
 from io import BytesIO
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -61,7 +62,7 @@ def check_image(data: bytes, name: str) -> Checked:
         (Checked): The image; its bytes are unchanged if browser and detector see the same in them.
 
     Raises:
-        ValueError: If it is no image, broken, or too large; the text names the file.
+        ValueError: If it is no image, broken, too large, or of more than 16 bits; the text names the file.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"{name} has {len(data) / 2**20:.0f} MiB, and an image may have {MAX_BYTES // 2**20}.")
@@ -76,9 +77,11 @@ def check_image(data: bytes, name: str) -> Checked:
     except (OSError, SyntaxError, IndexError, KeyError, TypeError, struct.error) as e:
         raise ValueError(broken) from e
     _check_size(image.size, name)
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise ValueError(f"{name} has 32 bits per pixel and channel. Save it with 8 or 16.")
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        upright = _eight_bits(ImageOps.exif_transpose(image))
         plain = image.format in SUFFIXES and image.mode in {"RGB", "L"} and getattr(image, "n_frames", 1) == 1
         suffix = SUFFIXES.get(str(image.format), ".png")
         if not plain or image.getexif().get(0x0112, 1) != 1:
@@ -100,6 +103,13 @@ def _check_size(size: tuple[int, int], name: str) -> None:
         raise ValueError(f"{name} has {width} x {height} pixels, and {limit}. Reduce it first.")
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"{name} has {width} x {height} pixels, and an image needs {MIN_SIDE} x {MIN_SIDE}.")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 16 bits with the upper 8, as Ultralytics reads it; others as they are."""
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

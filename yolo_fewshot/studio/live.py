@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Live:
         for left in studio.project.folder.glob(".video*"):
             left.unlink(missing_ok=True)
         self._jobs: list[Callable[[], None]] = []
+        self._changes: Counter[str] = Counter()  # by the stem of what they put out of date
         self._closed, self._learned = threading.Event(), 0.0  # when it learned last
         self._front = Worker({"learn": self._learn, "refresh": self._refresh}, self._failed)
         self._back = Worker({"jobs": self._do_job, "assess": self._assess, "look": studio.look}, self._failed)
@@ -199,6 +201,8 @@ class Live:
         self.studio.version += 1
 
         def write() -> None:
+            stem = name.partition(".")[0]
+            changes = self._changes[stem]
             try:
                 self.exports.mkdir(exist_ok=True)
                 if kind == "labels":
@@ -208,6 +212,8 @@ class Live:
                 else:
                     self.studio.save(self.exports / name, trained)
                 self.exported[name] = "done"
+                if self._changes[stem] != changes:  # meanwhile
+                    self._outdated(stem)
             except Exception as e:
                 self.exported[name] = str(e)
                 raise
@@ -238,7 +244,10 @@ class Live:
 
     def _refresh(self) -> bool:
         """Look through some images."""
-        return self.studio.refresh(CHUNK)
+        more = self.studio.refresh(CHUNK)
+        if not more:
+            self._back.ask("look")
+        return more
 
     def _assess(self) -> None:
         """Check what was learned, once the user pauses: it takes longer than learning, which it would slow down."""
@@ -270,6 +279,7 @@ class Live:
 
     def _outdated(self, *stems: str) -> None:
         """Note that files in `exports/` are no longer what they would be now."""
+        self._changes.update(stems)
         for name, state in list(self.exported.items()):
             if name.partition(".")[0] in stems and state == "done":
                 del self.exported[name]

@@ -273,7 +273,7 @@ class Page:
         for text in live.messages[self._told :]:
             ui.notify(text, type="negative", multi_line=True, timeout=8000, position="top")
         self._told = len(live.messages)
-        state = (studio.version, live.busy, self.key, self.name, self.trained, self.known, id(self._selected))
+        state = (studio.version, live.busy, studio.project.unsaved, self.key, self.name, self.trained, self.known, id(self._selected))
         if state == self._seen:
             return
         self._seen = state
@@ -282,7 +282,7 @@ class Page:
             self._open(order[0] if order else "")
         busy = live.busy
         self.spinner.set_visibility(bool(busy))
-        self.status.set_text(f"{busy} …" if busy else "Saved")
+        self.status.set_text(f"{busy} …" if busy else "Not saved" if studio.project.unsaved else "Saved")
         self._sync_list(order)
         self._sync_image()
         self._sync_classes()
@@ -465,6 +465,9 @@ class Page:
         """Do something, show what comes of it, and say why if it is not possible."""
         try:
             action()
+        except OSError as e:
+            ui.notify(f"Not saved: {e}", type="negative", multi_line=True, timeout=8000)
+            return False
         except (KeyError, ValueError) as e:
             text = str(e) if isinstance(e, ValueError) else "The image was removed in another page."
             ui.notify(text, type="warning", multi_line=True)
@@ -612,7 +615,7 @@ class Page:
             else:
                 data = await e.file.read()
                 await run.io_bound(self.live.add, data, name)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             ui.notify(str(error), type="negative", multi_line=True, timeout=8000, position="top")
         self.sync()
 

@@ -82,6 +82,7 @@ class Project:
         folder (Path): The folder.
         images (dict[str, LabeledImage]): Images by content hash, in the order in which they were added.
         conf (dict[str, float]): Confidence threshold of the classes for which the user has set one.
+        unsaved (bool): Whether the last save failed, as on a full disk.
         about (dict[str, Any]): What the studio remembers, such as the model.
 
     Examples:
@@ -104,6 +105,7 @@ class Project:
         self.images: dict[str, LabeledImage] = {}
         self.conf: dict[str, float] = {}
         self.about: dict[str, Any] = {}
+        self.unsaved = False
         self.lock = threading.RLock()
         self._next = 1
         self._written: dict[Path, str] = {}
@@ -180,7 +182,7 @@ class Project:
             image = self.images.pop(key)
             self.save()
             for file in (self.path(image), self.thumb(key), self._label_file(image)):
-                file.unlink(missing_ok=True)
+                self._unlink(file)
 
     def label(self, key: str, name: str, xyxy: tuple[float, float, float, float]) -> Box:
         """Label an object.
@@ -322,6 +324,7 @@ class Project:
     def save(self) -> None:
         """Write the session, then the labels; each file is replaced at once."""
         with self.lock:
+            self.unsaved = True
             images = [asdict(p) for p in self.images.values()]
             session = {"version": VERSION, "next": self._next, "about": self.about, "conf": self.conf, "images": images}
             self._write(self.folder / SESSION, json.dumps(session, ensure_ascii=False, indent=1))
@@ -332,8 +335,7 @@ class Project:
             present = set(os.listdir(self.folder / "labels"))  # faster than to look for the file of every image
             for p in self.images.values():
                 if not p.labeled and self._label_file(p).name in present:
-                    self._label_file(p).unlink()
-                    self._written.pop(self._label_file(p), None)
+                    self._unlink(self._label_file(p))
             files = [self.folder / "train.txt", self.data]
             if names:
                 content = {"train": "train.txt", "val": "train.txt", "names": dict(enumerate(names))}
@@ -341,8 +343,8 @@ class Project:
                 self._write(files[1], yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
             else:
                 for file in files:
-                    file.unlink(missing_ok=True)
-                    self._written.pop(file, None)
+                    self._unlink(file)
+            self.unsaved = False
 
     def archive(self, file: Path) -> None:
         """Write the data set as a zip: data.yaml, train.txt, and the labeled images with their labels.
@@ -373,6 +375,11 @@ class Project:
         if self._written.get(file) != text:
             AtomicPath(file).write_bytes(text.encode())
             self._written[file] = text
+
+    def _unlink(self, file: Path) -> None:
+        """Remove a file, if there is one."""
+        self._written.pop(file, None)
+        file.unlink(missing_ok=True)
 
     def _label_file(self, image: LabeledImage) -> Path:
         """Return the label file of an image."""

@@ -16,11 +16,12 @@ CONTAINERS = (  # place in a video file, and what is there: MP4, AVI, Matroska, 
 )  # fmt: skip
 
 
-def files_of(source: str | Path) -> list[Path]:
-    """Return the images and videos of a source, by their suffixes.
+def files_of(source: str | Path, but: Path | None = None) -> list[Path]:
+    """Return the images and videos of a source, by their suffixes; hidden files and folders are left out.
 
     Args:
         source (str | Path): File or folder.
+        but (Path, optional): Folder to leave out.
 
     Raises:
         FileNotFoundError: If the source does not exist.
@@ -30,7 +31,10 @@ def files_of(source: str | Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"source='{source}' does not exist. It is a folder, an image or a video.")
     files = sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path]
-    files = [x for x in files if x.suffix[1:].lower() in IMG_FORMATS | VID_FORMATS and not x.name.startswith(".")]
+    files = [x for x in files if not any(p.startswith(".") for p in x.relative_to(path).parts)]
+    files = [x for x in files if x.suffix[1:].lower() in IMG_FORMATS | VID_FORMATS]
+    if but is not None:
+        files = [x for x in files if not x.resolve().is_relative_to(but.resolve())]
     if not files:
         raise ValueError(f"source='{source}' has no images and no videos.")
     return files

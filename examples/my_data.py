@@ -35,10 +35,11 @@ def main(data: str = "fewshot-demo.yaml", novel: str = "gear,key,tree", out: str
     folder = split(data, novel, out=out, **{"shots": (1, 5), "seeds": 2, **more})
     base = YAML.load(folder / "base.yaml")["names"]
     print(f"{len(base)} base classes in {folder / 'base.yaml'}; then")
-    print(f"  yolo train model=fewshot.yaml cfg=stage1.yaml data={folder / 'base.yaml'}")
-    print(f"  yolo train model=runs/detect/train/weights/best.pt cfg=stage2.yaml data={folder / 'base.yaml'}")
+    print(f"  yolo train model=fewshot.yaml cfg=stage1.yaml data={folder / 'base.yaml'} name=stage1")
+    stage1 = "runs/detect/stage1/weights/best.pt"
+    print(f"  yolo train model={stage1} cfg=stage2.yaml data={folder / 'base.yaml'} name=stage2")
     shots = folder / "novel_5shot_seed0.yaml"
-    print(f"  yolo val model=runs/detect/train2/weights/best.pt data={folder / 'data.yaml'} support={shots}")
+    print(f"  yolo val model=runs/detect/stage2/weights/best.pt data={folder / 'data.yaml'} support={shots}")
     return folder
 
 

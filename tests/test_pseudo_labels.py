@@ -143,6 +143,14 @@ def test_copies_of_labeled_images_are_left_out(site, labeled, caplog):
     assert "1 images are also those of the data.yaml, and left out" in caplog.text and "copy.png" in caplog.text
 
 
+def test_a_split_that_is_not_there_is_no_error(site):
+    content = YAML.load("shots.yaml")
+    YAML.save("shots.yaml", {**content, "test": "photos/test"})
+    Detector.found[10] = [(LEFT, 0.9, 81)]
+    run()
+    assert list(labels(site / "more")) == ["01.png"]
+
+
 def test_copies_of_each_other_count_once(site, caplog):
     shutil.copy("unlabeled/01.png", "unlabeled/00.png")
     Detector.found |= {10: [(LEFT, 0.9, 81)]}

@@ -80,7 +80,12 @@ KEYS: dict[str, Key] = {
         0.5,
         "stage 3 with graft=none: gain of the replay term, for the same classes on the stored anchors of base images",
     ),
-    "steps": Key(int, None, "optimizer steps of stage 3; 300, or 60 passes over the shots if that is more", 1),
+    "steps": Key(
+        int,
+        None,
+        "optimizer steps of stage 3; 300, or 60 passes over the shots if that is more (30 beside other images)",
+        1,
+    ),
     "nonfinite": Key(
         str, "skip", "a step whose loss or gradient is NaN or Inf: skip it, or raise", choices=("skip", "raise")
     ),

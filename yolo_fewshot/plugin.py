@@ -532,7 +532,15 @@ def tune_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if not (is_fewshot(model) or tuned or table.used(given)):
         return kwargs
     given.pop("cfg", None)
-    return {**table.resolve({**tuned, **given}), **given}
+    settings = {**table.resolve({**tuned, **given}), **given}
+    if settings["stage"] == 2 and not given.get("space"):
+        from ultralytics.utils import LOGGER
+
+        LOGGER.warning(
+            f"Ultralytics' search space has dfl from 0.4, and stage 2 has dfl={settings.get('dfl')}. Set space= to "
+            "search around the recipe, e.g. space={'dfl': (0.05, 1.0), 'lr0': (0.0001, 0.005)}."
+        )
+    return settings
 
 
 def check_upgradable(model: Any, keys: list[str]) -> None:

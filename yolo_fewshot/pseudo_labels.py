@@ -130,8 +130,8 @@ def _classes(known: dict[int, str], names: dict[int, str], model: Any, data: Any
 
 def _new_images(files: list[str], info: dict[str, Any]) -> list[str]:
     """Return the images that are no copies of labeled ones, nor of each other."""
-    splits = [info[k] for k in ("train", "val", "test") if info.get(k)]
-    labeled = {sha256(Path(x)) for split in splits for x in images_of(split) if os.path.isfile(x)}
+    splits = [x for k in ("train", "val", "test") for x in _paths(info.get(k)) if os.path.exists(x)]
+    labeled = {sha256(Path(x)) for x in images_of(splits) if os.path.isfile(x)}
     digests = {x: sha256(Path(x)) for x in files}
     first = {digest: x for x, digest in reversed(digests.items())}
     kept = [x for x, digest in digests.items() if digest not in labeled and first[digest] == x]

@@ -553,6 +553,16 @@ def test_a_class_whose_name_the_model_has_twice_is_not_enrolled(tmp_path):
         enroll(model, Support({0: "a"}, labels, False, tmp_path), SIZE)
 
 
+@pytest.mark.parametrize("cfg", [FAMILIES[0], None])
+def test_a_new_class_never_takes_the_place_of_one_where_a_name_is_repeated(models, shots, cfg):
+    model = deepcopy(models[cfg]) if cfg else stock_model()
+    model.names = {0: "cat", 1: "cat"}
+    before = logits(model, shots)
+    enroll(model, shots, SIZE, method="mean")
+    assert model.names == {0: "cat", 1: "cat", 2: "square", 3: "disc"} and model.nc == 4
+    torch.testing.assert_close(logits(model, shots)[:, :2], before, rtol=0, atol=1e-5)
+
+
 # Background images ----------------------------------------------------------------------------------------------------
 
 

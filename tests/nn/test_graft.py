@@ -17,6 +17,7 @@ from yolo_fewshot.nn.graft import (
     old_graft,
     unite,
 )
+from yolo_fewshot.nn.rows import StockRows
 
 pytestmark = pytest.mark.oldest
 
@@ -219,6 +220,34 @@ def test_forgetting_a_class_removes_the_layers_that_no_class_uses(detector, part
     entry = int(part == "all")  # the image keeps its name
     assert len(grafted.model) == len(detector.model) + entry
     assert DetectionModel(deepcopy(grafted.yaml), verbose=False).state_dict().keys() == grafted.state_dict().keys()
+
+
+@pytest.mark.parametrize("cfg", ["yolo11n.yaml", "yolo26n.yaml"])
+def test_an_old_class_that_was_enrolled_again_is_forgotten_whatever_was_grafted_since(cfg):
+    detector = network(cfg)
+    source, record = deepcopy(detector), {"shots": 1, "method": "fit", "conf": None}
+    trained = StockRows(source).get(1)
+    StockRows(source).restore(1, [(w + 1, b + 1) for w, b in trained])
+    grafted = unite(shaken(new_graft(source, ["cat"], "neck"))).eval()
+    grafted.enrolled = {"old1": record | {"replaced": trained}, "cat": record | {"replaced": None}}
+    forget(grafted, "old1")
+    assert [(g.levels, g.classes) for g in level_groups(grafted)] == [([0, 1, 2], [0, 1, 2, 3]), ([3, 4, 5], [4])]
+    forget(grafted, "cat")
+    for a, b in zip(raw(grafted), raw(detector)):
+        assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["scores"], b["scores"])
+
+
+def test_forgetting_an_old_class_removes_levels_where_only_it_was_on(detector):
+    grafted = unite(shaken(new_graft(detector, ["cat"], "neck"))).eval()
+    rows, record = StockRows(grafted), {"shots": 1, "method": "fit", "conf": None}
+    grafted.enrolled = {"old1": record | {"replaced": rows.get(1)}, "cat": record | {"replaced": None}}
+    rows.restore(1, [(w + 1, b.clamp(min=-5)) for w, b in rows.get(1)])  # enrolled: on at every level
+    forget(grafted, "cat")
+    assert grafted.model[-1].nl == 6
+    forget(grafted, "old1")
+    assert grafted.model[-1].nl == 3 and len(grafted.model) == 24
+    for a, b in zip(raw(grafted), raw(detector)):
+        assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["scores"], b["scores"])
 
 
 def test_levels_of_a_detector_without_grafts_stay(detector):

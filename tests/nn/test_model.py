@@ -95,6 +95,19 @@ def test_prototypes_follow_their_class_by_name():
         assert torch.equal(prototypes.logit_scale, src.logit_scale)
 
 
+def test_nothing_of_other_classes_stays_where_no_name_is_shared():
+    source = build(nc=2, names=["cat", "dog"], seed=1)
+    for prototypes in source.model[-1].branch_prototypes:
+        prototypes.gain[:], prototypes.offset[:], prototypes.frozen[:] = 3.0, -2.0, 1.0
+    model = build(nc=2, names=["bolt", "nut"], seed=2)
+    model.load(source, verbose=False)
+    prototypes = model.model[-1].prototypes
+    assert model.transferred == [] and prototypes.gain.tolist() == [1, 1] and prototypes.offset.tolist() == [0, 0]
+    assert not prototypes.frozen.any()
+    similar = torch.cosine_similarity(prototypes.weight[:, None], source.model[-1].prototypes.weight[None], dim=2)
+    assert similar.abs().max() < 0.5
+
+
 def test_placeholder_names_transfer_by_index():
     source, model = build(nc=4, seed=1), build(nc=4, seed=2)
     model.load(source, verbose=False)
@@ -167,6 +180,9 @@ def test_folding_and_fusing_do_not_modify_the_model(cfg):
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert type(model) is FewShotDetectionModel and type(model.model[-1]) is FewShotDetect and model.training
     assert {k: id(v) for k, v in parameters.items()} == {k: id(v) for k, v in model.named_parameters()}
+    model.model[-1].fold()  # alone, without a copy of the model
+    after = model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
     assert model.criterion is criterion and model.yaml == yaml and model.names[0] == "cat" and "bus" in model.enrolled
     assert model.prior_strength == 3.0 and len(model.memory) == 1 and model.transferred == []
 

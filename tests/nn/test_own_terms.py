@@ -81,6 +81,19 @@ class Vector(One):
     def forward(self, episode):
         return episode.objects.sum(0)
 
+class Center(One):
+    name = "cen_loss"
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, episode):
+        self.count += 1
+        self.center = 0.5 * self.center + 0.5 * episode.objects.detach().mean()
+        return (episode.objects - self.center).square().mean()
+
 class Plain:
     name, gain = "pla_loss", 1.0
 
@@ -161,6 +174,16 @@ def test_values_and_gradients_with_a_number_or_a_key_as_gain(own, batch):
     assert items["key_loss"].item() == pytest.approx(0.7 * objects.sum(1).mean().item(), rel=1e-5)
     (grad,) = torch.autograd.grad(parts["one_loss"], preds["embeds"], retain_graph=True)
     assert grad.any() and loss.episode_terms[-1].center.device == loss.device
+
+
+def test_measuring_changes_no_buffer_of_a_term(own, batch):
+    model = make(terms="mine.Center")
+    loss, seen = FewShotLoss(model), []
+    loss.observers.append(lambda loss, this: seen.extend([loss.episode(this).objects.mean(), loss.chance(this)]))
+    loss(preds_of(model, batch), batch)
+    term = loss.episode_terms[-1]
+    assert len(seen) == 2 and term.count == 1 and dict(term.named_buffers())["center"] is term.center
+    assert term.center.item() == pytest.approx(0.5 * seen[0].item(), rel=1e-5)
 
 
 def test_an_error_names_the_term_that_returns_no_scalar(own, batch):

@@ -154,7 +154,7 @@ def test_an_image_of_16_bits_has_the_values_that_ultralytics_reads(kind, project
 def test_an_image_of_32_bits_is_refused(dtype, project):
     buffer = BytesIO()
     Image.fromarray(np.full((48, 64), 300, dtype)).save(buffer, "TIFF")
-    with pytest.raises(ValueError, match="x.tif has 32 bits"):
+    with pytest.raises(ValueError, match=r"x\.tif has 32 bits"):
         project.add(buffer.getvalue(), "x.tif")
 
 

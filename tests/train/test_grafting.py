@@ -286,6 +286,15 @@ def test_a_class_is_enrolled_into_a_grafted_model_and_forgotten(root, run):
     assert all(torch.equal(v, state[k]) for k, v in yolo.model.state_dict().items())
 
 
+def test_a_class_that_was_enrolled_since_stops_further_training_with_a_remedy(root, run):
+    yolo = FewShotYOLO(run.best)
+    yolo.enroll(root / "crops", imgsz=64)
+    yolo.save(root / "hat.pt")
+    text = "hat was enrolled after the layers of black, red were grafted, and has rows there. Forget it, train, and"
+    with pytest.raises(ValueError, match=text):
+        built(root, model=str(root / "hat.pt"))
+
+
 # Data
 
 
@@ -432,8 +441,49 @@ def test_data_without_a_new_class_is_an_error(root):
     knowing = DetectionModel(str(root / "stock11n.yaml"), nc=4, verbose=False)
     knowing.names = dict(enumerate(NAMES))
     torch.save({"model": knowing, "train_args": {}}, root / "knows.pt")
-    with pytest.raises(ValueError, match=r"The model knows all classes of .*: black, blue, green, red. Give the new"):
+    with pytest.raises(ValueError, match=r"knows all classes of .*: black, blue, green, red. Give .* another name\.$"):
         built(root, model=str(root / "knows.pt"))
+    knowing.enrolled = {"red": {"shots": 1, "method": "fit", "conf": None, "replaced": None}}
+    torch.save({"model": knowing, "train_args": {}}, root / "knows.pt")
+    with pytest.raises(ValueError, match=r"Start from the model before red was enrolled, or forget it first\.$"):
+        built(root, model=str(root / "knows.pt"))
+
+
+def test_a_grafting_that_was_not_finished_is_no_model_to_graft_onto(root, tmp_path):
+    trainer = built(root)
+    torch.save({"model": trainer.model, "train_args": {}}, tmp_path / "last.pt")
+    with pytest.raises(
+        ValueError, match=r"last\.pt' is of a grafting that was not finished. Finish .* resume=True, or"
+    ):
+        built(root, model=str(tmp_path / "last.pt"))
+
+
+def test_images_of_other_channels_are_an_error(root):
+    model = DetectionModel(str(root / "stock11n.yaml"), ch=1, nc=3, verbose=False)
+    model.names = dict(enumerate(OLD))
+    torch.save({"model": model, "train_args": {}}, root / "gray.pt")
+    with pytest.raises(ValueError, match=r"data\.yaml have channels=3, and the model takes 1. Set 'channels: 1' there"):
+        built(root, model=str(root / "gray.pt"))
+    YAML.save(root / "gray.yaml", {**YAML.load(root / "data.yaml"), "path": str(root), "channels": 1})
+    built(root, model=str(root / "gray.pt"), data=str(root / "gray.yaml"))
+    with pytest.raises(ValueError, match=r"data\.yaml have channels=3, and the model takes 1"):
+        more = {"base_replay": str(root / "data.yaml")}
+        built(root, model=str(root / "gray.pt"), data=str(root / "gray.yaml"), **more)
+
+
+@pytest.mark.parametrize("given, expected", [({}, True), ({"channels_last": False}, False)])
+def test_the_memory_format_can_be_refused(root, given, expected):
+    weight = built(root, **given).model.model[13].m[0].cv1.conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == expected != weight.is_contiguous()
+
+
+def test_an_end_that_was_interrupted_between_the_files_can_be_repeated(root):
+    trainer = built(root, val=True)
+    last = {"model": trainer.model}
+    best = {"model": trainer.stage.final_checkpoints(None, {"model": deepcopy(trainer.model)})[1]["model"]}
+    kept = best["model"]
+    last, best = trainer.stage.final_checkpoints(last, best)
+    assert best["model"] is kept and list(last["model"].names.values()) == [*OLD, "red", "black"]
 
 
 def test_a_model_of_another_task_is_an_error(root):

@@ -18,6 +18,7 @@ from yolo_fewshot.args import ADAPTING, KEYS, resolve
 from yolo_fewshot.data.episodes import EpisodeSampler
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
+from yolo_fewshot.plugin import tune_settings
 from yolo_fewshot.train import run_plots
 from yolo_fewshot.train.diagnosis import Diagnosis, diagnose
 from yolo_fewshot.train.monitor import COUNTS
@@ -341,6 +342,15 @@ def test_bad_labels_are_reported_and_left_out_by_ultralytics(tiny, tmp_path, cap
     assert len(trainer.train_loader.dataset) == 30
 
 
+def test_a_search_space_without_the_recipe_is_named(tiny, stage1, log):
+    model, keys = YOLO(stage1.best), {"cfg": "stage2.yaml", "data": str(tiny / "data.yaml")}
+    tune_settings(model, {**keys, "space": {"dfl": (0.05, 1.0)}})
+    tune_settings(model, {**keys, "cfg": "stage1.yaml"})
+    assert "space" not in log.text
+    tune_settings(model, keys)
+    assert "search space has dfl from 0.4, and stage 2 has dfl=0.15. Set space=" in log.text
+
+
 def test_gains_can_be_tuned(tiny, stage1):
     model = YOLO(stage1.best)
     space = {"supcon": (0.1, 2.0), "n_way": (2, 4)}
@@ -624,6 +634,35 @@ def test_the_loader_of_validation_may_have_smaller_batches(stage2, monkeypatch):
         stage2.get_dataloader(stage2.data["train"], 5, mode="train")
 
 
+def test_an_episode_may_have_fewer_images_than_there_are_processes(stage2):
+    loader = stage2.get_dataloader(stage2.data["train"], 6 // 8, -1, "train")
+    assert len(next(iter(loader))["im_file"]) == 6
+
+
+def test_a_batch_of_more_images_in_a_resumed_run_is_an_episode_still(tiny, stage1, log):
+    class Crash(Exception):
+        pass
+
+    def crash(trainer):
+        raise Crash
+
+    overrides = {**EPISODIC, "epochs": 2, "model": str(stage1.best), "data": str(tiny / "data.yaml")}
+    trainer = FewShotTrainer("stage2.yaml", {**overrides, "project": str(tiny), "name": "cut", "exist_ok": True})
+    trainer.add_callback("on_fit_epoch_end", crash)
+    with pytest.raises(Crash):
+        trainer.train()
+    for batch in (2, 32):
+        again = FewShotTrainer(overrides={"resume": str(trainer.last), "batch": batch})
+        assert again.batch_size == again.args.batch == again.args.nbs == 6
+        assert f"'batch={batch}' is ignored in stage 2" in log.text
+
+
+def test_a_distilled_student_with_accumulated_batches_ends_its_epochs(tiny, stage1):
+    more = {"model": str(stage1.best), "distill_model": str(stage1.best), "epochs": 2, "batch": 8, "nbs": 24}
+    trainer = train(tiny, "distilled", "stage1.yaml", **{**QUICK, **more})
+    assert trainer.accumulate == 3 and [r["epoch"] for r in rows(trainer)] == [1, 2]
+
+
 SAFETY = {"nonfinite": "raise", "nonfinite_limit": 3, "doctor": 10}
 
 
@@ -655,6 +694,31 @@ def test_keys_of_other_stages_are_named_with_their_recipe(tiny, log, cfg, keys, 
     overrides = {**QUICK, **keys, "model": str(tiny / "yolo11n-tiny.yaml"), "data": str(tiny / "data.yaml")}
     FewShotTrainer(f"stage{cfg}.yaml", {**overrides, "project": str(tiny), "name": "unused"})
     assert text in log.text
+
+
+@pytest.mark.parametrize(
+    ("cfg", "keys", "text"),
+    [
+        (
+            2,
+            {"rect": True, "nbs": 32, "close_mosaic": 5},
+            "rect=True, nbs=32, close_mosaic=5 is ignored in stage 2, wh",
+        ),
+        (2, {"rect": False, "nbs": 64, "close_mosaic": 10}, ""),  # defaults
+        (3, {"rect": True, "nbs": 16}, "rect=True is ignored in stage 3, which sets rect=False."),
+        (1, {"rect": True, "nbs": 32}, ""),
+    ],
+)
+def test_keys_that_a_stage_sets_otherwise_are_named(tiny, log, cfg, keys, text):
+    overrides = {
+        **QUICK,
+        "batch": 16,
+        **keys,
+        "model": str(tiny / "yolo11n-tiny.yaml"),
+        "data": str(tiny / "data.yaml"),
+    }
+    FewShotTrainer(f"stage{cfg}.yaml", {**overrides, "project": str(tiny), "name": "unused"})
+    assert text in log.text and ("is ignored" in log.text) == bool(text)
 
 
 def test_resolving_keys():

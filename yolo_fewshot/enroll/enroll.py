@@ -131,7 +131,7 @@ def enroll(
     for c, name in enumerate(names):
         if name in keep:
             continue
-        index = indices.setdefault(name, len(indices))
+        index = indices.get(name, rows.head.nc)
         replaced = enrolled.get(name, {}).get("replaced")
         if name not in enrolled and index < rows.head.nc:
             replaced = rows.get(index)
@@ -162,12 +162,12 @@ def forget(model: Any, name: str) -> None:
     replaced = rows.enrolled[name]["replaced"]
     if replaced is None:
         rows.remove(index)
-        if rows.per_level:
-            drop_unused_levels(model)
         model.names = dict(enumerate(n for i, n in model.names.items() if i != index))
         model.nc = model.yaml["nc"] = rows.head.nc
     else:
         rows.restore(index, replaced)
+    if rows.per_level:
+        drop_unused_levels(model)
     del model.enrolled[name]  # last: what fails keeps its record
 
 

@@ -312,8 +312,9 @@ class FewShotLoss(v8DetectionLoss):
 
     @contextlib.contextmanager
     def without_side_effects(self) -> Iterator[None]:
-        """Restore the random state and the counts of clamps on exit."""
-        dfl = self.clamped_dfl
+        """Restore the random state, the counts of clamps and the buffers of the episode terms on exit."""
+        dfl, modules = self.clamped_dfl, [m for t in self.episode_terms for m in t.modules()]
+        buffers = [(m, n, b, b.clone()) for m in modules for n, b in m._buffers.items() if b is not None]
         if dfl:
             counts = dfl.side_clamped, dfl.mean_clamped
         try:
@@ -322,6 +323,8 @@ class FewShotLoss(v8DetectionLoss):
         finally:
             if dfl:
                 dfl.side_clamped, dfl.mean_clamped = counts
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)
 
     def episode(self, this: Pass) -> Episode:
         """Pool the objects of an episode and compute the prototypes of its classes.

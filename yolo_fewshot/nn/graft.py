@@ -24,9 +24,8 @@ from ultralytics.utils.loss import E2ELoss
 
 from yolo_fewshot.nn.criterion import FewShotLoss
 from yolo_fewshot.nn.head import class_prior
-from yolo_fewshot.nn.rows import StockRows
+from yolo_fewshot.nn.rows import OFF, StockRows
 
-OFF = -30.0  # bias of a class at the levels of other classes, i.e. a score of 1e-13
 IMAGE = -1  # source of the first layer
 LEVEL_LISTS = ("cv2", "cv3", "one2one_cv2", "one2one_cv3")  # lists of the head with an entry for each level
 

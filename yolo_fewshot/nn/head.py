@@ -11,6 +11,7 @@ never rename these classes or their attributes.
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -359,7 +360,9 @@ class FewShotDetect(Detect):
 @torch.no_grad()
 def _fold_level(embedding: Embedding, rows: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
     """Return the 1x1 conv that equals an embedding followed by a classifier."""
-    conv = fuse_conv_and_bn(embedding.conv, embedding.bn) if hasattr(embedding, "bn") else embedding.conv
+    conv = embedding.conv
+    if hasattr(embedding, "bn"):
+        conv = fuse_conv_and_bn(deepcopy(conv), embedding.bn)  # which changes the conv in place
     weight, shift, rows, bias = (x.cpu().double() for x in (conv.weight[..., 0, 0], conv.bias, rows, bias))
     folded = nn.Conv2d(conv.in_channels, len(rows), 1, device=conv.weight.device, dtype=conv.weight.dtype)
     folded.load_state_dict({"weight": (rows @ weight)[..., None, None], "bias": rows @ shift + bias})

@@ -143,7 +143,7 @@ class FewShotDetectionModel(DetectionModel):
             lower = match_classes(*({i: n.lower() for i, n in x.items()} for x in (names, src_names)))
             found = {i: lower[i] if j == UNKNOWN else j for i, j in found.items()}
             index = {i: j for i, j in found.items() if j >= 0}
-        if not index:
+        if not index and len(names) != len(src_names):
             return []
         dst, src = list(index), list(index.values())
         for prototypes, source_prototypes in zip(self.model[-1].branch_prototypes, src_head.branch_prototypes):

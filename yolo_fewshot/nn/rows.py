@@ -21,6 +21,7 @@ from yolo_fewshot.nn.head import FewShotDetect, Prototypes, class_prior
 from yolo_fewshot.nn.predictions import branch_predictions
 from yolo_fewshot.nn.stem_features import draw_features
 
+OFF = -30.0  # bias of a class at the levels of other classes, i.e. a score of 1e-13
 OPEN_VOCABULARY = {"WorldDetect", "YOLOEDetect"}  # heads whose classes are embeddings of texts or prompts
 STD_MIN = 1e-3  # minimum standard deviation of a feature
 DRAWN = 2000  # anchors of each level that are drawn from the statistics of a stock head
@@ -352,7 +353,7 @@ class StockRows(ClassRows):
         ]
 
     def restore(self, index: int, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Write weight and bias of one class back, see `ClassRows.restore`.
+        """Write weight and bias of one class back, see `ClassRows.restore`; it is off at levels grafted since.
 
         Raises:
             ValueError: If the row is of a few-shot head, i.e. if the class was enrolled before the model was folded.
@@ -363,7 +364,9 @@ class StockRows(ClassRows):
                 "checkpoint only. Forget it there, then fold."
             )
         for branch, (weights, biases) in zip(self.branches, rows):
-            self._replace(branch, index, weights, biases)
+            since = max(self.head.nl - len(weights), 0)
+            weights = torch.cat([weights, weights.new_zeros(since, *weights.shape[1:])])
+            self._replace(branch, index, weights, torch.cat([biases, biases.new_full((since,), OFF)]))
         self._count_classes()
 
     def set(self, index: int, weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

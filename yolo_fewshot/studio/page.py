@@ -273,7 +273,16 @@ class Page:
         for text in live.messages[self._told :]:
             ui.notify(text, type="negative", multi_line=True, timeout=8000, position="top")
         self._told = len(live.messages)
-        state = (studio.version, live.busy, studio.project.unsaved, self.key, self.name, self.trained, self.known, id(self._selected))
+        state = (
+            studio.version,
+            live.busy,
+            studio.project.unsaved,
+            self.key,
+            self.name,
+            self.trained,
+            self.known,
+            id(self._selected),
+        )
         if state == self._seen:
             return
         self._seen = state

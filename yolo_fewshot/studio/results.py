@@ -30,7 +30,7 @@ def with_classes(yolo: FewShotYOLO, rows: ClassRows, learned: Learned, conf: Map
     model = built.model
     indices, enrolled = {str(n): i for i, n in model.names.items()}, dict(enrolled_classes(model))
     for c, name in enumerate(learned.names):
-        index = indices.setdefault(name, len(indices))
+        index = indices.get(name, new.head.nc)
         new.set(index, [(vectors[c], offsets[c]) for vectors, offsets in learned.weights])
         model.names[index] = name
         record = {"shots": learned.shots[c], "method": learned.methods[c], "conf": conf[name]}

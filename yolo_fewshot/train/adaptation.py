@@ -106,9 +106,11 @@ class Adaptation(ShotStage):
     """Fine-tuning of a few-shot model on shots, and on base images if there are any, from enrolled prototypes.
 
     Attributes:
-        names (dict[int, str]): Classes of the initial model, then the new ones of the support set; known after `adopt`.
+        support (Support): Support set; known after `adopt`, like `names`.
+        names (dict[int, str]): Classes of the initial model, then the new ones of the support set.
     """
 
+    support: Support
     keys = frozenset((*ShotStage.keys, *table.FINE_TUNING))
     blends = True
 

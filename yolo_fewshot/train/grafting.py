@@ -50,7 +50,8 @@ class Grafting(ShotStage):
         """Return the copy to train, see `Stage.build_model`; a resumed run has it already.
 
         Raises:
-            ValueError: If there are no trained weights, or the shots show no class to graft.
+            ValueError: If there are no trained weights, those of a grafting that was not finished, images of other
+                channels, or no class to graft in the shots.
             TypeError: If the model cannot be grafted onto.
         """
         if weights is None:
@@ -58,15 +59,23 @@ class Grafting(ShotStage):
                 f"'model={self.args.model}' has no trained weights, and stage 3 adds classes to a trained detector. "
                 "Use a checkpoint, e.g. model=yolo11n.pt, and leave pretrained= out."
             )
-        if isinstance(weights, GraftModel):  # resumed
+        if isinstance(weights, GraftModel):
+            if not self.trainer.resume:
+                raise ValueError(
+                    f"'model={self.args.model}' is of a grafting that was not finished. Finish it with resume=True, or "
+                    "start from the model that it was started from."
+                )
             model = weights
         else:
-            source = weights.fold() if isinstance(weights, FewShotDetectionModel) else deepcopy(weights)
+            few_shot = isinstance(weights, FewShotDetectionModel)
+            source = weights.fold() if few_shot else deepcopy(weights)
             self.check_finite(source)
-            model = self._copy(source.float())
+            model = self._copy(source.float(), few_shot)
         fuse_shared(model)
         self.adopt(model)
-        return model.to(memory_format=torch.channels_last)  # in which a step takes a fifth less time on a CPU
+        if self.trainer.device.type == "cpu" and getattr(self.args, "channels_last", None) is not False:
+            model = model.to(memory_format=torch.channels_last)  # a step takes a fifth less time
+        return model
 
     def adopt(self, model: DetectionModel) -> None:
         """Take classes and frozen layers from the copy to train.
@@ -81,15 +90,16 @@ class Grafting(ShotStage):
         self.args.freeze = sorted(frozen - {len(model.model) - 1})
         self.trainer.data = {**self.trainer.data, "names": names, "nc": len(names)}
 
-    def _copy(self, source: DetectionModel) -> GraftModel:
+    def _copy(self, source: DetectionModel, few_shot: bool) -> GraftModel:
         """Return the copy to train for the classes of the shots."""
         check_graftable(source)
+        self._check_channels(source.yaml.get("channels") or 3)
         support = read_support(self.args.data, source.names, source.yaml.get("channels") or 3)
         labeled = {str(support.names[int(c)]) for x in support.labels for c in x["cls"].flat}
         known = [str(n) for n in source.names.values()]
         new = [n for n in dict.fromkeys(map(str, support.names.values())) if n in labeled - set(known)]
         warn_near_duplicates(new, known)
-        model = new_graft(source, new, self.args.graft) if new else self._again(source, labeled)
+        model = new_graft(source, new, self.args.graft) if new else self._again(source, labeled, few_shot)
         trained = [str(n) for n in model.names.values()]
         if background := sorted(labeled - set(trained)):
             LOGGER.info(
@@ -103,18 +113,38 @@ class Grafting(ShotStage):
         model.shots = {n: _count(support, n) for n in trained}
         return model
 
-    def _again(self, source: DetectionModel, labeled: set[str]) -> GraftModel:
+    def _check_channels(self, channels: int) -> None:
+        """Raise an error if images have other channels than the model."""
+        for data, key in zip(self.datasets, ("data", "base_replay")):
+            if data["channels"] != channels:
+                raise ValueError(
+                    f"The images of {vars(self.args)[key]} have channels={data['channels']}, and the model takes "
+                    f"{channels}. Set 'channels: {channels}' there, which loads any image so, or graft onto a model of "
+                    "such images."
+                )
+
+    def _again(self, source: DetectionModel, labeled: set[str], few_shot: bool) -> GraftModel:
         """Return the copy that was grafted before for these classes."""
         data, names = self.args.data, {int(i): str(n) for i, n in source.names.items()}
+        methods = {n: str(x["method"]) for n, x in enrolled_classes(source).items()}
+        enrolled = {n for n, method in methods.items() if not method.startswith("graft-")}
         owners = {g: {names[i] for i in group.classes} for g, group in enumerate(level_groups(source)) if g}
         found = [g for g, own in owners.items() if own & labeled]
         if not found:
+            remedy = "Give the new class another name"
+            if enrolled & labeled:
+                remedy = (
+                    f"Start from the model before {few(sorted(enrolled & labeled))} was enrolled, or forget it first"
+                )
+            remedy += ", or train the model itself with graft=none." if few_shot else "."
+            raise ValueError(f"The model knows all classes of {data}: {few(sorted(labeled))}. {remedy}")
+        shown, owned = few(sorted(labeled & set().union(*owners.values()))), set().union(*(owners[g] for g in found))
+        if since := sorted(owned & enrolled):
             raise ValueError(
-                f"The model knows all classes of {data}: {few(sorted(labeled))}. Give the new class another name, or "
-                "train the model itself with graft=none."
+                f"{few(since)} was enrolled after the layers of {shown} were grafted, and has rows there. Forget it, "
+                "train, and enroll it again."
             )
-        shown = few(sorted(labeled & set().union(*owners.values())))
-        if missing := sorted(set().union(*(owners[g] for g in found)) - labeled):
+        if missing := sorted(owned - labeled):
             raise ValueError(
                 f"The layers of {shown} are those of {few(missing)}, too. Add shots of {few(missing)} to "
                 f"{data}, which they would forget."
@@ -148,6 +178,8 @@ class Grafting(ShotStage):
         if not self.args.val:
             best = last
         for ckpt in {id(x): x for x in (last, best) if x}.values():
+            if not isinstance(ckpt["model"], GraftModel):  # grafted already, by a run that was interrupted here
+                continue
             trained = ckpt["model"].float()
             exact = unite(trained).to(memory_format=torch.contiguous_format)
             old, new = enrolled_classes(exact), {"method": f"graft-{self.args.graft}", "conf": None, "replaced": None}

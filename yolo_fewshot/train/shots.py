@@ -10,16 +10,20 @@ from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils import LOGGER, RANK, colorstr
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
 
 from yolo_fewshot import args as table
 from yolo_fewshot.data.ignore import masked
 from yolo_fewshot.data.shots_and_base import AdaptSampler, ShotsAndBase
-from yolo_fewshot.data.support import Support
 from yolo_fewshot.train.stage import Stage
 
 MIN_STEPS, MIN_PASSES = 300, 60  # optimizer steps, and passes over the support images
-CONFLICTS = {"single_cls": "keeps all classes of its model", "distill_model": "has its own teacher"}
+CONFLICTS = {
+    "single_cls": "keeps all classes of its model",
+    "distill_model": "has its own teacher",
+    "classes": "learns the classes of its data.yaml",
+    "fraction": "trains on all shots",
+}
 
 
 def steps_for(images: int, batch: int) -> int:
@@ -39,13 +43,11 @@ class ShotStage(Stage):
     """Stage 3: training on shots, and on base images if there are any.
 
     Attributes:
-        support (Support): Support set; known after `adopt`.
         datasets (list[dict]): Checked data.yaml of the shots and, with `base_replay`, of the base images.
     """
 
     keys = frozenset((*Stage.keys, *table.SHOT_KEYS)) - {"meta_val"}
     seeded_epochs = True
-    support: Support
 
     @classmethod
     def settings(cls, merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +57,7 @@ class ShotStage(Stage):
             ValueError: If an argument does not work in stage 3.
         """
         for k, why in CONFLICTS.items():
-            if merged[k]:
+            if merged[k] != DEFAULT_CFG_DICT[k]:
                 raise ValueError(f"'{k}={merged[k]}' does not work in stage 3, which {why}. Leave it out.")
         if merged["batch"] < 1:
             raise ValueError(f"'batch={merged['batch']}' is an invalid value. In stage 3 'batch' must be >= 1.")

@@ -32,6 +32,8 @@ from yolo_fewshot.train.monitor import LossMonitor, report
 from yolo_fewshot.train.run_plots import plot_loss_terms
 from yolo_fewshot.train.stage import Stage
 
+FIXED = ("rect", "nbs", "close_mosaic", "cls_remap")  # keys that a stage may set without a word of its own
+
 
 def stage_of(args: dict[str, Any]) -> type[Stage]:
     """Return the class of the stage of a run.
@@ -111,6 +113,10 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
             overrides (dict): Arguments that were given.
         """
         super().check_resume(overrides)
+        if self.resume and overrides.get("batch"):  # which Ultralytics lets a resumed run change
+            args = dict(vars(self.args))
+            for k, v in stage_of(args).settings(args, {"batch": overrides["batch"]}).items():
+                setattr(self.args, k, v)
         if self.resume:
             # A finished checkpoint does not record its folder.
             weights, recorded = Path(self.args.resume).resolve().parent, getattr(self.args, "save_dir", None)
@@ -126,7 +132,12 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         if unused:
             keys, places = ", ".join(f"{k}=" for k in unused), sorted({table.place_of(k) for k in unused})
             LOGGER.warning(f"{keys} has no effect in stage {values['stage']}. Use it with {' or '.join(places)}.")
-        return {**values, **stage.settings({**merged, **values}, given)}
+        settings = stage.settings({**merged, **values}, given)
+        fixed = [k for k in FIXED if k in settings and given.get(k) not in {None, DEFAULT_CFG_DICT.get(k), settings[k]}]
+        if fixed:
+            keys, instead = (", ".join(f"{k}={x[k]}" for k in fixed) for x in (given, settings))
+            LOGGER.warning(f"{keys} is ignored in stage {values['stage']}, which sets {instead}.")
+        return {**values, **settings}
 
     def get_dataset(self) -> dict[str, Any]:
         """Return the checked data.yaml as Ultralytics does, and make the stage.
@@ -202,6 +213,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         if mode != "train":
             return super().get_dataloader(dataset_path, batch_size, rank, mode)
         self.stage.check_batch()
+        batch_size = max(batch_size, 1)  # of a process; an episode may have fewer images than there are processes
         return self.stage.train_loader(super().get_dataloader(dataset_path, batch_size, rank, mode), batch_size)
 
     def _close_dataloader_mosaic(self) -> None:

@@ -443,6 +443,24 @@ def test_files_that_are_no_images_do_no_harm(browse, shots, tmp_path):
     assert kinds == {".lock", "session.json", "images", "thumbs"}
 
 
+def test_what_cannot_be_saved_is_not_called_saved(browse, shots, tmp_path):
+    page, file = browse(), tmp_path / "project/session.json"
+    (image, ((name, box), *_)) = shots[0]
+    page.upload(image)
+    page.until(lambda: page.all(".card"), "the image")
+    page.settled()
+    file.rename(tmp_path / "aside.json")
+    file.mkdir()  # which cannot be replaced by a file
+    page.name(name)
+    page.draw(box)
+    page.says("Not saved: ")
+    page.until(lambda: page.one('[role="status"]').text == "Not saved", "the status")
+    file.rmdir()
+    page.draw((0.02, 0.02, 0.12, 0.12))
+    page.settled()
+    assert len(boxes_of(tmp_path, keys_of(tmp_path)[image.name])) == 2
+
+
 def test_files_are_dropped_anywhere(browse, shots, tmp_path):
     page = browse()
     page.says("Drop a few photos anywhere")

@@ -43,7 +43,7 @@ class EpisodeSampler(EpochSampler):
 
     Some episodes are turned: all their images are rotated by quarter turns, mirrored, or both, so that they show other
     classes than the base classes, seven times as many (Liu et al. 2020, "Task Augmentation by Rotating for
-    Meta-Learning", arXiv:2003.00804).
+    Meta-Learning", arXiv:2003.00804). With `fliplr` or `flipud` the mirrored ones are none of their own: three times.
 
     Support and query images of an episode are disjoint. Episode t of epoch e depends only on (seed, e, t, rank), so
     runs are reproducible with any number of workers, and a resumed run continues with the same episodes.

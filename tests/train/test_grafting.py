@@ -272,12 +272,17 @@ def test_further_training_needs_shots_of_all_classes_of_the_layers(root, run):
         built(root, model=str(run.best), data=str(root / "reds.yaml"))
 
 
-def test_a_class_is_enrolled_into_a_grafted_model_and_forgotten(root, run):
-    crops = root / "crops/hat"
-    crops.mkdir(parents=True)
-    shutil.copy(root / "images/train/02.png", crops / "0.png")
+@pytest.fixture(scope="module")
+def crops(root):
+    """A support set of one crop of a hat."""
+    (root / "crops/hat").mkdir(parents=True)
+    shutil.copy(root / "images/train/02.png", root / "crops/hat/0.png")
+    return root / "crops"
+
+
+def test_a_class_is_enrolled_into_a_grafted_model_and_forgotten(root, run, crops):
     yolo, before = FewShotYOLO(run.best), model_of(run.best).float()
-    yolo.enroll(root / "crops", imgsz=64)
+    yolo.enroll(crops, imgsz=64)
     assert list(yolo.names.values()) == [*before.names.values(), "hat"] and yolo.model.model[-1].nl == 6
     assert_old_layers_are_those_of(before, yolo.model, 5)
     yolo.forget("hat")
@@ -286,9 +291,9 @@ def test_a_class_is_enrolled_into_a_grafted_model_and_forgotten(root, run):
     assert all(torch.equal(v, state[k]) for k, v in yolo.model.state_dict().items())
 
 
-def test_a_class_that_was_enrolled_since_stops_further_training_with_a_remedy(root, run):
+def test_a_class_that_was_enrolled_since_stops_further_training_with_a_remedy(root, run, crops):
     yolo = FewShotYOLO(run.best)
-    yolo.enroll(root / "crops", imgsz=64)
+    yolo.enroll(crops, imgsz=64)
     yolo.save(root / "hat.pt")
     text = "hat was enrolled after the layers of black, red were grafted, and has rows there. Forget it, train, and"
     with pytest.raises(ValueError, match=text):

@@ -22,9 +22,8 @@ from ultralytics.utils.patches import imread
 
 from yolo_fewshot.class_names import check_unambiguous, match_classes
 from yolo_fewshot.data.splits import place, sha256, unique_name
-from yolo_fewshot.data.support import read_background
+from yolo_fewshot.data.support import images_of, read_background
 from yolo_fewshot.errors import few
-from yolo_fewshot.evaluate.novel_only import images_of
 from yolo_fewshot.inputs import check_checkpoint, check_yaml_file, new_folder
 from yolo_fewshot.yolo import FewShotYOLO
 

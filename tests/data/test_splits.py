@@ -196,7 +196,7 @@ def test_no_shot_is_a_query_image_not_even_a_copy_of_one(boxes, tmp_path, caplog
     for kind, suffix in (("images", ".png"), ("labels", ".txt")):
         shutil.copy(tmp_path / kind / Path(twice).with_suffix(suffix), tmp_path / kind / f"b/twice{suffix}")
     out = split(data, NOVEL, tmp_path / "out", shots=[1, 3], seeds=4)
-    text = "3 train images are also val images and give no shots: "
+    text = "3 train images are also val images, so that they give no shots and are left out of the base images: "
     assert text in caplog.text and all(str(tmp_path / "images" / x) in caplog.text for x in copied)
     digests = [hashlib.sha256(x.read_bytes()).digest() for x in (out / "images/query").iterdir()]
     for folder in (out / "images/shots").iterdir():
@@ -204,6 +204,33 @@ def test_no_shot_is_a_query_image_not_even_a_copy_of_one(boxes, tmp_path, caplog
         assert not set(shots) & set(digests) and len(set(shots)) == len(shots)
     shown = [x.stem for x in (out / "images/base_train").iterdir()]
     assert stem_of(twice) in shown and "twice" in shown
+
+
+def test_no_base_image_is_a_val_image_not_even_a_copy_of_one(boxes, tmp_path, caplog):
+    data = write_yolo(tmp_path, boxes, NAMES)
+    base = [k for k, v in boxes.items() if not k.startswith("val/") and (not v or wanted(v, NEW[:3]))]
+    for i, name in enumerate(base[:4]):
+        shutil.copy(tmp_path / "images" / name, tmp_path / f"images/val/copy{i}.png")
+    out = split(data, NOVEL, tmp_path / "out", shots=1, seeds=1)
+    assert "4 train images are also val images, so that they give no shots and are left out" in caplog.text
+    stems = {stem_of(x) for x in base[4:]}
+    assert labels(out, "base_train").keys() == {x.stem for x in (out / "images/base_train").iterdir()} == stems
+    manifest = json.loads((out / "fewshot.json").read_text())
+    objects = Counter(NAMES[c] for x in base[4:] for c, *_ in boxes[x] if NAMES[c] not in NOVEL)
+    counts = manifest["counts"]["base_train"]
+    assert counts["images"] == len(stems) and counts["objects"] == dict.fromkeys(NEW, 0) | objects
+    named = {Path(x).stem for x in manifest["files"] if x.startswith("images/base_train/")}
+    assert named == stems and len(base) - 4 == len(stems)
+
+
+def test_without_a_base_image_that_is_no_val_image_there_is_no_split(tmp_path):
+    boxes = {f"{folder}/{i}.png": [[1, 5, 5, 9, 9]] for folder in ("a", "b", "val") for i in range(3)}
+    boxes["a/0.png"] = boxes["val/0.png"] = [[0, 5, 5, 9, 9]]
+    data = write_yolo(tmp_path, boxes, ["cat", "dog"])
+    shutil.copy(tmp_path / "images/a/0.png", tmp_path / "images/val/0.png")
+    with pytest.raises(ValueError, match=r"^No train image of .*data\.yaml shows a base class"):
+        split(data, "dog", tmp_path / "out", shots=1, seeds=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_seed_is_a_draw_and_the_same_one_every_time(data, out, tmp_path):

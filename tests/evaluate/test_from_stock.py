@@ -134,6 +134,14 @@ def test_a_stock_checkpoint_with_base_images_of_the_users_own(stock, far, near, 
         benchmark(far, stock, **{**keys, "base_val": None})
 
 
+def test_shots_that_are_measured_on_are_refused(stock, far, tmp_path, nothing_runs):
+    shutil.copytree(far, tmp_path / "far")
+    (tmp_path / "far/novel_1shot_seed0.txt").write_text("./images/novel_query/0003.jpg\n")
+    with pytest.raises(ValueError, match=r"^1 images of the val split of .* are also shots.*: .*0003\.jpg\. Take"):
+        benchmark(tmp_path / "far", stock, methods="mean", out=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("case", ["queries", "base images", "base.yaml"])
 def test_background_images_that_are_measured_on_are_refused(stock, far, near, tmp_path, nothing_runs, case):
     data, folder, base_val = {
@@ -344,6 +352,19 @@ def test_rows_with_other_columns_are_kept_and_refused(stock, far, tmp_path, monk
     with pytest.raises(ValueError, match=r"rows\.csv has the columns of another version"):
         benchmark(far, stock, **keys)
     assert (tmp_path / "rows.csv").read_text() == old
+
+
+def test_results_of_other_labels_are_kept_and_refused(stock, far, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_run_method", lambda *_: {"FSOD_nAP50": 0.5})
+    shutil.copytree(far, tmp_path / "far")
+    keys = {**QUICK, "methods": "mean", "out": tmp_path / "out"}
+    benchmark(tmp_path / "far", stock, **keys)
+    rows = (tmp_path / "out/rows.csv").read_text()
+    assert rows.splitlines()[1].startswith("mean,1,0,0.5,")
+    (tmp_path / "far/labels/novel_query/0003.txt").write_text("")
+    with pytest.raises(ValueError, match=r"other images, labels or files of data\.yaml, novel_1shot_seed0\. Set"):
+        benchmark(tmp_path / "far", stock, **{**keys, "methods": "mean,fit"})
+    assert (tmp_path / "out/rows.csv").read_text() == rows
 
 
 # Parts

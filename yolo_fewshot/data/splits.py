@@ -326,7 +326,10 @@ def _candidates(train: list[Image], val: list[Image], nc: int) -> list[dict[int,
     digests = {p.digest for p in val}
     copies = [p.file for p in train if p.digest in digests]
     if copies:
-        LOGGER.warning(f"{len(copies)} train images are also val images and give no shots: {few(copies)}.")
+        LOGGER.warning(
+            f"{len(copies)} train images are also val images, so that they give no shots and are left out of the base "
+            f"images: {few(copies)}."
+        )
     found: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(nc)]
     for i, p in enumerate(train):
         if p.digest not in digests:
@@ -354,9 +357,10 @@ def _check_shots(candidates: list[dict[int, list[int]]], novel: list[str], count
 def _views(train: list[Image], val: list[Image], n_base: int, data: Any) -> dict[str, View]:
     """Return the images of the base and query folders."""
     views: dict[str, View] = {"base_train": [], "base_val": [], "query": [], "novel_query": []}
+    measured = {p.digest for p in val}
     for p in train:
         base = (p.rows[:, 0] < n_base) & (p.rows[:, 5] == 0)
-        if base.any() or (p.rows[:, 0] < n_base).all():
+        if p.digest not in measured and (base.any() or (p.rows[:, 0] < n_base).all()):
             views["base_train"].append((p, base))
     for p in val:
         objects = p.rows[:, 5] == 0

@@ -373,6 +373,19 @@ def list_images(path: Path) -> list[str]:
     return files
 
 
+def images_of(paths: str | list[str]) -> list[str]:
+    """Return the images of a split.
+
+    Args:
+        paths (str | list[str]): Folders, lists or images.
+
+    Returns:
+        (list[str]): Image files without repetition.
+    """
+    listed = paths if isinstance(paths, list) else [paths]
+    return list(dict.fromkeys(x for p in listed for x in list_images(Path(p))))
+
+
 def _verify(files: list[str], label_files: list[str], nc: int, kpt_shape: tuple[int, int]) -> list[dict[str, Any]]:
     """Read the labels of images; a missing or corrupt file is an error.
 

@@ -18,7 +18,7 @@ from yolo_fewshot.evaluate import coco, provenance
 from yolo_fewshot.evaluate.leakage import leakage
 from yolo_fewshot.evaluate.learn import learn
 from yolo_fewshot.evaluate.measure import measure, measure_start
-from yolo_fewshot.evaluate.methods import ABLATIONS, check, default_methods, parse, sees_all
+from yolo_fewshot.evaluate.methods import ABLATIONS, check, default_methods, needs_base, parse, sees_all
 from yolo_fewshot.evaluate.plan import (
     Plan,
     check_background,
@@ -85,7 +85,7 @@ def benchmark(
         PermissionError: If `out` cannot be written.
         SyntaxError: If an argument of training is misspelled.
         TypeError: If a model is of the wrong kind, or an argument has a wrong type.
-        ValueError: If an argument is invalid, or `out` has results of other models or settings.
+        ValueError: If an argument is invalid, or `out` has results of other data, models or settings.
 
     Examples:
         >>> benchmark("voc1", "best.pt", stock="stock.pt", shots=(1, 5), device=0)
@@ -110,12 +110,13 @@ def benchmark(
     check(chosen, files["model"].name, few_shot, read.base_yaml is not None, "stage1" in files)
     found = find_shots(folder, counts, seeds, "novel")
     balanced = find_shots(folder, counts, seeds, "all") if any(sees_all(m) for m in chosen) else {}
-    check_queries(read, found)
+    check_queries(read, found, balanced)
     if settings.get("background"):
         check_background(read, found, settings["background"])
     settings = {"imgsz": YOLO(files["model"]).overrides.get("imgsz", 640), **settings}  # which recipes would set to 640
     more = {"shots": counts, "seeds": seeds, "methods": chosen, "save": save}
-    record = provenance.provenance(folder, read.base_val, files, settings, more)
+    sums = provenance.digests(read, [*found.values(), *balanced.values()], any(needs_base(m) for m in chosen))
+    record = provenance.provenance(read, sums, files, settings, more)
     provenance.compare(target, record)
     record["leakage"] = leakage([x for k, x in files.items() if k != "stage1"], read.novel)
     if not coco.available():

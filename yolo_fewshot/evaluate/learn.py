@@ -12,9 +12,9 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolo_fewshot import args as table
+from yolo_fewshot.data.support import images_of
 from yolo_fewshot.evaluate.meter import Meter
 from yolo_fewshot.evaluate.methods import ABLATIONS, ADAPTATIONS, ENROLLMENTS, GRAFTS, is_stock, sees_all
-from yolo_fewshot.evaluate.novel_only import images_of
 from yolo_fewshot.evaluate.plan import Plan
 from yolo_fewshot.paths import cfg_dir
 from yolo_fewshot.yolo import FewShotYOLO
@@ -25,7 +25,7 @@ STOCK: dict[str, Any] = {
 }  # fmt: skip
 MIN_STEPS, MIN_EPOCHS = 300, 60  # of the stock fine-tuning
 STAGE2_ONLY = {"epochs", "episodes", "lr0", "lrf", "val", "patience"}
-VAL_KEYS = ("imgsz", "device", "workers", "max_det", "iou", "conf", "half")
+VAL_KEYS = ("imgsz", "device", "workers", "max_det", "iou", "conf", "quantize", "nms", "agnostic_nms")
 
 
 class Learned(NamedTuple):
@@ -75,14 +75,15 @@ def settings_for(what: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the further arguments that apply to one kind of run.
 
     Args:
-        what (str): 'stock', 'stage2', 'stage3', 'graft' or 'val'.
+        what (str): 'stock', 'stage2', 'stage3', 'graft', 'val' or 'predict', which has limits of its own.
         settings (dict[str, Any]): Further arguments of the benchmark.
 
     Returns:
         (dict[str, Any]): Arguments of the run.
     """
-    if what == "val":
-        return {k: v for k, v in settings.items() if k in VAL_KEYS}
+    if what in {"val", "predict"}:
+        unused = {"workers", "max_det", "conf"} if what == "predict" else set()
+        return {k: v for k, v in settings.items() if k in VAL_KEYS and k not in unused}
     stage3 = (*table.ADAPTING, *table.EVERY_STAGE, "grad_clip")
     known = {
         "stock": (),
@@ -154,8 +155,8 @@ def _enroll(plan: Plan, folder: Path, start: Path, data: Path, method: str) -> L
     """Enroll shots, and save the model."""
     yolo, keys = FewShotYOLO(start), settings_for("val", plan.settings)
     with Meter() as meter:
-        background = plan.settings.get("background")
-        yolo.enroll(data, imgsz=keys.get("imgsz"), method=method, device=keys.get("device"), background=background)
+        own: dict[str, Any] = {k: keys.get(k) for k in ("imgsz", "device", "nms")}
+        yolo.enroll(data, method=method, background=plan.settings.get("background"), **own)
     folder.mkdir(parents=True)
     yolo.save(folder / "enrolled.pt")
     return Learned(folder / "enrolled.pt", meter)

@@ -41,7 +41,7 @@ def measure(plan: Plan, file: Path, queries: Path, folder: Path) -> dict[str, fl
         for suffix, mean in (("50", "HM50"), ("", "HM")):
             figures[f"GFSOD_{mean}"] = harmonic_mean(*(figures[f"GFSOD_{x}AP{suffix}"] for x in "bn"))
         ordinary = [x.file for x in old if not any(c in novel for c in x.classes)]
-        keys = {k: v for k, v in settings_for("val", plan.settings).items() if k in {"imgsz", "device", "half", "iou"}}
+        keys = settings_for("predict", plan.settings)
         figures["GFSOD_alarms"] = false_alarms(yolo, ordinary, plan.data.novel, **keys)
     return figures
 

@@ -17,20 +17,7 @@ from ultralytics.utils import NUM_THREADS, YAML
 from yolo_fewshot.data.ignore import ignore_files, ignore_folder
 from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.data.splits import place
-from yolo_fewshot.data.support import list_images
-
-
-def images_of(paths: str | list[str]) -> list[str]:
-    """Return the images of a split.
-
-    Args:
-        paths (str | list[str]): Folders, lists or images.
-
-    Returns:
-        (list[str]): Image files without repetition.
-    """
-    listed = paths if isinstance(paths, list) else [paths]
-    return list(dict.fromkeys(x for p in listed for x in list_images(Path(p))))
+from yolo_fewshot.data.support import images_of
 
 
 def novel_only(data: dict[str, Any], train: list[str], novel: tuple[str, ...], root: Path, name: str) -> Path:

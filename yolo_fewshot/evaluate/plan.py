@@ -16,17 +16,19 @@ from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_as
 
 from yolo_fewshot import args as table
 from yolo_fewshot.class_names import repeated
-from yolo_fewshot.data.support import read_background
+from yolo_fewshot.data.splits import sha256
+from yolo_fewshot.data.support import images_of, read_background
 from yolo_fewshot.errors import few
-from yolo_fewshot.evaluate.novel_only import images_of, labeled_names, novel_only
+from yolo_fewshot.evaluate.novel_only import labeled_names, novel_only
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
-OURS = {  # keys that the protocol sets
-    "base_replay", "cfg", "enroll", "exist_ok", "graft", "mode", "name", "objects", "pretrained", "project", "resume",
-    "save_dir", "seed", "stage", "support", "task",
+OURS = {  # keys that the protocol sets; augment= would change stock heads alone
+    "augment", "base_replay", "cfg", "enroll", "exist_ok", "graft", "mode", "name", "objects", "pretrained", "project",
+    "resume", "save_dir", "seed", "stage", "support", "task",
 }  # fmt: skip
 
 Draws = dict[tuple[int, int], Path]  # data.yaml of each number of shots and seed
+Sources = dict[tuple[int, int], tuple[Path, Path | None]]  # the same with the list that replaces its train split
 
 
 class Data(NamedTuple):
@@ -138,7 +140,13 @@ def check_settings(settings: dict[str, Any]) -> None:
     taken = sorted(OURS & settings.keys())
     if taken:
         raise ValueError(f"{', '.join(f'{k}=' for k in taken)} cannot be set, because the protocol sets it.")
-    table.check(vars(get_cfg({**DEFAULT_CFG_DICT, "save_dir": ""}, settings)))
+    checked = vars(get_cfg({**DEFAULT_CFG_DICT, "save_dir": ""}, settings))  # half= becomes quantize= in settings
+    table.check(checked)
+    if checked["quantize"] not in {None, 16, 32}:
+        raise ValueError(
+            f"'quantize={settings['quantize']}' is an invalid value. It must be 16 or 32 here, the precision in which "
+            "checkpoints are measured."
+        )
     for k in ("batch", "imgsz"):
         v = settings.get(k, 1)
         if type(v) is not int or v < 1:  # no list, and no automatic batch size, which differs between methods
@@ -210,7 +218,7 @@ def read_data(folder: Path, base_val: str | Path | None, known: dict[int, str]) 
     twice = repeated(novel)
     if twice:  # shots are matched by name
         raise ValueError(f"Several novel classes of {folder / 'data.yaml'} have the name {few(twice)}. Rename them.")
-    unknown = [n for n in old if n not in known.values()]
+    unknown = [n for n in old if n not in map(str, known.values())]
     if unknown:
         LOGGER.warning(
             f"model= does not know {few(unknown)} of {base_yaml}, so that only the novel classes of data= are used."
@@ -237,7 +245,7 @@ def _base_of(file: Path, novel: tuple[str, ...], known: dict[int, str]) -> tuple
             f"base_val={file} labels {few(clash)}, a novel class of data=. If it is another class, rename it in one of "
             "them; if not, take images of the old classes alone."
         )
-    base = tuple(n for n in dict.fromkeys(names) if n in known.values() and n not in novel)
+    base = tuple(n for n in dict.fromkeys(names) if n in map(str, known.values()) and n not in novel)
     if not shown.intersection(base):
         raise ValueError(
             f"base_val={file} labels no class of model=: classes are matched by name, and it labels "
@@ -253,9 +261,7 @@ def _base_of(file: Path, novel: tuple[str, ...], known: dict[int, str]) -> tuple
     return base
 
 
-def find_shots(
-    folder: Path, counts: list[int], seeds: int, kind: str
-) -> dict[tuple[int, int], tuple[Path, Path | None]]:
+def find_shots(folder: Path, counts: list[int], seeds: int, kind: str) -> Sources:
     """Return the data.yaml of each number of shots and seed, and the list that replaces its train split, if any.
 
     Args:
@@ -265,13 +271,13 @@ def find_shots(
         kind (str): 'novel' or 'all'.
 
     Returns:
-        (dict[tuple[int, int], tuple[Path, Path | None]]): The data.yaml and the list.
+        (Sources): The data.yaml and the list.
 
     Raises:
         FileNotFoundError: If a draw is missing.
         ValueError: If the classes of a data.yaml are not those of the folder.
     """
-    found: dict[tuple[int, int], tuple[Path, Path | None]] = {}
+    found: Sources = {}
     missing = []
     for k, s in product(counts, range(seeds)):
         of_seed, shared, images = (folder / f"{kind}_{k}shot{x}" for x in (f"_seed{s}.yaml", ".yaml", f"_seed{s}.txt"))
@@ -293,15 +299,16 @@ def find_shots(
     return found
 
 
-def check_queries(data: Data, shots: dict[tuple[int, int], tuple[Path, Path | None]]) -> None:
-    """Check that there are images to measure the novel classes on.
+def check_queries(data: Data, shots: Sources, balanced: Sources) -> None:
+    """Check that there are images to measure the novel classes on, and that none of the measured images is a shot.
 
     Args:
         data (Data): Data.
-        shots (dict[tuple[int, int], tuple[Path, Path | None]]): Result of `find_shots`.
+        shots (Sources): Result of `find_shots`.
+        balanced (Sources): The same with as many shots of the base classes; empty if not needed.
 
     Raises:
-        ValueError: If no image of a val split has a label of a novel class.
+        ValueError: If no image of a val split has a label of a novel class, or one is a shot or a copy of one.
     """
     for file in _query_files(data, shots):
         if not labeled_names(file).intersection(data.novel):
@@ -309,23 +316,30 @@ def check_queries(data: Data, shots: dict[tuple[int, int], tuple[Path, Path | No
                 f"No image of the val split of {file} has a label of a novel class ({few(list(data.novel))}), so that "
                 "there is nothing to measure. Label some, or correct 'val:'."
             )
+    learned = [x for sources in (*shots.values(), *balanced.values()) for x in _train_images(*sources)]
+    for file, images in _measured(data, shots).items():
+        shared = _among(images, learned)
+        if shared:
+            raise ValueError(
+                f"{len(shared)} images of the val split of {file}, which are measured on, are also shots, or copies of "
+                f"some: {few(shared)}. Take other images for the shots, or correct 'val:'."
+            )
 
 
-def check_background(data: Data, shots: dict[tuple[int, int], tuple[Path, Path | None]], background: str) -> None:
+def check_background(data: Data, shots: Sources, background: str) -> None:
     """Refuse background images that are also measured on, since methods learn from them that they show no novel class.
 
     Args:
         data (Data): Data.
-        shots (dict[tuple[int, int], tuple[Path, Path | None]]): Result of `find_shots`.
+        shots (Sources): Result of `find_shots`.
         background (str): Folder, .txt list of images, or image, which `check_settings` has checked.
 
     Raises:
         ValueError: If there are such images.
     """
-    learned = {os.path.realpath(x) for x in images_of(background)}
-    base = [data.base_val or data.folder / "data.yaml"] if data.base else []
-    for file in dict.fromkeys([*_query_files(data, shots), *base]):
-        shared = [x for x in images_of(check_det_dataset(file)["val"]) if os.path.realpath(x) in learned]
+    learned = images_of(background)
+    for file, images in _measured(data, shots).items():
+        shared = _among(images, learned)
         if shared:
             raise ValueError(
                 f"background={background} has {len(shared)} images of the val split of {file}, which are measured on: "
@@ -333,7 +347,31 @@ def check_background(data: Data, shots: dict[tuple[int, int], tuple[Path, Path |
             )
 
 
-def _query_files(data: Data, shots: dict[tuple[int, int], tuple[Path, Path | None]]) -> list[Path]:
+def _measured(data: Data, shots: Sources) -> dict[Path, list[str]]:
+    """Return the images of each val split that is measured, by data.yaml."""
+    base = [data.base_val or data.folder / "data.yaml"] if data.base else []
+    return {x: images_of(check_det_dataset(x)["val"]) for x in (*_query_files(data, shots), *base)}
+
+
+def _among(images: list[str], others: list[str]) -> list[str]:
+    """Return the images that are among others, as the same file or as a copy."""
+    places, known = ({os.path.realpath(x): x for x in files if os.path.isfile(x)} for files in (images, others))
+    size = {x: os.path.getsize(x) for x in (*places, *known)}
+    shared = {size[x] for x in known} & {size[x] for x in places if x not in known}  # only such files are read
+    digests = {sha256(Path(x)) for x in known if size[x] in shared}
+    return [
+        image
+        for place, image in places.items()
+        if place in known or (size[place] in shared and sha256(Path(place)) in digests)
+    ]
+
+
+def _train_images(file: Path, listed: Path | None) -> list[str]:
+    """Return the images of a data.yaml's train split, or those of the list that replaces it."""
+    return images_of(str(listed) if listed else check_det_dataset(file)["train"])
+
+
+def _query_files(data: Data, shots: Sources) -> list[Path]:
     """Return a data.yaml of each val split with novel queries."""
     yamls = dict.fromkeys(x for x, _ in shots.values()) if (data.folder / "base.yaml").is_file() else ()
     seen: dict[str, Path] = {str(check_det_dataset(x)["val"]): x for x in yamls or (data.folder / "data.yaml",)}
@@ -358,8 +396,7 @@ def describe(data: Data, out: Path, file: Path, listed: Path | None) -> Path:
     read = check_det_dataset(file)
     stem = (listed or file).stem
     if data.narrowed:
-        train = images_of(str(listed) if listed else read["train"])
-        return novel_only(read, train, data.novel, out / "data", stem)
+        return novel_only(read, _train_images(file, listed), data.novel, out / "data", stem)
     if listed is None:
         return file
     content = {k: v for k, v in YAML.load(file).items() if k not in {"download", "test", "minival", "nc"}}

@@ -1,8 +1,9 @@
 import os
+from pathlib import Path
 
 import pytest
 
-from yolo_fewshot.files import AtomicPath
+from yolo_fewshot.files import AtomicPath, among
 
 
 def test_writing_replaces_the_content(tmp_path):
@@ -11,6 +12,21 @@ def test_writing_replaces_the_content(tmp_path):
     assert file.write_bytes(b"one") == 3 and file.read_bytes() == b"one"
     file.write_bytes(b"two")
     assert file.read_bytes() == b"two" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_folder_that_is_missing_is_named_without_the_temporary_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing.x\.pt cannot be written, since its folder does not exist\.$"):
+        AtomicPath(tmp_path / "missing/x.pt").write_bytes(b"")
+
+
+def test_files_among_others_are_the_same_ones_and_copies_and_only_equal_sizes_are_read(tmp_path, monkeypatch):
+    for name, content in {"a": b"one", "b": b"two", "copy": b"one", "long": b"three", "same": b"two"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link").symlink_to(tmp_path / "long")
+    files, opened, read = [str(tmp_path / x) for x in ("copy", "same", "link", "none")], [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: opened.append(self.name) or read(self))
+    assert among(files, [str(tmp_path / x) for x in ("a", "long")]) == [files[0], files[2]]
+    assert sorted(opened) == ["a", "copy", "same"]
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +33,7 @@ from yolo_fewshot.nn.head import FewShotDetect
 from yolo_fewshot.nn.model import FewShotDetectionModel
 from yolo_fewshot.paths import cfg_dir
 from yolo_fewshot.plots.results import FewShotPredictor, KnowsEnrolled
+from yolo_fewshot.plugin import warn_of_other_classes
 from yolo_fewshot.train.guarded import GuardedTrainer
 from yolo_fewshot.train.trainer import FewShotTrainer
 from yolo_fewshot.yolo import FewShotYOLO
@@ -395,6 +396,30 @@ def test_training_takes_no_support_set(model: str, key: str, request: pytest.Fix
     value = {"support": "shots.yaml", "enroll": "fit"}[key]
     with pytest.raises(ValueError, match=f"'{key}={value}' is not a training argument"):
         request.getfixturevalue(model).train(data="coco8.yaml", **{key: value})
+
+
+def validator(names: dict, data: dict, batch: int | None = None) -> SimpleNamespace:
+    return SimpleNamespace(names=names, data={"names": data}, batch_i=batch)
+
+
+def test_validating_an_exported_model_on_other_class_numbers_is_a_warning(caplog: pytest.LogCaptureFixture):
+    model = {0: "person", 1: "gizmo"}
+    for same in ({0: "person"}, {0: "Person", 1: "gizmo"}, {}):
+        warn_of_other_classes(validator(model, same))
+    warn_of_other_classes(validator(model, {0: "gizmo"}, batch=0))  # after the first batch
+    assert "exported" not in caplog.text
+    warn_of_other_classes(validator(model, {0: "person", 1: "widget"}))
+    assert "Class 1 is 'gizmo' in the exported model and 'widget' in data=" in caplog.text
+
+
+def test_only_exported_models_get_that_warning_and_once(stock: YOLO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "best.onnx").touch()
+    exported = YOLO(tmp_path / "best.onnx", task="detect")
+    for model in (exported, exported, stock):
+        with pytest.raises(Exception):  # noqa: B017  (there are no data)
+            model.val(data="nowhere.yaml")
+    assert exported.callbacks["on_val_batch_start"].count(warn_of_other_classes) == 1
+    assert warn_of_other_classes not in stock.callbacks["on_val_batch_start"]
 
 
 def test_stock_yaml_gives_stock_classes(stock: YOLO, no_setup: None):

@@ -481,7 +481,7 @@ def test_a_suspect_shot_is_named(model, few, caplog, monkeypatch):
     model.enroll(few)
     assert seen == [([0, 0, 1, 1], 2)]  # once
     a, b = (few.parent / f"images/{i}.png" for i in ("02", "03"))
-    assert f"star: check {a}, {b}, which looks more like another class" in warnings(caplog)[-1]
+    assert f"star: check {a}, {b}, which look more like another class" in warnings(caplog)[-1]
     assert model.shots.suspect == {"star": [str(a), str(b)]}
 
 

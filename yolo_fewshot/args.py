@@ -192,6 +192,8 @@ def refuse_support(args: dict[str, Any]) -> None:
         ValueError: If `support` or `enroll` is set.
     """
     for k in ENROLL_KEYS:
+        if k == "background" and args.get(k) is not None and args.get("stage") is None:
+            raise ValueError(f"'{k}={args[k]}' works in grafting alone. Add cfg=stage3.yaml to graft, or leave it out.")
         if args.get(k) is not None and not (k == "background" and grafts(args)):
             raise ValueError(
                 f"'{k}={args[k]}' is not a training argument. To add classes from a few examples, train without it "

@@ -33,7 +33,10 @@ def no_rows(model: Any, what: str, reason: str = "") -> str:
     """
     name = model.model_name
     if isinstance(model.model, (str, Path)):
-        return f"model='{name}' is an exported model, and {what} needs a *.pt checkpoint. Enroll, then export."
+        return (
+            f"model='{name}' is an exported model or another file, and {what} needs a *.pt checkpoint. Enroll, then "
+            "export."
+        )
     reason = f": {reason}" if reason else f" is a {type(model).__name__} model for task '{model.task}'."
     return (
         f"model='{name}'{reason} {what} needs a YOLO model for detection, segmentation, pose or OBB, e.g. 'yolo "

@@ -1,8 +1,10 @@
-"""Atomic file writes."""
+"""Files: atomic writes, and copies."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ class AtomicPath(type(Path())):
         Raises:
             OSError: If writing fails, as on a full disk; the file keeps its old content.
         """
+        if not self.parent.is_dir():
+            raise FileNotFoundError(f"{self} cannot be written, since its folder does not exist.")
         part = Path(f"{self}.part")
         try:
             with open(part, "wb") as f:
@@ -69,3 +73,36 @@ def restore_exact(rounded: nn.Module, exact: nn.Module) -> None:
         if any(f"{name}.{k}".lstrip(".") in lost for k, _ in own):
             module.float()
     rounded.load_state_dict(state)
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Args:
+        file (Path): File.
+
+    Returns:
+        (str): 64 hexadecimal digits.
+    """
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def among(files: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return the files that are among others, as the same file or as a copy; those that do not exist are left out.
+
+    Args:
+        files (Iterable[str]): Files.
+        others (Iterable[str]): Other files. Only files of a size that both have are read.
+
+    Returns:
+        (list[str]): The files.
+    """
+    places, known = ({os.path.realpath(x): x for x in xs if os.path.isfile(x)} for xs in (files, others))
+    size = {x: os.path.getsize(x) for x in (*places, *known)}
+    shared = {size[x] for x in known} & {size[x] for x in places if x not in known}
+    digests = {sha256(Path(x)) for x in known if size[x] in shared}
+    return [
+        file
+        for place, file in places.items()
+        if place in known or (size[place] in shared and sha256(Path(place)) in digests)
+    ]

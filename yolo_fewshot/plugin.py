@@ -354,9 +354,33 @@ def _taking_support(stock: Callable) -> Callable:
             from ultralytics.utils import LOGGER
 
             LOGGER.warning(f"{', '.join(f'{k}=' for k in training)} has no effect in {stock.__name__}, only in train.")
+        if stock.__name__ == "val" and isinstance(self.model, (str, Path)):
+            started = self.callbacks["on_val_batch_start"]
+            started[:] = [*(x for x in started if x is not warn_of_other_classes), warn_of_other_classes]
         return stock(self, *args, **kwargs)
 
     return mode
+
+
+def warn_of_other_classes(validator: Any) -> None:
+    """Warn before the first batch if an exported model has other classes than the data: Ultralytics matches numbers.
+
+    Args:
+        validator (ultralytics.engine.validator.BaseValidator): Validator of the run.
+    """
+    names, data = getattr(validator, "names", None), getattr(validator, "data", None)
+    if validator.batch_i is not None or not (names and data and data.get("names")):
+        return
+    for i, name in data["names"].items():
+        if str(names.get(i)).casefold() != str(name).casefold():
+            from ultralytics.utils import LOGGER
+
+            LOGGER.warning(
+                f"Class {i} is '{names.get(i)}' in the exported model and '{name}' in data=. Classes of exported "
+                "models are matched by number, so that the results are wrong. Validate the *.pt checkpoint, or number "
+                "the classes alike."
+            )
+            return
 
 
 def _allow_loading() -> None:
@@ -559,5 +583,6 @@ def check_upgradable(model: Any, keys: list[str]) -> None:
         raise TypeError(
             f"model='{model.model_name}' is a {type(model).__name__} model for task '{model.task}', and the few-shot "
             f"settings {', '.join(f'{k}=' for k in keys)} need a YOLO detection model. Use a detection model, e.g. "
-            "'yolo train model=yolo11n.pt cfg=stage1.yaml', or leave out these settings and the stage recipe."
+            "'yolo train model=yolo11n.pt cfg=stage1.yaml', or leave out these settings and the stage recipe. Classes "
+            "can be enrolled into segmentation, pose and OBB models, e.g. by 'yolo predict ... support=shots.yaml'."
         )

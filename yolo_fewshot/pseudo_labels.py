@@ -8,6 +8,7 @@ Self-training: train on the shots, label other images with the result, train aga
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -21,9 +22,10 @@ from ultralytics.utils import LOGGER, TQDM, YAML, checks
 from ultralytics.utils.patches import imread
 
 from yolo_fewshot.class_names import check_unambiguous, match_classes
-from yolo_fewshot.data.splits import place, sha256, unique_name
+from yolo_fewshot.data.splits import place, unique_name
 from yolo_fewshot.data.support import images_of, read_background
 from yolo_fewshot.errors import few
+from yolo_fewshot.files import sha256
 from yolo_fewshot.inputs import check_checkpoint, check_yaml_file, new_folder
 from yolo_fewshot.yolo import FewShotYOLO
 
@@ -106,7 +108,7 @@ def pseudo_label(
     LOGGER.info(
         f"{len(chosen)} of {len(files)} images labeled, objects: {labeled}. Results saved to {target}\n"
         f"Look at the boxes in {target / 'check'}, and remove the images of wrong ones from {target / 'images'}. Then "
-        f"train again from the same model as before, with data={target / 'data.yaml'}"
+        f"train again from the same model as before, with {shlex.quote(f'data={target}/data.yaml')}"
     )
     return target / "data.yaml"
 

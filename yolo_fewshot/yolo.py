@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from io import BytesIO
 from pathlib import Path
@@ -15,12 +16,14 @@ from ultralytics.utils.torch_utils import select_device
 from yolo_fewshot import args as keys
 from yolo_fewshot.class_names import warn_near_duplicates
 from yolo_fewshot.data.support import (
+    LAYOUTS,
     Support,
     background_fingerprint,
     fingerprint,
     incidental_classes,
     read_background,
     read_support,
+    without_shots,
 )
 from yolo_fewshot.enroll import enroll as enrollment
 from yolo_fewshot.enroll.features import support_views
@@ -115,12 +118,14 @@ class FewShotYOLO(YOLO):
             (dict[str, int]): Number of shots per enrolled class.
 
         Raises:
-            TypeError: If the model cannot enroll classes, see `yolo_fewshot.nn.rows.class_rows`.
+            TypeError: If the model cannot enroll classes (`yolo_fewshot.nn.rows.class_rows`), or `support` is no path.
             FileNotFoundError: If the support set, or an image that it lists, does not exist.
             ValueError: If the support set is unusable, or an argument is invalid; the text says what to change.
         """
         with self._lock:
             model = self._network("enroll()")
+            if not isinstance(support, (str, int, os.PathLike)):
+                raise TypeError(f"support= must be a path, not a {type(support).__name__}. {LAYOUTS}")
             keys.check({"enroll": method})  # before the support set is read
             for k, v in (("imgsz", imgsz), ("batch", batch)):
                 if isinstance(v, (int, float)) and v < 1:
@@ -128,7 +133,9 @@ class FewShotYOLO(YOLO):
             channels = model.yaml.get("channels") or 3
             # The command line turns a name of digits into an int.
             shots = read_support(str(support), model.names, channels, objects, model.yaml.get("kpt_shape"))
-            others = None if background is None else read_background(str(background), channels)
+            others = None
+            if background is not None:
+                others = without_shots(read_background(str(background), channels), shots.labels)
             kept = self._classes_to_keep(model, shots)
             train_args = (self.ckpt or {}).get("train_args") or {}
             views = support_views(train_args, shots.crops, class_rows(model).per_level)
@@ -158,10 +165,12 @@ class FewShotYOLO(YOLO):
             (FewShotYOLO): The model.
 
         Raises:
-            TypeError: If the model cannot enroll classes.
+            TypeError: If the model cannot enroll classes, or `name` is no text.
             ValueError: If the class was not enrolled.
         """
         with self._lock:
+            if not isinstance(name, str):
+                raise TypeError(f"forget() takes the name of one class, not a {type(name).__name__}.")
             enrollment.forget(self._network("forget()"), name)
             self._changed()
         return self
@@ -264,7 +273,7 @@ class FewShotYOLO(YOLO):
                 LOGGER.info(enrollment.table_of(enrolled))
             results = super().predict(source, True, predictor, **kwargs)  # a generator; the predictor has its own lock
             self.predictor.stream = stream
-            if self._plot_pending and self.predictor.args.save:
+            if self._plot_pending and self.predictor.args.save and {**self.overrides, **kwargs}.get("plots", True):
                 self._plot(self.predictor.save_dir)
         return results if stream or results is None else list(results)
 

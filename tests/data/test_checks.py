@@ -229,6 +229,15 @@ def test_copies_of_other_size_quality_and_brightness_are_found(tmp_path, size, s
     assert f"{'; '.join(pairs)} and 2 more. Split by" in found.text
 
 
+def test_a_split_of_images_of_another_is_named(tmp_path):
+    write(tmp_path, "train", [(scene(i, 64, 96), GOOD) for i in range(4)])
+    train = read(tmp_path)
+    found = check_duplicates(train, train._replace(name="val", files=train.files[:3], details=train.details[:3]))
+    assert found.level == "warning" and found.text.startswith(
+        "3 of 3 images of val are those of train, so that results"
+    )
+
+
 def test_the_same_vignette_or_gradient_is_no_duplicate(tmp_path):
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
     backgrounds = [220 - 80 * (x**2 + y**2), 120 + 80 * x, 40 + 50 * (x + y + 2)]

@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,7 @@ from yolo_fewshot.data.support import (
     incidental_classes,
     read_background,
     read_support,
+    without_shots,
 )
 
 NAMES = {0: "cat", 1: "dog"}  # of the model
@@ -406,7 +408,8 @@ def test_objects_of_one_image(root):
         ("dog 1 2 3", "'dog 1 2 3' in objects= is not a class name and four numbers"),
         ("dog 1 2 3 4; cat 1 2 x 4", "'cat 1 2 x 4' in objects= is not"),
         ("dog 0.1 0.1 0.3 90", "within"),
-        ("dog 30 2 20 4", "within"),
+        ("dog 30 2 20 4", "has no area: x2 must be larger than x1"),
+        ("dog 3 20 20 4", "has no area: x2 must be larger than x1, and y2 than y1"),
         ("dog nan 2 20 4", "within"),
         ("dog 3 3 3.5 20", "cover less than a pixel"),
     ],
@@ -429,6 +432,23 @@ def test_background_images_have_no_objects_whatever_their_labels(root, form):
     found = read_background(root / form)
     assert sorted(files(found)) == (["a"] if form.endswith("png") else ["a", "b", "c"])
     assert not any(len(x["cls"]) or len(x["bboxes"]) for x in found.labels)
+
+
+def test_background_images_that_show_a_shot_are_left_out_by_their_content(shots, warnings, tmp_path):
+    shots = read_support(shots)
+    labeled = [x["im_file"] for x in shots.labels if len(x["cls"])]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, file in enumerate([*labeled, *(x["im_file"] for x in shots.labels if not len(x["cls"]))]):
+        shutil.copy(file, folder / f"{i}{Path(file).suffix}")
+    background = read_background(folder)
+    assert len(background.labels) == len(shots.labels) > len(labeled) > 0
+    left = without_shots(background, shots.labels)
+    assert [Path(x["im_file"]).stem for x in left.labels] == [str(i) for i in range(len(labeled), len(shots.labels))]
+    assert f"{len(labeled)} images of background={folder} show shots, and are left out" in warnings[-1]
+    assert without_shots(left, shots.labels) is left
+    with pytest.raises(ValueError, match=r"All images of background=.* show shots"):
+        without_shots(background._replace(labels=background.labels[: len(labeled)]), shots.labels)
 
 
 def test_a_change_of_the_background_is_noticed(root):

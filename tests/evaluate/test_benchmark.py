@@ -236,8 +236,8 @@ def test_other_models_or_settings_are_refused(data, model, trained, tmp_path, as
     keys = {**QUICK, "methods": "mean", "seeds": 1, "out": tmp_path}
     benchmark(data, model, **keys)
     record = (tmp_path / "benchmark.json").read_bytes()
-    with pytest.raises(ValueError, match=r"results of another settings\. Set another out="):
-        benchmark(data, model, **{**keys, "imgsz": 64})
+    with pytest.raises(ValueError, match=rf"results of other settings: imgsz={QUICK['imgsz']}, no rect=\. Set another"):
+        benchmark(data, model, **{**keys, "imgsz": 64, "rect": True})
     with pytest.raises(ValueError, match="results of another model"):
         benchmark(data, trained[0].best, **keys)
     assert len(asked) == 1 and (tmp_path / "benchmark.json").read_bytes() == record

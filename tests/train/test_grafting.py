@@ -368,6 +368,14 @@ def test_labels_of_background_images_do_not_count(root):
     assert len(plain) == 8 and not any(len(x["cls"]) for x in plain.labels)
 
 
+def test_shots_are_no_background(root, tmp_path):
+    shutil.copytree(root / "images/train", tmp_path / "photos")
+    loader = built(root, background=str(tmp_path / "photos"))
+    dataset = loader.get_dataloader(loader.data["train"], 4, -1).dataset
+    files = [Path(x["im_file"]).name for x in dataset.parts[1].labels]
+    assert files == ["00.png", "01.png", "04.png", "05.png"]  # of blue and green, which the detector knows
+
+
 def test_a_run_with_background_images(root):
     trainer = graft(root, "background", background=str(root / "plain"))
     assert list(model_of(trainer.best).names.values())[3:] == ["red", "black"]
@@ -432,6 +440,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(root, run, whole, monkeypa
         ({"graft": "none"}, ValueError, "cannot be adapted with graft=none, which starts from a few-shot"),
         ({"graft": "none", "background": "plain"}, ValueError, "'background=plain' is not a training argument"),
         ({"support": "shots.yaml"}, ValueError, "'support=shots.yaml' is not a training argument"),
+        (
+            {"stage": None, "background": "plain"},
+            ValueError,
+            "works in grafting alone. Add cfg=stage3.yaml to graft, or",
+        ),
         ({"single_cls": True}, ValueError, "'single_cls=True' does not work in stage 3"),
     ],
 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections import Counter, defaultdict
 from itertools import islice, product
@@ -22,6 +22,7 @@ from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.data.support import MIN_SIDE, list_images
 from yolo_fewshot.errors import few
+from yolo_fewshot.files import sha256
 from yolo_fewshot.inputs import check_yaml_file, new_folder
 from yolo_fewshot.paths import cfg_dir
 
@@ -115,11 +116,15 @@ def split(
         "drawn": drawn,
     }
     _save(target, views, _yamls(names, n_base, counts, seeds, channels), manifest)
+    base, every, shots = (
+        shlex.quote(f"{k}={target}/{x}.yaml")
+        for k, x in (("data", "base"), ("data", "data"), ("support", f"novel_{counts[-1]}shot_seed0"))
+    )
     LOGGER.info(
         f"{n_base} base classes in {len(views['base_train'])} train images, {len(chosen)} novel classes in {seeds} "
         f"draws of {', '.join(map(str, counts))} shots, {len(test)} val images. Results saved to {target}\n"
-        f"Train:   yolo train model=fewshot.yaml cfg=stage1.yaml data={target}/base.yaml\n"
-        f"Measure: yolo val model=best.pt data={target}/data.yaml support={target}/novel_{counts[-1]}shot_seed0.yaml"
+        f"Train:   yolo train model=fewshot.yaml cfg=stage1.yaml {base}\n"
+        f"Measure: yolo val model=best.pt {every} {shots}"
     )
     return target
 
@@ -287,18 +292,6 @@ def _read_image(task: Task) -> tuple[Any, Any, str, str]:
         return None, None, "", labels.error
     rows = np.pad(labels.boxes.astype(float), ((0, 0), (0, 1))) if rows is None else rows
     return rows.round(6), labels.shape, sha256(Path(file)), ""
-
-
-def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file.
-
-    Args:
-        file (Path): File.
-
-    Returns:
-        (str): 64 hexadecimal digits.
-    """
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def unique_name(file: str, taken: set[str], copies: Counter[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.ignore import ignore_files, ignore_folder
 from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.errors import few
+from yolo_fewshot.files import among
 
 MIN_SIDE = 0.99  # minimum side of a box in pixels: 1, minus the rounding of label files
 LAYOUTS = (
@@ -170,6 +171,32 @@ def read_background(source: str | Path, channels: int = 3, key: str = "backgroun
     """
     files = _background_images(source, key)
     return Support({}, _verify(files, [""] * len(files), sys.maxsize, (0, 0)), False, Path(source), channels)
+
+
+def without_shots(background: Support, labels: Iterable[dict[str, Any]]) -> Support:
+    """Leave out the background images that show a shot, with a warning: all of them would be negatives.
+
+    Args:
+        background (Support): Background images.
+        labels (Iterable[dict]): Labels of the images of the shots, as in `YOLODataset.labels`.
+
+    Returns:
+        (Support): The others.
+
+    Raises:
+        ValueError: If there are no others.
+    """
+    shots = among((x["im_file"] for x in background.labels), (x["im_file"] for x in labels if len(x["cls"])))
+    if not shots:
+        return background
+    left = [x for x in background.labels if x["im_file"] not in set(shots)]
+    if not left:
+        raise ValueError(
+            f"All images of background={background.source} show shots. Give images without the new classes, or leave "
+            "background= out."
+        )
+    LOGGER.warning(f"{len(shots)} images of background={background.source} show shots, and are left out: {few(shots)}.")
+    return background._replace(labels=left)
 
 
 def _background_images(source: str | Path, key: str = "background") -> list[str]:
@@ -512,6 +539,10 @@ def _read_objects(image: Path, objects: str, channels: int) -> Support:
             words = []
         if len(words) < 5:
             raise ValueError(f"'{text}' in objects= is not a class name and four numbers. {OBJECTS}")
+        if x1 >= x2 or y1 >= y2:
+            raise ValueError(
+                f"The box of '{text}' in objects= has no area: x2 must be larger than x1, and y2 than y1. {OBJECTS}"
+            )
         if not (-1 <= x1 < x2 <= width + 1 and -1 <= y1 < y2 <= height + 1):
             raise ValueError(
                 f"The box of '{text}' in objects= is not within {image}, which is {width} x {height} pixels. {OBJECTS}"

@@ -285,7 +285,8 @@ def log_shots(shots: Shots) -> None:
     """
     LOGGER.info(table_of(shots.classes))
     for name, files in shots.suspect.items():
-        LOGGER.warning(f"{name}: check {', '.join(files)}, which looks more like another class of the support set.")
+        look = "looks" if len(files) == 1 else "look"
+        LOGGER.warning(f"{name}: check {', '.join(files)}, which {look} more like another class of the support set.")
 
 
 def table_of(classes: dict[str, dict[str, Any]]) -> str:

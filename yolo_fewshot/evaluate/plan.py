@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from itertools import product
 from pathlib import Path
@@ -16,10 +15,10 @@ from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_as
 
 from yolo_fewshot import args as table
 from yolo_fewshot.class_names import repeated
-from yolo_fewshot.data.splits import sha256
 from yolo_fewshot.data.support import images_of, read_background
 from yolo_fewshot.errors import few
 from yolo_fewshot.evaluate.novel_only import labeled_names, novel_only
+from yolo_fewshot.files import among
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
 OURS = {  # keys that the protocol sets; augment= would change stock heads alone
@@ -318,7 +317,7 @@ def check_queries(data: Data, shots: Sources, balanced: Sources) -> None:
             )
     learned = [x for sources in (*shots.values(), *balanced.values()) for x in _train_images(*sources)]
     for file, images in _measured(data, shots).items():
-        shared = _among(images, learned)
+        shared = among(images, learned)
         if shared:
             raise ValueError(
                 f"{len(shared)} images of the val split of {file}, which are measured on, are also shots, or copies of "
@@ -339,7 +338,7 @@ def check_background(data: Data, shots: Sources, background: str) -> None:
     """
     learned = images_of(background)
     for file, images in _measured(data, shots).items():
-        shared = _among(images, learned)
+        shared = among(images, learned)
         if shared:
             raise ValueError(
                 f"background={background} has {len(shared)} images of the val split of {file}, which are measured on: "
@@ -351,19 +350,6 @@ def _measured(data: Data, shots: Sources) -> dict[Path, list[str]]:
     """Return the images of each val split that is measured, by data.yaml."""
     base = [data.base_val or data.folder / "data.yaml"] if data.base else []
     return {x: images_of(check_det_dataset(x)["val"]) for x in (*_query_files(data, shots), *base)}
-
-
-def _among(images: list[str], others: list[str]) -> list[str]:
-    """Return the images that are among others, as the same file or as a copy."""
-    places, known = ({os.path.realpath(x): x for x in files if os.path.isfile(x)} for files in (images, others))
-    size = {x: os.path.getsize(x) for x in (*places, *known)}
-    shared = {size[x] for x in known} & {size[x] for x in places if x not in known}  # only such files are read
-    digests = {sha256(Path(x)) for x in known if size[x] in shared}
-    return [
-        image
-        for place, image in places.items()
-        if place in known or (size[place] in shared and sha256(Path(place)) in digests)
-    ]
 
 
 def _train_images(file: Path, listed: Path | None) -> list[str]:

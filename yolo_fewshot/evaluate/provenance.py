@@ -20,13 +20,13 @@ from ultralytics.utils.torch_utils import get_cpu_info
 
 import yolo_fewshot
 from yolo_fewshot.data.ignore import ignore_files, ignore_folder
-from yolo_fewshot.data.splits import sha256
 from yolo_fewshot.data.support import images_of
 from yolo_fewshot.errors import few
 from yolo_fewshot.evaluate.plan import Data
 from yolo_fewshot.evaluate.report import COLUMNS, FILES
-from yolo_fewshot.files import AtomicPath
+from yolo_fewshot.files import AtomicPath, sha256
 
+NO_EFFECT = {"plots", "verbose", "workers", "cache"}  # settings that may differ between the rows
 VAL, BOTH = ("val",), ("train", "val")
 
 
@@ -123,10 +123,15 @@ def compare(out: Path, record: dict[str, Any]) -> None:
     if not file.is_file():
         return
     old = json.loads(file.read_text(encoding="utf-8"))
-    changed = [k for k in ("data", "base_val", "settings") if old.get(k) != record[k]]
+    changed = [k for k in ("data", "base_val") if old.get(k) != record[k]]
     changed += [k for k, x in record["sha256"].items() if old.get("sha256", {}).get(k) != x]
     if changed:
         raise ValueError(f"{out} has results of another {', '.join(changed)}. Set another out=, or restore them.")
+    was, now = old.get("settings", {}), record["settings"]
+    changed = [k for k in sorted({*was, *now} - NO_EFFECT) if was.get(k) != now.get(k)]
+    if changed:
+        texts = [f"{k}={was[k]}" if k in was else f"no {k}=" for k in changed]
+        raise ValueError(f"{out} has results of other settings: {few(texts)}. Set another out=, or restore them.")
     before = old.get("data_sha256", {})  # earlier versions have none
     changed = [k for k, x in record["data_sha256"].items() if before.get(k, x) != x]
     if changed:

@@ -24,7 +24,7 @@ ROW = CELL + 2 * LINE + GAP
 CONTEXT = 1.6  # side of the part of the image drawn, in longer sides of the box
 RED, BLACK, GRAY, PAPER = (0, 0, 255), (0, 0, 0), (110, 110, 110), (230, 230, 230)
 TITLE = (
-    "Number: similarity to the other shots of the class, at most 1 ('-': no other shot).\n"
+    "Number: similarity to the other shots of the class, at most 1 ('-': no other shot, or no other class).\n"
     "Red frame: suspect, much lower than usual and higher for the class named below. Check the label."
 )
 

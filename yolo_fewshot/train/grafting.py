@@ -15,7 +15,7 @@ from ultralytics.utils import LOCAL_RANK, LOGGER, colorstr
 
 from yolo_fewshot.class_names import warn_near_duplicates
 from yolo_fewshot.data.shots_and_base import ShotsAndBase, relabel
-from yolo_fewshot.data.support import Support, SupportDataset, read_background, read_support
+from yolo_fewshot.data.support import Support, SupportDataset, read_background, read_support, without_shots
 from yolo_fewshot.errors import few
 from yolo_fewshot.files import restore_exact
 from yolo_fewshot.nn.graft import GraftModel, check_graftable, fuse_shared, level_groups, new_graft, old_graft, unite
@@ -166,7 +166,8 @@ class Grafting(ShotStage):
         if mode != "train" or not self.background:
             return dataset
         assert isinstance(dataset, ShotsAndBase)
-        return ShotsAndBase([*dataset.parts, SupportDataset(self.background, self.args.imgsz, self.args)])
+        background = without_shots(self.background, dataset.parts[0].labels)
+        return ShotsAndBase([*dataset.parts, SupportDataset(background, self.args.imgsz, self.args)])
 
     def final_checkpoints(
         self, last: dict[str, Any] | None, best: dict[str, Any] | None

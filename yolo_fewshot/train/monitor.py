@@ -19,7 +19,7 @@ AT_CHANCE = 0.95  # a term at or above this fraction of its chance level has not
 DOMINANT = 0.5  # share of the gradient above which a term dominates
 CLAMPED = 0.01  # fraction of the steps above which clamps of the mean DFL are reported
 COUNTS = ("steps", "clipped", "skipped", "overflows", "sides_clamped", "means_clamped")  # columns train/...
-UNTRAINED = "no better than those of an untrained model: train stage 1 first, or set a larger lr0"
+UNTRAINED = "no better than those of an untrained model: {first}, or set a larger lr0"
 OWN = "it has not been learned yet: set a larger lr0, or leave it out"  # for a term of the user's own
 REMEDIES = {
     "box": f"boxes are {UNTRAINED}",
@@ -161,7 +161,8 @@ def report(rows: list[dict[str, float]], args: Any) -> str:
     idle = [t for t in terms if last[f"chance/{t}"] > 0 and last[f"train/{t}_loss"] >= AT_CHANCE * last[f"chance/{t}"]]
     for t in idle:
         value, chance = last[f"train/{t}_loss"], last[f"chance/{t}"]
-        sentences.append(f"{t} is at chance ({value:.4g}, chance {chance:.4g}): {REMEDIES.get(t, OWN)}.")
+        remedy = REMEDIES.get(t, OWN).format(first="train stage 1 first" if args.stage == 2 else "train longer")
+        sentences.append(f"{t} is at chance ({value:.4g}, chance {chance:.4g}): {remedy}.")
     if not idle:
         sentences.append("No term is at chance.")
     count = {k: int(sum(r[f"train/{k}"] for r in rows)) for k in COUNTS}

@@ -195,7 +195,7 @@ def test_a_model_is_enrolled_and_exported_in_one_call(trained, enrolled, tmp_pat
     path = Path(model.export(format="onnx", support="fewshot-demo-novel.yaml", enroll="mean", imgsz=IMGSZ))
     assert path == tmp_path / "best.onnx" and list(YOLO(path, task="detect").names.values()) == [*BASE, *NOVEL]
     assert {x["method"] for x in model.model.enrolled.values()} == {"mean"} and len(model.model.enrolled) == 8
-    with pytest.raises(TypeError, match=r"is an exported model, .* Enroll, then export"):
+    with pytest.raises(TypeError, match=r"is an exported model .* Enroll, then export"):
         YOLO(path, task="detect").predict(np.zeros((96, 96, 3), np.uint8), support="fewshot-demo-novel.yaml")
 
 

@@ -3,6 +3,7 @@ import shutil
 import pytest
 from ultralytics.utils import YAML
 
+from yolo_fewshot import files
 from yolo_fewshot.data.splits import split
 from yolo_fewshot.evaluate import plan
 from yolo_fewshot.evaluate.learn import settings_for
@@ -50,8 +51,8 @@ def test_shots_of_all_classes_that_are_measured_on_are_refused(hand_made):
 
 
 def test_only_files_of_the_same_size_are_read(hand_made, monkeypatch):
-    read, sha256 = [], plan.sha256
-    monkeypatch.setattr(plan, "sha256", lambda x: read.append(x.name) or sha256(x))
+    read, sha256 = [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda x: read.append(x.name) or sha256(x))
     with open(hand_made / "images/query/1.bmp", "ab") as f:
         f.write(b"longer")
     check(hand_made, seeds=1)

@@ -340,8 +340,10 @@ def test_every_term_has_a_remedy_and_a_key():
     )
     for term in (*NAMES, "l1", "tea", "mem"):
         only = {f"share/{term}": 1.0, f"chance/{term}": 1.0, f"train/{term}_loss": 1.0}
-        text = report([{**row(), **only}], args)
-        assert f"{term} dominates" in text and f"{term} is at chance (1, chance 1): {REMEDIES[term]}." in text
+        for args.stage, first in ((2, "train stage 1 first"), (3, "train longer")):
+            text = report([{**row(), **only}], args)
+            remedy = REMEDIES[term].replace("{first}", first)
+            assert f"{term} dominates" in text and f"{term} is at chance (1, chance 1): {remedy}." in text
 
 
 def test_steps_are_summed_over_the_epochs():

@@ -457,7 +457,7 @@ class Studio:
         if not keys or not self.trained_file.exists():
             return
         yolo = FewShotYOLO(self.trained_file)
-        new = {*self.project.names, *map(str, yolo.names.values())} - set(self.own) | set(self.project.names)
+        new = set(map(str, yolo.names.values())) - set(self.own) | set(self.project.names)
         trained |= self._predict(yolo, keys, new)
         self._trained_defaults = as_sure_as_of_shots(trained, list(self.project.images.values()))
         self._changed()

@@ -52,7 +52,7 @@ def plot(points: list[Point], file: Path) -> None:
     fig, ax = plt.subplots(figsize=(9.5, 5), tight_layout=True)
     for i, data in enumerate(dict.fromkeys(p.data for p in points)):
         same = sorted((p for p in points if p.data == data), key=lambda p: p.meta)
-        style = {"marker": "osD^vP*Xhp<"[i], "color": f"C{i}"}
+        style = {"marker": "osD^vP*Xhp<>dH8"[i], "color": f"C{i}"}
         ax.plot([p.meta for p in same], [p.novel for p in same], lw=0.6, color=f"C{i}")
         ax.plot([], [], lw=0, **style, label="{}: {} of {}".format(data, *ordered(same)))
         for p in same:

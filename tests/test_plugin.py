@@ -415,9 +415,9 @@ def test_validating_an_exported_model_on_other_class_numbers_is_a_warning(caplog
 def test_only_exported_models_get_that_warning_and_once(stock: YOLO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "best.onnx").touch()
     exported = YOLO(tmp_path / "best.onnx", task="detect")
+    monkeypatch.setattr(DetectionValidator, "__call__", lambda self, **_: None)
     for model in (exported, exported, stock):
-        with pytest.raises(Exception):  # noqa: B017  (there are no data)
-            model.val(data="nowhere.yaml")
+        model.val(data="nowhere.yaml")
     assert exported.callbacks["on_val_batch_start"].count(warn_of_other_classes) == 1
     assert warn_of_other_classes not in stock.callbacks["on_val_batch_start"]
 

@@ -189,7 +189,7 @@ def refuse_support(args: dict[str, Any]) -> None:
         args (dict[str, Any]): A configuration or overrides.
 
     Raises:
-        ValueError: If `support` or `enroll` is set.
+        ValueError: If a key of enrollment is set, or `background` without grafting.
     """
     for k in ENROLL_KEYS:
         if k == "background" and args.get(k) is not None and args.get("stage") is None:

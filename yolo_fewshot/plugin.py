@@ -354,9 +354,9 @@ def _taking_support(stock: Callable) -> Callable:
             from ultralytics.utils import LOGGER
 
             LOGGER.warning(f"{', '.join(f'{k}=' for k in training)} has no effect in {stock.__name__}, only in train.")
-        if stock.__name__ == "val" and isinstance(self.model, (str, Path)):
-            started = self.callbacks["on_val_batch_start"]
-            started[:] = [*(x for x in started if x is not warn_of_other_classes), warn_of_other_classes]
+        exported = isinstance(self.model, (str, Path))
+        if stock.__name__ == "val" and exported and warn_of_other_classes not in self.callbacks["on_val_batch_start"]:
+            self.add_callback("on_val_batch_start", warn_of_other_classes)
         return stock(self, *args, **kwargs)
 
     return mode

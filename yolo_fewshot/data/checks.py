@@ -195,6 +195,10 @@ def check_duplicates(a: Split, b: Split) -> Finding:
     Returns:
         (Finding): Result.
     """
+    same = set(a.files).intersection(b.files)
+    if same:
+        text = f"{len(same)} of {len(b.files)} images of {b.name} are those of {a.name}"
+        return Finding("warning", f"{text}, so that results on it say nothing about new images.")
     (x, flat_x), (y, flat_y) = map(_normalized, (a.details, b.details))
     pairs = []
     for start in range(0, len(y), 1024):
@@ -203,12 +207,6 @@ def check_duplicates(a: Split, b: Split) -> Finding:
         similarity[flat_y[start : start + 1024]] = -1
         nearest = similarity.argmax(1) if len(x) else []
         pairs += [(start + i, j) for i, j in enumerate(nearest) if similarity[i, j] >= DUPLICATE]
-    same = set(a.files).intersection(b.files)
-    if same:
-        text = (
-            f"{len(same)} of {len(b.files)} images of {b.name} are those of {a.name}, so that results on it say nothing"
-        )
-        return Finding("warning", f"{text} about new images.")
     if not pairs:
         return Finding("ok", f"No near-duplicates between {a.name} and {b.name}.")
     listed = few([f"{b.files[i]} and {a.files[j]}" for i, j in pairs], "; ", 3)

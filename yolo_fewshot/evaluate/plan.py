@@ -316,13 +316,11 @@ def check_queries(data: Data, shots: Sources, balanced: Sources) -> None:
                 "there is nothing to measure. Label some, or correct 'val:'."
             )
     learned = [x for sources in (*shots.values(), *balanced.values()) for x in _train_images(*sources)]
-    for file, images in _measured(data, shots).items():
-        shared = among(images, learned)
-        if shared:
-            raise ValueError(
-                f"{len(shared)} images of the val split of {file}, which are measured on, are also shots, or copies of "
-                f"some: {few(shared)}. Take other images for the shots, or correct 'val:'."
-            )
+    for file, shared in _measured_among(learned, data, shots).items():
+        raise ValueError(
+            f"{len(shared)} images of the val split of {file}, which are measured on, are also shots, or copies of "
+            f"some: {few(shared)}. Take other images for the shots, or correct 'val:'."
+        )
 
 
 def check_background(data: Data, shots: Sources, background: str) -> None:
@@ -336,20 +334,18 @@ def check_background(data: Data, shots: Sources, background: str) -> None:
     Raises:
         ValueError: If there are such images.
     """
-    learned = images_of(background)
-    for file, images in _measured(data, shots).items():
-        shared = among(images, learned)
-        if shared:
-            raise ValueError(
-                f"background={background} has {len(shared)} images of the val split of {file}, which are measured on: "
-                f"{few(shared)}. Take other images."
-            )
+    for file, shared in _measured_among(images_of(background), data, shots).items():
+        raise ValueError(
+            f"background={background} has {len(shared)} images of the val split of {file}, which are measured on: "
+            f"{few(shared)}. Take other images."
+        )
 
 
-def _measured(data: Data, shots: Sources) -> dict[Path, list[str]]:
-    """Return the images of each val split that is measured, by data.yaml."""
+def _measured_among(learned: list[str], data: Data, shots: Sources) -> dict[Path, list[str]]:
+    """Return the measured images that are also learned from, by the data.yaml of their val split."""
     base = [data.base_val or data.folder / "data.yaml"] if data.base else []
-    return {x: images_of(check_det_dataset(x)["val"]) for x in (*_query_files(data, shots), *base)}
+    found = {x: among(images_of(check_det_dataset(x)["val"]), learned) for x in (*_query_files(data, shots), *base)}
+    return {x: images for x, images in found.items() if images}
 
 
 def _train_images(file: Path, listed: Path | None) -> list[str]:

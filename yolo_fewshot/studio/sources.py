@@ -34,7 +34,8 @@ def files_of(source: str | Path, but: Path | None = None) -> list[Path]:
     files = [x for x in files if not any(p.startswith(".") for p in x.relative_to(path).parts)]
     files = [x for x in files if x.suffix[1:].lower() in IMG_FORMATS | VID_FORMATS]
     if but is not None:
-        files = [x for x in files if not x.resolve().is_relative_to(but.resolve())]
+        left_out = but.resolve()
+        files = [x for x in files if not x.resolve().is_relative_to(left_out)]
     if not files:
         raise ValueError(f"source='{source}' has no images and no videos.")
     return files

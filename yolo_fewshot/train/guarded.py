@@ -75,11 +75,8 @@ class GuardedTrainer(BaseTrainer):
         """Check the batches that no step has used yet; they belong to the first step of the next epoch."""
         if not self._batch:
             return
-        bad = (
-            (~torch.isfinite(torch.stack([self.loss.detach(), *(x.reshape(()) for x in self.tloss.values())])))
-            .any()
-            .int()
-        )
+        losses = [self.loss.detach(), *(x.reshape(()) for x in self.tloss.values())]  # (1,) of distillation
+        bad = (~torch.isfinite(torch.stack(losses))).any().int()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         if bad:

@@ -143,6 +143,7 @@ class FewShotYOLO(YOLO):
             default = device in (None, "")
             moved = default and home.type != "cpu"
             model.eval().to(home if moved else select_device("" if default else device, verbose=False))
+            model.float()  # as Ultralytics does before it predicts with a model that was halved
             try:
                 size = imgsz or self.overrides.get("imgsz", 640)
                 result = enrollment.enroll(model, shots, size, batch, method, views, kept, nms, others)

@@ -406,6 +406,16 @@ def test_a_half_precision_copy_gets_its_exact_weights_back(shots, tmp_path):
     assert wide == {f"model.23.cv3.{i}.2.{k}" for i in range(3) for k in ("weight", "bias")}
 
 
+def test_a_halved_model_enrolls_with_its_rounded_weights(shots):
+    models = []
+    for halved in (True, False):
+        model = yolo_of("yolo11n.yaml")
+        model.model.half() if halved else model.model.half().float()
+        model.enroll(shots, imgsz=SIZE, method="fit")
+        models.append(model.model)
+    assert same(models[0], models[1].state_dict())
+
+
 @pytest.mark.parametrize("name", ["yolo11n.yaml", "yolo11n-seg.yaml"])
 def test_training_on_starts_from_the_classes_and_drops_the_record(name, squares, tmp_path):
     model = FewShotYOLO(stock_file(name, tmp_path))

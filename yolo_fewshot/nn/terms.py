@@ -55,7 +55,8 @@ class EpisodeTerm(nn.Module):
     """Base class of the terms of stage 2. To train with a custom term, subclass it and name the subclass in `terms=`.
 
     Terms are computed in float32 with autocast off, for episodes only; for other batches, as in validation, a term is
-    zero. A term with a gain of 0 is not computed.
+    zero. A term with a gain of 0 is not computed. A term has no parameters. Its buffers are not in checkpoints: they
+    start anew where a run is resumed, and each GPU has its own.
 
     Attributes:
         name (str): Column of the term: at most 10 characters that end with `_loss`.

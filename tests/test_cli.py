@@ -342,7 +342,9 @@ def test_studio_says_what_to_install(monkeypatch):
 
 def test_studio_warns_of_other_addresses(monkeypatch, caplog):
     app = pytest.importorskip("yolo_fewshot.studio.app")
-    monkeypatch.setattr(app, "make_app", lambda *_: None)
+    paths, opened = [], []
+    monkeypatch.setattr(app, "make_app", lambda _, *x: paths.append(x))
+    monkeypatch.setattr(app.webbrowser, "open", opened.append)
     monkeypatch.setattr(app.uvicorn, "Config", lambda *_, **__: None)
 
     def run(sockets):
@@ -358,7 +360,10 @@ def test_studio_warns_of_other_addresses(monkeypatch, caplog):
     app.serve(live, "0.0.0.0", show=False)
     assert "host=0.0.0.0: whoever can reach this address" in caplog.text
     urls.append(re.search(r"http://0\.0\.0\.0:\d+/([\w-]{30,})/", caplog.text)[1])
-    assert len(set(urls)) == 2  # a token for each start
+    assert len(set(urls)) == 2 and not opened  # a token for each start
+    app.serve(live)
+    token, once = paths[-1]  # other users can read with which URL the browser was started, and must not see the token
+    assert re.fullmatch(rf"http://127\.0\.0\.1:\d+/{once}", opened[0]) and token != once and len(once) >= 30
     for host, port in (("127.0.0.1", 99999), ("203.0.113.1", 0), ("no such host", 0)):
         with pytest.raises(ValueError, match=f"host={host} port={port} cannot be used"):
             app.serve(live, host, port, False)

@@ -250,6 +250,18 @@ def test_other_models_or_settings_are_refused(data, model, trained, tmp_path, as
     assert content["versions"]["yolo_fewshot"] == __version__ and content["machine"]["cores"] and "command" in content
 
 
+def test_kept_runs_stay_in_a_run_that_goes_on(data, model, tmp_path, asked):
+    keys = {**QUICK, "methods": "mean", "out": tmp_path}
+    benchmark(data, model, **keys, seeds=1, save=True)
+    kept = [tmp_path / "runs/mean_1shot_seed0/best.pt", tmp_path / "runs/full_seed0.pt"]
+    for x in kept:
+        x.parent.mkdir(parents=True, exist_ok=True)
+        x.touch()
+    benchmark(data, model, **keys, seeds=2)
+    assert len(asked) == 2 and all(x.is_file() for x in kept)
+    assert json.loads((tmp_path / "benchmark.json").read_bytes())["save"] is True
+
+
 # Tables
 
 
@@ -299,12 +311,14 @@ def test_further_arguments_reach_the_runs_that_accept_them():
     given = {
         **{"imgsz": 96, "fliplr": 0.0, "batch": 8, "steps": 2, "n_way": 4, "epochs": 1, "episodes": 3, "lr0": 0.1},
         **{"doctor": 0, "val": True, "iou": 0.6, "blend": 0.3, "grad_clip": 1.0, "background": "images"},
+        **{"optimizer": "SGD", "nbs": 64, "warmup_epochs": 3},
     }
     kinds = ("stock", "stage2", "stage3", "graft")
     of = {what: learning.settings_for(what, given).keys() - {"plots", "verbose"} for what in kinds}
     common = {"imgsz", "fliplr", "iou"}
     assert of["stock"] == common | {"batch"}
-    assert of["stage2"] == common | {"n_way", "epochs", "episodes", "lr0", "doctor", "val", "grad_clip"}
+    stage2 = {"n_way", "epochs", "episodes", "lr0", "doctor", "val", "grad_clip", "optimizer", "nbs", "warmup_epochs"}
+    assert of["stage2"] == common | stage2
     assert of["stage3"] == common | {"batch", "steps", "doctor", "blend", "grad_clip"}
     assert of["graft"] == of["stage3"] | {"background"}
     assert learning.settings_for("val", given) == {"imgsz": 96, "iou": 0.6}

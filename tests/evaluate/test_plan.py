@@ -1,7 +1,7 @@
 import shutil
 
 import pytest
-from ultralytics.utils import YAML
+from ultralytics.utils import YAML, checks
 
 from yolo_fewshot import files
 from yolo_fewshot.data.splits import split
@@ -92,11 +92,41 @@ def test_class_names_of_a_checkpoint_may_be_numbers(hand_made, caplog):
         ({"int8": True}, r"^'quantize=8' is an invalid value\. It must be 16 or 32 here"),
         ({"quantize": "w8a16"}, r"^'quantize=w8a16' is an invalid value\. It must be 16 or 32 here"),
         ({"augment": True}, r"^augment= cannot be set"),
+        ({"fraction": 0.5, "classes": [0]}, r"^classes=, fraction= cannot be set"),
+        ({"single_cls": True, "distill_model": "x.pt"}, r"^distill_model=, single_cls= cannot be set"),
     ],
 )
 def test_what_measuring_cannot_do_is_refused(settings, text):
     with pytest.raises(ValueError, match=text):
         plan.check_settings(settings)
+
+
+@pytest.mark.parametrize(
+    "methods, background, refused",
+    [
+        (["graft-neck"], True, True),
+        (["graft-neck"], False, False),
+        (["stock-0", "auto"], True, False),
+        (["mean", "replay"], False, True),
+    ],
+)
+def test_a_batch_without_room_for_other_images_is_refused(methods, background, refused):
+    settings = {"background": "street"} if background else {}
+    plan.check_batch(methods, settings | {"batch": 2})
+    plan.check_batch(methods, settings)
+    if refused:
+        with pytest.raises(
+            ValueError, match=rf"^'batch=1' has no room for .* of {methods[-1]}, .*\. Set batch=2 or more"
+        ):
+            plan.check_batch(methods, settings | {"batch": 1})
+    else:
+        plan.check_batch(methods, settings | {"batch": 1})
+
+
+def test_base_val_may_be_one_of_ultralytics_own(hand_made, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "ROOT", hand_made)
+    monkeypatch.chdir(tmp_path)
+    assert check(hand_made, "old.yaml", {0: "cat"}).base_val == hand_made / "old.yaml"
 
 
 @pytest.mark.parametrize(

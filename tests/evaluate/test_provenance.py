@@ -8,16 +8,18 @@ import pytest
 from ultralytics.utils import YAML
 
 from yolo_fewshot.evaluate import plan, provenance
+from yolo_fewshot.evaluate.report import COLUMNS
 
 
 @pytest.fixture
 def describe(hand_made):
     """A function that returns the content of benchmark.json."""
 
-    def record(counts=(1,), seeds=2):
+    def record(counts=(1,), seeds=2, background=None, save=False, **settings):
         data = plan.read_data(hand_made, hand_made / "old.yaml", {0: "cat"})
         draws = plan.find_shots(hand_made, list(counts), seeds, "novel").values()
-        return provenance.provenance(data, provenance.digests(data, draws, False), {}, {}, {})
+        sums = provenance.digests(data, draws, False, background)
+        return provenance.provenance(data, sums, {}, settings, {"save": save})
 
     return record
 
@@ -62,6 +64,40 @@ def test_results_with_other_ignore_regions_are_refused(hand_made, describe, tmp_
     replace(hand_made / "ignore/shots/1.txt", "0.2 0.2 0.1 0.1\n")
     with pytest.raises(ValueError, match=r"images, labels or files of novel_1shot_seed1\. Set"):
         provenance.compare(tmp_path, describe())
+
+
+def test_results_with_other_background_images_are_refused(hand_made, describe, tmp_path):
+    folder = str(shutil.copytree(hand_made / "images/old", tmp_path / "street"))
+    provenance.write(tmp_path, describe(background=folder))
+    provenance.compare(tmp_path, describe(background=folder))
+    (tmp_path / "street/0.bmp").unlink()
+    with pytest.raises(ValueError, match=r"images, labels or files of background\. Set another out="):
+        provenance.compare(tmp_path, describe(background=folder))
+
+
+def test_rows_of_other_versions_are_told_and_recorded(describe, tmp_path, caplog):
+    old, record = describe(), describe()
+    old["versions"] |= {"ultralytics": "8.4.1", "torch": f"2.0 and {record['versions']['torch']}"}
+    provenance.write(tmp_path, old)
+    provenance.compare(tmp_path, record)
+    assert record["versions"] == describe()["versions"] and not caplog.text  # no rows yet
+    (tmp_path / "rows.csv").write_text(",".join(COLUMNS) + "\n")
+    provenance.compare(tmp_path, record)
+    now = describe()["versions"]
+    assert record["versions"] == old["versions"] | {"ultralytics": f"8.4.1 and {now['ultralytics']}"}
+    assert f"has results of ultralytics 8.4.1; what is missing is measured with {now['ultralytics']}" in caplog.text
+    assert "torch" not in caplog.text
+
+
+@pytest.mark.parametrize("begun", ["rows.csv", "runs/full_seed0.pt", None])
+def test_settings_are_compared_once_something_was_measured_or_trained(describe, tmp_path, begun):
+    provenance.write(tmp_path, describe(batch=64))
+    if begun:
+        replace(tmp_path / begun, ",".join(COLUMNS) + "\n")
+        with pytest.raises(ValueError, match=r"has results of other settings: batch=64\. Set another out="):
+            provenance.compare(tmp_path, describe(batch=16))
+    else:
+        provenance.compare(tmp_path, describe(batch=16))
 
 
 def test_base_images_count_where_methods_learn_from_them(hand_made):

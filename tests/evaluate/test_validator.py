@@ -329,6 +329,10 @@ def test_novel_classes_of_the_data(matched, novel, expected):
     assert novel_names(matched(names=names, enrolled=["disc", "gone"])) == {"disc"}
 
 
+def test_a_section_of_ignore_regions_alone_names_no_novel_classes(matched):
+    assert novel_names(matched(fewshot={"ignore": "ignore"}, enrolled=["disc"])) == {"disc"}
+
+
 def test_a_novel_name_of_several_classes_is_an_error_and_their_ids_are_not(matched):
     names = [*SHAPES, "bar"]
     with pytest.raises(ValueError, match=r"lists bar, a name that several classes have\. Use their ids, from 0 to 4"):

@@ -241,6 +241,11 @@ def test_training_needs_a_label(live):
     with pytest.raises(ValueError, match="Draw a box first"):
         live.train(5)
     assert live.training is None
+    labeled(live)
+    live.studio.learned = None  # as if only classes of the detector were labeled
+    with pytest.raises(ValueError, match="Only classes of the detector are labeled"):
+        live.train(5)
+    assert live.training is None
 
 
 def test_closing_ends_a_training(live):
@@ -268,6 +273,25 @@ def test_results_are_written_and_outdated(live):
     assert live.exported == {"labels.zip": "done"}
     live.label(key, "scooter", OTHER)
     assert live.wait(WAIT) and not live.exported
+
+
+def test_a_result_that_fails_does_not_keep_the_next_ones_from_being_made(live, monkeypatch):
+    labeled(live)
+    begun, asked = threading.Event(), threading.Event()
+
+    def broken(file, trained=False):
+        begun.set()
+        assert asked.wait(WAIT)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(live.studio, "export", broken, raising=False)
+    live.export("onnx")
+    assert begun.wait(WAIT)
+    live.export("trained-onnx")
+    live.export("labels")
+    asked.set()
+    assert live.wait(WAIT)
+    assert live.exported == {"model.onnx": (text := "the disk is full"), "trained.onnx": text, "labels.zip": "done"}
 
 
 def test_a_result_that_is_outdated_while_it_is_made_is_not_done(live, monkeypatch):

@@ -95,7 +95,7 @@ def test_classes_have_colors_of_their_own():
 TOKEN = "t" * 32
 
 
-def ask(path, method="GET", headers=(), kind="http"):
+def ask(path, method="GET", headers=(), kind="http", guard=None):
     """What the guard answers, or 'app' if the application behind it was asked."""
     sent = []
 
@@ -110,7 +110,9 @@ def ask(path, method="GET", headers=(), kind="http"):
         sent.append(message)
 
     scope = {"type": kind, "path": path, "method": method, "headers": list(headers)}
-    asyncio.run(Guard(app, TOKEN)(scope, receive, send))
+    guard = guard or Guard(app, TOKEN)
+    guard.app = app
+    asyncio.run(guard(scope, receive, send))
     return sent
 
 
@@ -123,6 +125,16 @@ def test_without_the_token_nothing_is_answered(path):
     assert "app" not in sent and sent[0]["status"] == 403
     sent = ask(path, kind="websocket")
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_another_path_leads_to_the_page_once():
+    guard = Guard(None, TOKEN, "o" * 32)
+    assert ask("/" + "o" * 31, guard=guard)[0]["status"] == 403
+    assert ask("/" + "o" * 32, kind="websocket", guard=guard) == [{"type": "websocket.close", "code": 1008}]
+    sent = ask("/" + "o" * 32, guard=guard)
+    assert sent[0]["status"] == 303 and (b"location", f"/{TOKEN}/".encode()) in sent[0]["headers"] and "app" not in sent
+    assert ask("/" + "o" * 32, guard=guard)[0]["status"] == 403 and "app" in ask(f"/{TOKEN}/", guard=guard)
+    assert ask("/", guard=Guard(None, TOKEN))[0]["status"] == 403
 
 
 def test_with_the_token_the_application_answers_with_headers():

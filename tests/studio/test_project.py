@@ -199,6 +199,19 @@ def test_the_labels_are_a_support_set(project):
     assert third in project.images
 
 
+def test_classes_can_be_listed_while_images_are_added(project):
+    class Adding:
+        id, name = 1, "scooter"
+
+        def __init__(self):
+            project.images[f"other{len(project.images)}"] = type("Other", (), {"boxes": []})
+
+    for key in "ab":
+        project.images[key] = type("Labeled", (), {"boxes": property(lambda _: [Adding()])})()
+    assert project.names == ["scooter"] and len(project.images) == 4
+    project.images.clear()
+
+
 def test_indices_follow_when_a_class_goes(project):
     key = project.add(file_of(), "a.png")
     project.label(key, "first", BOX)

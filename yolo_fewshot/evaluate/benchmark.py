@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from yolo_fewshot.evaluate.methods import ABLATIONS, check, default_methods, nee
 from yolo_fewshot.evaluate.plan import (
     Plan,
     check_background,
+    check_batch,
     check_models,
     check_queries,
     check_settings,
@@ -72,9 +74,10 @@ def benchmark(
         methods (str | Iterable[str], optional): Some of `yolo_fewshot.evaluate.methods.METHODS`; those that fit model
             and data if not given. `stock-0` is `stock` with freeze=0 alone.
         out (str | Path): Folder to write.
-        save (bool): Whether to keep the training runs.
+        save (bool): Whether to keep the training runs; a folder that keeps them goes on keeping them.
         **settings (Any): Further arguments of training, `imgsz` that of `model` if not given. `epochs`, `episodes`,
-            `lr0`, `lrf`, `patience` and `val` go to the stage 2 of ablations alone.
+            `lr0`, `lrf`, `nbs`, `optimizer`, `patience`, `val`, `warmup_bias_lr` and `warmup_epochs` go to the stage 2
+            of ablations alone.
 
     Returns:
         (Path): The folder with `rows.csv`, `benchmark.json`, `results.md`, `results.png` and, with `published`,
@@ -108,6 +111,7 @@ def benchmark(
     read = read_data(folder, base_val, names)
     chosen = chosen or default_methods(few_shot, read.base_yaml is not None)
     check(chosen, files["model"].name, few_shot, read.base_yaml is not None, "stage1" in files)
+    check_batch(chosen, settings)
     found = find_shots(folder, counts, seeds, "novel")
     balanced = find_shots(folder, counts, seeds, "all") if any(sees_all(m) for m in chosen) else {}
     check_queries(read, found, balanced)
@@ -115,9 +119,11 @@ def benchmark(
         check_background(read, found, settings["background"])
     settings = {"imgsz": YOLO(files["model"]).overrides.get("imgsz", 640), **settings}  # which recipes would set to 640
     more = {"shots": counts, "seeds": seeds, "methods": chosen, "save": save}
-    sums = provenance.digests(read, [*found.values(), *balanced.values()], any(needs_base(m) for m in chosen))
+    draws, based = [*found.values(), *balanced.values()], any(needs_base(m) for m in chosen)
+    sums = provenance.digests(read, draws, based, settings.get("background"))
     record = provenance.provenance(read, sums, files, settings, more)
     provenance.compare(target, record)
+    save = record["save"]
     record["leakage"] = leakage([x for k, x in files.items() if k != "stage1"], read.novel)
     if not coco.available():
         LOGGER.warning(coco.INSTALL)
@@ -179,7 +185,11 @@ def _run_method(plan: Plan, method: str, shots: int, seed: int) -> Row:
 def _run_start(plan: Plan) -> Row:
     """Measure the base classes before anything is learned, and return the figures by column."""
     _, shots, seed = plan.tasks[0]
-    return measure_start(plan, plan.queries(shots, seed), plan.out / "runs" / START)
+    folder = plan.out / "runs" / START
+    figures = measure_start(plan, plan.queries(shots, seed), folder)
+    if not plan.save:
+        shutil.rmtree(folder, ignore_errors=True)
+    return figures
 
 
 def _do_missing(plan: Plan, record: dict[str, Any]) -> None:
@@ -201,8 +211,8 @@ def _do_missing(plan: Plan, record: dict[str, Any]) -> None:
         last = (method, seed) not in {(m, s) for m, _, s in tasks[i + 1 :]}
         if last and method in ABLATIONS and not plan.save:
             (plan.out / "runs" / f"{method}_seed{seed}.pt").unlink(missing_ok=True)
-    if not plan.save:
-        shutil.rmtree(plan.out / "runs", ignore_errors=True)
+    with suppress(OSError):  # not empty if runs are kept
+        (plan.out / "runs").rmdir()
 
 
 def _progress(rows: Rows, tasks: list[tuple[str, int, int]]) -> str:

@@ -24,7 +24,10 @@ STOCK: dict[str, Any] = {
     "save": False,
 }  # fmt: skip
 MIN_STEPS, MIN_EPOCHS = 300, 60  # of the stock fine-tuning
-STAGE2_ONLY = {"epochs", "episodes", "lr0", "lrf", "val", "patience"}
+# The recipe of the fine-tuning and of stage 3 is fixed, so that they stay comparable.
+STAGE2_ONLY = {
+    "epochs", "episodes", "lr0", "lrf", "nbs", "optimizer", "patience", "val", "warmup_bias_lr", "warmup_epochs",
+}  # fmt: skip
 VAL_KEYS = ("imgsz", "device", "workers", "max_det", "iou", "conf", "quantize", "nms", "agnostic_nms")
 
 

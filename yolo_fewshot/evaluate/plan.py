@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,19 +12,21 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
+from ultralytics.utils.checks import check_file
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
 
 from yolo_fewshot import args as table
 from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.support import images_of, read_background
 from yolo_fewshot.errors import few
+from yolo_fewshot.evaluate.methods import GRAFTS
 from yolo_fewshot.evaluate.novel_only import labeled_names, novel_only
 from yolo_fewshot.files import among
 from yolo_fewshot.nn.model import FewShotDetectionModel
 
 OURS = {  # keys that the protocol sets; augment= would change stock heads alone
-    "augment", "base_replay", "cfg", "enroll", "exist_ok", "graft", "mode", "name", "objects", "pretrained", "project",
-    "resume", "save_dir", "seed", "stage", "support", "task",
+    "augment", "base_replay", "cfg", "classes", "distill_model", "enroll", "exist_ok", "fraction", "graft", "mode",
+    "name", "objects", "pretrained", "project", "resume", "save_dir", "seed", "single_cls", "stage", "support", "task",
 }  # fmt: skip
 
 Draws = dict[tuple[int, int], Path]  # data.yaml of each number of shots and seed
@@ -154,6 +157,24 @@ def check_settings(settings: dict[str, Any]) -> None:
         read_background(settings["background"])
 
 
+def check_batch(methods: Iterable[str], settings: dict[str, Any]) -> None:
+    """Refuse a batch without room for the base or background images that make half of it.
+
+    Args:
+        methods (Iterable[str]): Methods.
+        settings (dict[str, Any]): Further arguments of training, which `check_settings` has checked.
+
+    Raises:
+        ValueError: If so.
+    """
+    mixed = [m for m in methods if m == "replay" or (m in GRAFTS and settings.get("background"))]
+    if mixed and settings.get("batch", 2) < 2:
+        raise ValueError(
+            f"'batch={settings['batch']}' has no room for the base or background images of {', '.join(mixed)}, which "
+            "make half of each batch. Set batch=2 or more."
+        )
+
+
 def check_models(files: dict[str, Path]) -> tuple[bool, dict[int, str]]:
     """Check the kind of each checkpoint.
 
@@ -223,7 +244,8 @@ def read_data(folder: Path, base_val: str | Path | None, known: dict[int, str]) 
             f"model= does not know {few(unknown)} of {base_yaml}, so that only the novel classes of data= are used."
         )
     base = tuple(dict.fromkeys(old)) if not unknown else ()
-    own = Path(base_val).resolve() if base_val is not None else None
+    # One of Ultralytics' own, such as coco.yaml, needs no path.
+    own = Path(check_file(str(base_val), hard=False) or base_val).resolve() if base_val is not None else None
     if own is not None:
         base = _base_of(own, novel, known)
     twice = repeated(n for n in known.values() if str(n) in base)

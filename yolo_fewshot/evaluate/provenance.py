@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import ultralytics
 from ultralytics.data.utils import check_det_dataset, img2label_paths
+from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import get_cpu_info
 
 import yolo_fewshot
@@ -65,8 +66,10 @@ def provenance(
     return json.loads(json.dumps(record, default=str))
 
 
-def digests(data: Data, draws: Iterable[tuple[Path, Path | None]], base: bool) -> dict[str, str]:
-    """Return the SHA-256 of each part of the data: the draws, the val splits that are measured, and base.yaml.
+def digests(
+    data: Data, draws: Iterable[tuple[Path, Path | None]], base: bool, background: str | None = None
+) -> dict[str, str]:
+    """Return the SHA-256 of each part of the data: the draws, the measured val splits, base.yaml and the background.
 
     It covers the data.yaml, the list of shots, the names and sizes of the images, which are not read, and the content
     of their files of labels and ignore regions.
@@ -75,6 +78,7 @@ def digests(data: Data, draws: Iterable[tuple[Path, Path | None]], base: bool) -
         data (Data): Data.
         draws (Iterable[tuple[Path, Path | None]]): data.yaml, and list that replaces its train split, of each draw.
         base (bool): Whether a method learns from images of base classes.
+        background (str, optional): Background images.
 
     Returns:
         (dict[str, str]): 64 hexadecimal digits by name.
@@ -93,6 +97,8 @@ def digests(data: Data, draws: Iterable[tuple[Path, Path | None]], base: bool) -
         content = [x.read_bytes() for x in (file, listed) if x]
         content += [of_split(tuple(x) if isinstance(x, list) else (x,), ignore_folder(read)) for x in paths]
         sums[part] = hashlib.sha256(repr(content).encode()).hexdigest()
+    if background:
+        sums["background"] = of_split((background,), "").hex()
     return sums
 
 
@@ -110,7 +116,7 @@ def _of_split(paths: tuple[str, ...], folder: str) -> bytes:
 def compare(out: Path, record: dict[str, Any]) -> None:
     """Refuse a folder that has results of other data, models or settings, or with other columns.
 
-    The digests of draws that only earlier runs used are added to the record.
+    What earlier runs of the folder had is added to the record: digests of other draws, other versions, and `save`.
 
     Args:
         out (Path): Folder of the results.
@@ -128,7 +134,8 @@ def compare(out: Path, record: dict[str, Any]) -> None:
     if changed:
         raise ValueError(f"{out} has results of another {', '.join(changed)}. Set another out=, or restore them.")
     was, now = old.get("settings", {}), record["settings"]
-    changed = [k for k in sorted({*was, *now} - NO_EFFECT) if was.get(k) != now.get(k)]
+    begun = rows.is_file() or any((out / "runs").glob("*.pt"))  # if not, an invalid setting may have ended the run
+    changed = [k for k in sorted({*was, *now} - NO_EFFECT) if begun and was.get(k) != now.get(k)]
     if changed:
         texts = [f"{k}={was[k]}" if k in was else f"no {k}=" for k in changed]
         raise ValueError(f"{out} has results of other settings: {few(texts)}. Set another out=, or restore them.")
@@ -141,6 +148,12 @@ def compare(out: Path, record: dict[str, Any]) -> None:
     if rows.is_file() and rows.read_text(encoding="utf-8").partition("\n")[0].split(",") != list(COLUMNS):
         raise ValueError(f"{rows} has the columns of another version of yolo-fewshot. Set another out=.")
     record["data_sha256"] = before | record["data_sha256"]
+    record["save"] = record["save"] or old.get("save", False)
+    for k, version in record["versions"].items() if begun else ():
+        earlier = old.get("versions", {}).get(k, version).split(" and ")
+        if version not in earlier:
+            LOGGER.warning(f"{out} has results of {k} {few(earlier)}; what is missing is measured with {version}.")
+        record["versions"][k] = " and ".join(dict.fromkeys([*earlier, version]))
 
 
 def write(out: Path, record: dict[str, Any]) -> None:

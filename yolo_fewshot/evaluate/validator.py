@@ -163,11 +163,11 @@ class FewShotValidator(MatchesByName, DetectionValidator):
 
     def _novel_classes(self, model: nn.Module, index: dict[int, int]) -> set[int]:
         """Return the novel classes as class indices of the model; `index` maps those of the data to them."""
-        if "fewshot" not in self.data:
+        section, names = self.data.get("fewshot"), self.data["names"]
+        if "fewshot" not in self.data or (isinstance(section, dict) and "ignore" in section and "novel" not in section):
             native = model.model if getattr(model, "format", None) == "pt" else model
             enrolled = getattr(native, "enrolled", None) or {}
             return {i for i, n in self.names.items() if str(n) in enrolled}
-        section, names = self.data["fewshot"], self.data["names"]
         novel = section.get("novel") if isinstance(section, dict) else None
         if not isinstance(novel, list):
             raise ValueError(

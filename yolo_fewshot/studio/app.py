@@ -22,12 +22,13 @@ from yolo_fewshot.studio.server import Guard
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
-def make_app(live: Live, token: str) -> Guard:
+def make_app(live: Live, token: str, once: str | None = None) -> Guard:
     """Return the application that serves a studio.
 
     Args:
         live (Live): The studio.
         token (str): First part of every path.
+        once (str, optional): Path that leads to the page the first time.
 
     Returns:
         (Guard): An ASGI application.
@@ -52,7 +53,7 @@ def make_app(live: Live, token: str) -> Guard:
         return _file(live.exports / name if name in {x[0] for x in RESULTS.values()} else None)
 
     ui.run_with(outer, mount_path=f"/{token}", title="Few-shot Studio", show_welcome_message=False, favicon="🎯")
-    return Guard(outer, token)
+    return Guard(outer, token, once)
 
 
 def _file(path: Path | None) -> FileResponse:
@@ -74,7 +75,7 @@ def serve(live: Live, host: str = "127.0.0.1", port: int = 0, show: bool = True)
     Raises:
         ValueError: If the port is in use, or the address is not one of this machine.
     """
-    token = secrets.token_urlsafe(24)
+    token, once = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -85,16 +86,17 @@ def serve(live: Live, host: str = "127.0.0.1", port: int = 0, show: bool = True)
         listener.close()
         raise ValueError(f"host={host} port={port} cannot be used: {e}. Name another port, or none.") from e
     shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{listener.getsockname()[1]}/{token}/"
+    root = f"http://{shown}:{listener.getsockname()[1]}"
     if host not in LOOPBACK:
         LOGGER.warning(
             f"host={host}: whoever can reach this address, and learns the URL below, can see and change the project. "
             "The connection is not encrypted."
         )
-    LOGGER.info(f"Few-shot Studio: {url}\nPress Ctrl+C to end; everything is saved in {live.studio.project.folder}.")
-    server = uvicorn.Server(uvicorn.Config(make_app(live, token), log_level="warning", ws_max_size=2**24))
+    LOGGER.info(f"Few-shot Studio: {root}/{token}/")
+    LOGGER.info(f"Press Ctrl+C to end; everything is saved in {live.studio.project.folder}.")
+    server = uvicorn.Server(uvicorn.Config(make_app(live, token, once), log_level="warning", ws_max_size=2**24))
     if show:
-        webbrowser.open(url)
+        webbrowser.open(f"{root}/{once}")
     # NiceGUI looks at every object of the process, of which PyTorch has some that warn.
     warnings.filterwarnings("ignore", ".*torch.distributed.reduce_op", FutureWarning)
     level = LOGGER.level

@@ -164,6 +164,8 @@ class Live:
                 raise ValueError("A training runs already. Cancel it first.")
             studio = self.studio
             if studio.learned is None or not studio.learned.names:
+                if studio.project.names:
+                    raise ValueError("Only classes of the detector are labeled. Label a new one, or rename one.")
                 raise ValueError("Nothing is labeled yet. Draw a box first.")
             folder, self.progress = studio.project.folder / "train", Progress()
             data = folder.with_name(".train-data")
@@ -229,10 +231,13 @@ class Live:
         self._jobs.append(job)
         self._back.ask("jobs")
 
-    def _do_job(self) -> bool:
-        """Do the first of the jobs, and return whether there are more."""
-        self._jobs.pop(0)()
-        return bool(self._jobs)
+    def _do_job(self) -> None:
+        """Do the first of the jobs, and ask for the next one even if it fails."""
+        try:
+            self._jobs.pop(0)()
+        finally:
+            if self._jobs:
+                self._back.ask("jobs")
 
     def _learn(self) -> None:
         """Learn, then look through the other images and check what was learned."""

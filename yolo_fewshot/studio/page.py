@@ -7,6 +7,7 @@ holds all scripts and fonts, so that the page works offline.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -374,10 +375,8 @@ class Page:
         """Show the classes."""
         studio = self.studio
         names = studio.project.names
-        counts = {n: 0 for n in names}
-        for image in studio.project.images.values():
-            for box in image.boxes:
-                counts[box.name] += 1
+        images = list(studio.project.images.values())  # uploads add to them
+        counts = Counter(box.name for image in images for box in image.boxes)
         self.none.set_visibility(not names)
         for name in [n for n in self._rows if n not in names]:
             self._rows.pop(name)["box"].delete()
@@ -390,7 +389,7 @@ class Page:
             for part in ("slider", "conf", "reset"):
                 row[part].set_visibility(not own)
             if own:
-                row["figures"].set_text("The detector has this class; labels are for training.")
+                row["figures"].set_text("The detector knows and keeps this class; here its objects are background.")
                 continue
             conf, figures = studio.threshold(name), studio.figures.get(name)
             if abs((row["slider"].value or 0) - conf) > 0.004:

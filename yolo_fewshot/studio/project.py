@@ -305,7 +305,7 @@ class Project:
     @property
     def names(self) -> list[str]:
         """Names of the classes that have a box, in the order of their first boxes."""
-        boxes = sorted((x for p in self.images.values() for x in p.boxes), key=lambda x: x.id)
+        boxes = sorted((x for p in list(self.images.values()) for x in p.boxes), key=lambda x: x.id)
         return list(dict.fromkeys(x.name for x in boxes))
 
     def path(self, image: LabeledImage) -> Path:

@@ -27,14 +27,16 @@ class Guard:
         app (Any): The application behind it.
     """
 
-    def __init__(self, app: Any, token: str):
+    def __init__(self, app: Any, token: str, once: str | None = None):
         """Initialize the guard.
 
         Args:
             app (Any): The application behind it.
             token (str): First part of every path.
+            once (str, optional): Path that leads to the application the first time. Other users of the machine can read
+                the URL with which a browser is started, and not where it leads.
         """
-        self.app, self._token = app, token.encode()
+        self.app, self._token, self._once = app, token.encode(), once
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on."""
@@ -50,7 +52,11 @@ class Guard:
                 await self.app(scope, receive, send)
             return
         if status:
-            await send({"type": "http.response.start", "status": status, "headers": list(HEADERS.items())})
+            headers = list(HEADERS.items())
+            if self._once and hmac.compare_digest(scope["path"].encode("utf-8", "replace"), f"/{self._once}".encode()):
+                self._once, status = None, 303
+                headers.append((b"location", b"/%s/" % self._token))
+            await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": b""})
             return
 

@@ -29,6 +29,25 @@ def test_files_among_others_are_the_same_ones_and_copies_and_only_equal_sizes_ar
     assert sorted(opened) == ["a", "copy", "same"]
 
 
+def test_links_to_the_same_file_are_all_among_others(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(name.encode())
+    files = [str(tmp_path / x) for x in ("a", "link", "b")]
+    os.symlink(files[0], files[1])
+    assert among(files, files[:1]) == files[:2] == among(files, files[1:2])
+
+
+def test_a_link_stays_one_and_a_file_keeps_its_permissions(tmp_path):
+    (tmp_path / "site").mkdir()
+    file = tmp_path / "site/v1.pt"
+    file.write_bytes(b"one")
+    file.chmod(0o640)
+    (tmp_path / "current.pt").symlink_to(file)
+    AtomicPath(tmp_path / "current.pt").write_bytes(b"two")
+    assert (tmp_path / "current.pt").is_symlink() and file.read_bytes() == b"two"
+    assert file.stat().st_mode & 0o777 == 0o640 and os.listdir(tmp_path / "site") == ["v1.pt"]
+
+
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
 def test_an_interrupted_write_keeps_the_old_content(tmp_path, monkeypatch, error):
     file = AtomicPath(tmp_path / "last.pt")

@@ -136,7 +136,7 @@ def test_validation_on_data_without_its_splits_is_an_error_before_enrollment(fil
 
 
 def test_valid_data_sources_and_models_pass(here):
-    for data in (None, "data.yaml", str(here), "fewshot-demo.yaml"):
+    for data in (None, "data.yaml", str(here), "fewshot-demo.yaml", "coco8", "data.zip"):
         check_data(data)
     images = (None, 0, "0", "rtsp://camera", "images/*/*.png", "images/val", "notes.txt", [Path("a")], np.zeros(1))
     for source in (*images, Path("images/val"), "screen"):

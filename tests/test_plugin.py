@@ -469,6 +469,22 @@ def test_a_resumed_run_keeps_the_trainer_that_it_began_with(stock: YOLO, tmp_pat
             assert cls is DetectionTrainer if expected is None else cls.__bases__ == expected
 
 
+def test_a_trainer_that_would_ignore_keys_is_refused(stock: YOLO, no_setup: None):
+    class Own(DetectionTrainer):
+        pass
+
+    class OwnFewShot(FewShotTrainer):
+        pass
+
+    with pytest.raises(
+        TypeError, match=r"trainer=Own would ignore stage=, graft=\. Make it a subclass of .*FewShotTrainer"
+    ):
+        stock.train(trainer=Own, data="absent.yaml", stage=3, graft="neck")
+    assert plugin.trainer_for(stock, OwnFewShot, {"stage": 3}) is OwnFewShot
+    assert plugin.trainer_for(stock, Own, {"grad_clip": 5.0}).__bases__ == (GuardedTrainer, Own)
+    assert plugin.trainer_for(stock, Own, {}) is Own
+
+
 @pytest.mark.parametrize("state", [{"epoch": -1, "optimizer": {}}, {"epoch": 1, "optimizer": None}])
 def test_a_finished_run_that_cannot_be_resumed_says_nothing_about_the_new_one(state: dict, stock: YOLO, tmp_path: Path):
     file = tmp_path / "best.pt"

@@ -134,6 +134,13 @@ def test_other_keys_of_the_shots_stay(site):
     assert content["fewshot"] == {"ignore": "ignore"} and content["channels"] == 3 and "path" not in content
 
 
+def test_classes_that_the_shots_only_count_get_names(site, monkeypatch):
+    YAML.save("shots.yaml", {"train": "photos/images", "val": "photos/val", "nc": 1})
+    monkeypatch.setattr(Detector, "names", {0: "person", 1: "class_0"})
+    Detector.found |= {10: [(LEFT, 0.9, 1)]}
+    assert check_det_dataset(run())["names"] == {0: "class_0"}
+
+
 @pytest.mark.parametrize("labeled", ["photos/images/1.png", "photos/val/2.png"])
 def test_copies_of_labeled_images_are_left_out(site, labeled, caplog):
     shutil.copy(labeled, "unlabeled/copy.png")

@@ -513,7 +513,7 @@ def test_predictions_that_are_saved_have_the_shots_beside_them_once(model, few, 
     assert f"Plotting support set to {tmp_path / 'saved/support_check.png'}... " in caplog.text
     assert not drawn("again", save=True) and (tmp_path / "again").exists()  # it was not enrolled again
     model.forget("hourglass")
-    assert drawn("anew", save=True)
+    assert drawn("anew", save_txt=True)
     model.forget("hourglass")
     where = {"project": str(tmp_path), "name": "stream", "save": True, "imgsz": 96, "verbose": False}
     results = model.predict(queries[:1], support=few, enroll="mean", stream=True, **where)

@@ -229,8 +229,8 @@ def need_stage(args: dict[str, Any]) -> None:
         stage = 3 if set(keys) & set(ADAPTING) else 2
         named = ", ".join(f"'{k}={args[k]}'" for k in keys)
         raise ValueError(
-            f"{named} belongs to stage {stage}, and no stage is given. Add cfg=stage{stage}.yaml or stage={stage}, or "
-            "leave it out for an ordinary training."
+            f"{named} belongs to stage {stage}, and no stage is given. Add cfg=stage{stage}.yaml, or leave it out "
+            "for an ordinary training."
         )
 
 

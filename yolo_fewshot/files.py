@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,18 @@ class AtomicPath(type(Path())):
         Raises:
             OSError: If writing fails, as on a full disk; the file keeps its old content.
         """
-        if not self.parent.is_dir():
+        target = Path(os.path.realpath(self))  # a link stays one
+        if not target.parent.is_dir():
             raise FileNotFoundError(f"{self} cannot be written, since its folder does not exist.")
-        part = Path(f"{self}.part")
+        part = Path(f"{target}.part")
         try:
             with open(part, "wb") as f:
                 n = f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(part, self)
+            with suppress(OSError):  # a new file, or a file system without permissions
+                shutil.copymode(target, part)
+            os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
         return n
@@ -97,12 +102,10 @@ def among(files: Iterable[str], others: Iterable[str]) -> list[str]:
     Returns:
         (list[str]): The files.
     """
-    places, known = ({os.path.realpath(x): x for x in xs if os.path.isfile(x)} for xs in (files, others))
-    size = {x: os.path.getsize(x) for x in (*places, *known)}
-    shared = {size[x] for x in known} & {size[x] for x in places if x not in known}
-    digests = {sha256(Path(x)) for x in known if size[x] in shared}
-    return [
-        file
-        for place, file in places.items()
-        if place in known or (size[place] in shared and sha256(Path(place)) in digests)
-    ]
+    places = {x: os.path.realpath(x) for x in files if os.path.isfile(x)}  # several may be links to the same file
+    known = {os.path.realpath(x) for x in others if os.path.isfile(x)}
+    size = {x: os.path.getsize(x) for x in {*places.values(), *known}}
+    shared = {size[x] for x in known} & {size[x] for x in places.values() if x not in known}
+    digest = {x: sha256(Path(x)) for x in size if size[x] in shared}
+    copies = {digest.get(x) for x in known} - {None}
+    return [file for file, place in places.items() if place in known or digest.get(place) in copies]

@@ -128,15 +128,14 @@ def check_data(data: Any) -> None:
     """Check that a data.yaml can be validated on.
 
     Args:
-        data (Any): Value of `data=`; None and folders are left to Ultralytics.
+        data (Any): Value of `data=`; what is no YAML file, such as a bare name, is left to Ultralytics.
 
     Raises:
         FileNotFoundError: If it does not exist.
         ValueError: If it is not a mapping, or has no splits.
     """
-    if data is None or Path(str(data)).is_dir():
+    if data is None or Path(str(data)).suffix.lower() not in {".yaml", ".yml"}:
         return
-    check_yaml_file("data", data)
     content = YAML.load(checks.check_yaml(data))
     missing = [f"'{k}:'" for k in ("train", "val") if k not in content and (k != "val" or "validation" not in content)]
     if missing:

@@ -490,6 +490,8 @@ def trainer_for(model: Any, trainer: type | None, kwargs: dict[str, Any]) -> typ
     settings = {**training_settings(model, kwargs), **kwargs}
     table.refuse_support(settings)
     keys = table.used(settings)
+    if keys and trainer:
+        check_own_trainer(trainer, keys)
     if not keys or is_fewshot(model):  # FewShotTrainer checks them itself
         return trainer
     table.check(settings)
@@ -507,6 +509,27 @@ def trainer_for(model: Any, trainer: type | None, kwargs: dict[str, Any]) -> typ
     from yolo_fewshot.train.guarded import guarded
 
     return guarded(trainer or model._smart_load("trainer"))
+
+
+def check_own_trainer(trainer: type, keys: list[str]) -> None:
+    """Refuse a trainer of the user's own that would ignore keys of the plugin.
+
+    Args:
+        trainer (type): The trainer.
+        keys (list[str]): Keys that are set.
+
+    Raises:
+        TypeError: If it is no subclass of `FewShotTrainer`, and not only keys of the guard are set.
+    """
+    from yolo_fewshot.train.trainer import FewShotTrainer
+
+    unknown = [k for k in keys if k not in table.GUARD]
+    if unknown and not (isinstance(trainer, type) and issubclass(trainer, FewShotTrainer)):
+        name = getattr(trainer, "__name__", trainer)
+        raise TypeError(
+            f"trainer={name} would ignore {', '.join(f'{k}=' for k in unknown)}. Make it a subclass of "
+            "yolo_fewshot.FewShotTrainer, or leave it out."
+        )
 
 
 def training_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

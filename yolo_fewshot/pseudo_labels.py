@@ -83,7 +83,7 @@ def pseudo_label(
     except SyntaxError as e:
         raise ValueError(f"{e} It needs all of 'train:', 'val:' and 'names:'.") from e
     content = {k: v for k, v in YAML.load(checks.check_yaml(data)).items() if k not in {"path", "nc", "download"}}
-    content |= {k: x for k in ("train", "val", "test") if (x := _paths(info.get(k)))}
+    content |= {k: x for k in ("train", "val", "test") if (x := _paths(info.get(k)))} | {"names": info["names"]}
     files = [x["im_file"] for x in read_background(source, info["channels"], "source").labels]
     yolo = FewShotYOLO(model)
     if yolo.task != "detect":

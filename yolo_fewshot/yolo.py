@@ -78,6 +78,7 @@ class FewShotYOLO(YOLO):
         if not isinstance(self, FewShotYOLO):
             raise TypeError(no_rows(self, "FewShotYOLO"))
 
+    @torch.inference_mode(False)  # a service or a callback may be in it, and a classifier is fitted
     def enroll(
         self,
         support: str | Path,
@@ -274,7 +275,9 @@ class FewShotYOLO(YOLO):
                 LOGGER.info(enrollment.table_of(enrolled))
             results = super().predict(source, True, predictor, **kwargs)  # a generator; the predictor has its own lock
             self.predictor.stream = stream
-            if self._plot_pending and self.predictor.args.save and {**self.overrides, **kwargs}.get("plots", True):
+            args = self.predictor.args
+            folder = args.save or args.save_txt or args.save_crop  # Ultralytics writes one
+            if self._plot_pending and folder and {**self.overrides, **kwargs}.get("plots", True):
                 self._plot(self.predictor.save_dir)
         return results if stream or results is None else list(results)
 
@@ -294,6 +297,8 @@ class FewShotYOLO(YOLO):
                 check_data(kwargs.get("data"))
                 check_project(kwargs, self.task)
             kwargs = self._enroll_from(kwargs)
+            if self.overrides.get("single_cls") and len(getattr(self.model, "names", ())) > 1:
+                kwargs.setdefault("single_cls", False)  # the training set it, when there was one class
             metrics = super().val(validator, **kwargs)
             if self._plot_pending and {**self.overrides, **kwargs}.get("plots", True):
                 self._plot(metrics.save_dir)

@@ -227,6 +227,24 @@ def test_list_takes_its_names_from_the_data_yaml_beside_it(root, warnings, entry
     assert read_support(root / "list.txt", NAMES).names == {0: "one", 1: "two", 2: "three"}
 
 
+def test_list_takes_its_names_from_the_only_data_yaml_beside_it(root, warnings):
+    (root / "args.yaml").write_text("train: images")
+    data_yaml(root / "data.yml", train="images", names=["kitten", "puppy", "chick"])
+    support = read_support(root / "list.txt", NAMES)
+    assert support.names == {0: "kitten", 1: "puppy", 2: "chick"} and not warnings
+    before = fingerprint(root / "list.txt")
+    data_yaml(root / "data.yml", train="images", names=["kitten", "puppy", "chicken"])
+    assert fingerprint(root / "list.txt") != before
+    data_yaml(root / "other.yaml", train="images", names=["x", "y", "z"])
+    assert read_support(root / "list.txt", {**NAMES, 2: "bird"}).names == {0: "cat", 1: "dog", 2: "bird"}
+    assert len(warnings) == 1 and "data.yml, other.yaml beside" in warnings[0] and "classes.txt" in warnings[0]
+
+
+def test_a_folder_with_a_data_yml_is_a_data_set(root):
+    data_yaml(root / "data.yml", train="images", names=["cat", "dog", "bird"])
+    assert read_support(root).names == {0: "cat", 1: "dog", 2: "bird"}
+
+
 def test_list_without_names_has_the_indices_of_the_model(root, warnings):
     support = read_support(root / "list.txt", {**NAMES, 2: 7})
     assert support.names == {0: "cat", 1: "dog", 2: "7"} and not warnings

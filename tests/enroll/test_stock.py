@@ -181,6 +181,45 @@ def test_a_known_class_is_enrolled_again_in_its_place_and_restored(cfg, tmp_path
     assert same(model, before) and list(model.enrolled) == []
 
 
+def test_names_in_another_order_stay_at_their_indices(shots):
+    wrapper = yolo_of("yolo11n.yaml")
+    names = dict(wrapper.model.names)
+    wrapper.model.names = dict(reversed(names.items()))  # as a data.yaml may list them
+    wrapper.enroll(shots, imgsz=SIZE, method="mean")
+    assert list(wrapper.forget("square").forget("disc").model.names.items()) == list(names.items())
+    wrapper.model.names = list(names.values())
+    wrapper.enroll(shots, imgsz=SIZE, method="mean")
+    assert wrapper.model.names == {**names, len(names): "square", len(names) + 1: "disc"}
+
+
+def test_a_class_that_was_renamed_is_not_forgotten(shots):
+    wrapper = yolo_of("yolo11n.yaml")
+    wrapper.enroll(shots, imgsz=SIZE, method="mean")
+    wrapper.model.names[wrapper.model.nc - 1] = "ring"
+    with pytest.raises(ValueError, match=r"'disc' was renamed after its enrollment\. Give the class this name again"):
+        wrapper.forget("disc")
+
+
+def test_classes_are_enrolled_in_inference_mode_as_out_of_it(shots):
+    models = [yolo_of("yolo11n.yaml") for _ in range(2)]
+    with torch.inference_mode():
+        models[0].enroll(shots, imgsz=SIZE, method="fit")
+    models[1].enroll(shots, imgsz=SIZE, method="fit")
+    assert same(models[0].model, models[1].model.state_dict())
+
+
+def test_a_model_of_one_class_for_all_validates_enrolled_ones_apart(shots, monkeypatch):
+    wrapper, seen = yolo_of("yolo11n.yaml"), []
+    monkeypatch.setattr(YOLO, "val", lambda *_, **kwargs: seen.append(kwargs.get("single_cls")))
+    wrapper.overrides["single_cls"] = True  # as after training with it
+    wrapper.model.names = {0: "item"}
+    wrapper.val(data="shots.yaml")
+    wrapper.model.names = {0: "item", 1: "square"}
+    wrapper.val(data="shots.yaml")
+    wrapper.val(data="shots.yaml", single_cls=True)
+    assert seen == [None, False, True]
+
+
 # New classes ----------------------------------------------------------------------------------------------------------
 
 

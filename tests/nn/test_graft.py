@@ -97,6 +97,20 @@ def test_stock_ultralytics_builds_the_same_layers_from_the_yaml(cfg, part):
     assert {k: v.shape for k, v in built.state_dict().items() if k in width} == width  # class stems depend on nc
 
 
+@pytest.mark.parametrize("order", [lambda x: dict(reversed(x.items())), lambda x: list(x.values())])
+def test_old_classes_keep_their_indices_whatever_the_order_of_their_names(detector, order):
+    model = deepcopy(detector)
+    model.names = order(detector.names)
+    assert unite(new_graft(model, ["cat"], "neck")).names == {**detector.names, 4: "cat"}
+
+
+def test_class_weights_of_the_old_classes_go(detector):
+    model = deepcopy(detector)
+    model.class_weights = torch.ones(4)  # which Ultralytics leaves in a checkpoint of cls_pw=
+    copy = new_graft(model, ["cat"], "neck")
+    assert not hasattr(copy, "class_weights") and not hasattr(unite(copy), "class_weights")
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_a_grafted_checkpoint_has_the_names_of_its_layers_and_loads_with_the_restricted_loader(
     detector, part, tmp_path, monkeypatch

@@ -1,6 +1,7 @@
 import shutil
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -350,6 +351,40 @@ def test_a_batch_without_room_for_other_images_is_an_error(root, keys):
     assert (drawn[:, 0] < 8).all() and (drawn[:, 1] >= 8).all()
 
 
+def test_a_batch_needs_an_image_for_each_process(root, monkeypatch):
+    trainer = built(root, batch=2)
+    monkeypatch.setattr(trainer, "world_size", 8)
+    with pytest.raises(ValueError, match=r"'batch=2' has fewer images than there are GPUs\. Set batch=8 or more"):
+        trainer.get_dataloader(trainer.data["train"], 0, -1)
+
+
+def test_a_batch_that_ultralytics_makes_smaller_is_a_step_and_a_resumed_run_goes_on(root, monkeypatch):
+    trainer = built(root, batch=4, nbs=4)
+    monkeypatch.setattr(trainer, "batch_size", 2)
+    trainer.start_epoch = 1
+    loader = trainer.get_dataloader(trainer.data["train"], 2, -1)
+    assert trainer.args.nbs == 2 and loader.sampler.epoch == 1
+
+
+def test_steps_of_an_epoch_stay_where_the_epochs_are_estimated(root, monkeypatch):
+    """As with time=, which changes `args.epochs` in a run."""
+    trainer = built(root, steps=6, epochs=2, time=1.0)
+    loader = trainer.get_dataloader(trainer.data["train"], 4, -1)
+    trainer.args.epochs = 13
+    trainer.stage.begin_epoch()
+    again = built(root, steps=trainer.args.steps, epochs=13, time=1.0)
+    assert len(loader) == len(again.get_dataloader(again.data["train"], 4, -1)) == 3
+
+
+def test_the_final_validation_is_on_the_split_that_was_asked_for(root, monkeypatch):
+    trainer, asked = built(root), []
+    trainer.args.split, trainer.data = "test", {**trainer.data, "test": "test images"}
+    trainer.test_loader, trainer.validator = SimpleNamespace(batch_size=1), SimpleNamespace()
+    monkeypatch.setattr(trainer, "get_dataloader", lambda path, *_: asked.append(path))
+    trainer.stage.before_final_validation(SimpleNamespace(names={0: "a"}))
+    assert asked == ["test images"]
+
+
 def test_shots_alone_can_have_a_batch_of_one(root):
     trainer = built(root, batch=1)
     assert len(trainer.get_dataloader(trainer.data["train"], 1, -1)) == 2  # 4 steps in 2 epochs
@@ -446,6 +481,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(root, run, whole, monkeypa
             "works in grafting alone. Add cfg=stage3.yaml to graft, or",
         ),
         ({"single_cls": True}, ValueError, "'single_cls=True' does not work in stage 3"),
+        ({"quantize": 8}, ValueError, "'quantize=8' does not work in stage 3"),
     ],
 )
 def test_what_cannot_work_is_an_error_before_training(root, more, error, text):

@@ -100,6 +100,13 @@ def test_a_guarded_run_is_the_stock_run_step_by_step(data, task):
         assert all(torch.equal(v, weights[k]) for k, v in ours.state_dict().items())
 
 
+def test_ultralytics_may_preprocess_batches_before_it_accumulates_any(monkeypatch):
+    """As it does to calibrate a network for quantize=8."""
+    monkeypatch.setattr(PoseTrainer, "preprocess_batch", lambda self, batch: batch)
+    trainer = object.__new__(guarded(PoseTrainer))
+    assert trainer.preprocess_batch({"img": 1}) == {"img": 1}
+
+
 @pytest.mark.parametrize("given", [{}, {"grad_clip": 5.0}])
 def test_the_files_of_a_run_without_a_stage_have_only_the_keys_of_ours_that_are_set(data, given):
     trainer, _, _ = train(data, "detect", "keys", **given)

@@ -637,6 +637,16 @@ def test_the_loader_of_validation_may_have_smaller_batches(stage2, monkeypatch):
 def test_an_episode_may_have_fewer_images_than_there_are_processes(stage2):
     loader = stage2.get_dataloader(stage2.data["train"], 6 // 8, -1, "train")
     assert len(next(iter(loader))["im_file"]) == 6
+    assert stage2.get_dataloader(stage2.data["val"], 6 // 8 * 2, -1, "val").batch_size == 1
+
+
+def test_a_stage_without_its_recipe_has_its_own_gain_of_dfl_and_is_not_chosen_on_the_val_split(tiny, stage1):
+    overrides = {**EPISODIC, "model": str(stage1.best), "data": str(tiny / "data.yaml"), "project": str(tiny)}
+    for given, dfl in (({}, 0.15), ({"dfl": 1.5}, 1.5)):
+        assert FewShotTrainer(overrides={**overrides, **given, "stage": 2, "name": "unused"}).args.dfl == dfl
+    for given, val in (({}, False), ({"val": True}, True)):
+        few = {k: v for k, v in overrides.items() if k not in {"n_way", "k_shot", "n_query", "episodes", "val"}}
+        assert FewShotTrainer(overrides={**few, **given, "stage": 3, "name": "unused"}).args.val is val
 
 
 def test_a_batch_of_more_images_in_a_resumed_run_is_an_episode_still(tiny, stage1, log):

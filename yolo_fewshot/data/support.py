@@ -96,8 +96,8 @@ def read_support(
 ) -> Support:
     """Read and check a support set.
 
-    The class names of a list are those of `classes.txt` beside it, one per line, or else of a data.yaml beside it whose
-    train or val split it is. Without either, its class indices are those of the model.
+    The class names of a list are those of `classes.txt` beside it, one per line, or else of a data.yaml beside it: that
+    which has the list as a split, or the only one. Without either, its class indices are those of the model.
 
     Args:
         support (str | Path): A data.yaml, whose train split is used, or a folder with one; a .txt list of images with
@@ -248,7 +248,7 @@ def fingerprint(support: str | Path) -> tuple[tuple[str, int, int], ...]:
     else:
         data, images = _listed(source)
         ignore, is_list = ignore_folder(data), source.suffix.lower() == ".txt"
-        names = [source.with_name("classes.txt"), *sorted(source.parent.glob("*.yaml"))] if is_list else []
+        names = [source.with_name("classes.txt"), *_yamls(source.parent)] if is_list else []
         ignored = filter(None, ignore_files(images, ignore)) if ignore else []
         files = [source, *names, *images, *utils.img2label_paths(images), *ignored]
     return tuple(_stat(str(f)) for f in files)
@@ -289,7 +289,9 @@ def _find(support: str | Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"support='{support}' does not exist. {LAYOUTS}")
     path = Path(os.path.abspath(path))
-    yamls = sorted(path.glob("*.yaml")) if path.is_dir() else []
+    yamls = _yamls(path) if path.is_dir() else []
+    if len(yamls) == 1:
+        return yamls[0]
     if yamls:
         try:
             return utils.find_dataset_yaml(path)
@@ -298,6 +300,11 @@ def _find(support: str | Path) -> Path:
     if path.is_file() and path.suffix.lower() not in {".yaml", ".yml", ".txt"} and not _is_image(path.name):
         raise ValueError(f"support='{support}' is of an unknown type. {LAYOUTS}")
     return path
+
+
+def _yamls(folder: Path) -> list[Path]:
+    """Return the YAML files of a folder."""
+    return sorted(x for x in folder.iterdir() if x.suffix.lower() in {".yaml", ".yml"})
 
 
 def _load_data(file: Path) -> dict[str, Any]:
@@ -322,15 +329,25 @@ def _data_beside(file: Path) -> dict[str, Any]:
     classes = file.with_name("classes.txt")
     if classes.is_file():
         return {"names": _class_names(classes, _lines(classes))}
-    for yaml in sorted(file.parent.glob("*.yaml")):
+    found: dict[Path, dict[str, Any]] = {}
+    for yaml in _yamls(file.parent):
         try:
             data = YAML.load(yaml)
-            lists = [p for split in ("train", "val") for p in _split(yaml, data, split)]
+            lists = [p for split in ("train", "val", "test") for p in _split(yaml, data, split)]
         except (TypeError, ValueError):  # an unrelated YAML file
             continue
-        if file.resolve() in lists and isinstance(data.get("names"), (list, dict)):
-            return data | {"names": _class_names(yaml, data["names"])}
-    return {}
+        if lists and isinstance(data.get("names"), (list, dict)):
+            found[yaml] = data
+            if file.resolve() in lists:
+                found = {yaml: data}
+                break
+    if len(found) > 1:
+        LOGGER.warning(
+            f"{few([x.name for x in found])} beside {file} are not used, since none has this list as a split. Class "
+            "indices are those of the model; to give names, write them into classes.txt beside the list."
+        )
+        return {}
+    return {k: v | {"names": _class_names(k, v["names"])} for k, v in found.items()}.popitem()[1] if found else {}
 
 
 def _split(file: Path, data: dict[str, Any], split: str) -> list[Path]:

@@ -158,7 +158,9 @@ def forget(model: Any, name: str) -> None:
     if name not in rows.enrolled:
         known = f"Enrolled are {', '.join(rows.enrolled)}." if rows.enrolled else "No class is enrolled."
         raise ValueError(f"'{name}' was not enrolled, so it cannot be forgotten. {known}")
-    index = next(i for i, n in model.names.items() if str(n) == name)
+    index = next((i for i, n in model.names.items() if str(n) == name), None)
+    if index is None:
+        raise ValueError(f"'{name}' was renamed after its enrollment. Give the class this name again, then forget it.")
     replaced = rows.enrolled[name]["replaced"]
     if replaced is None:
         rows.remove(index)

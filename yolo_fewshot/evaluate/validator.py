@@ -69,7 +69,7 @@ class MatchesByName:
         if self.is_coco or self.is_lvis:  # their annotations number the classes as the data does
             ids = self.class_map if self.is_coco else range(1, len(names) + 1)
             order = {i: j for j, i in index.items()}
-            self.class_map = [ids[order[i]] if i in order else 0 for i in self.names]
+            self.class_map = [ids[order[i]] if i in order else 0 for i in sorted(self.names)]
         if self.args.single_cls:  # every label is 0, and so is every prediction
             index = dict.fromkeys(names, 0)
         labeled = np.unique(np.concatenate([x["cls"].reshape(-1) for x in self.dataloader.dataset.labels])).astype(int)

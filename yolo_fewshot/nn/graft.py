@@ -196,6 +196,7 @@ def unite(trained: GraftModel) -> DetectionModel:
         (DetectionModel): Detector of all classes, the new ones last.
     """
     copy = deepcopy(trained)
+    copy.graft["source"].__dict__.pop("class_weights", None)  # which has no weight of the new classes
     return _appended(copy, **copy.graft) if copy.graft["levels"] is None else _replaced(copy, **copy.graft)
 
 
@@ -220,7 +221,8 @@ def _as_graft(
     """Turn a network into a copy to train."""
     model.__class__ = GraftModel
     model.graft = {"source": source, "layers": layers, "shared": shared, "levels": levels}
-    model.__dict__.pop("enrolled", None)
+    for name in ("enrolled", "class_weights"):  # of the old classes; Ultralytics keeps the weights of cls_pw=
+        model.__dict__.pop(name, None)
     return model.float().requires_grad_(True)
 
 

@@ -73,6 +73,11 @@ class LevelSpace(NamedTuple):
 Space = Prototypes | LevelSpace  # what enrollment methods learn in: vectors, offsets, and their logits at anchors
 
 
+def _by_index(names: Any) -> dict[int, str]:
+    """Return class names in the order of their indices: a data.yaml may have another order, and users assign lists."""
+    return dict(enumerate(names) if isinstance(names, list) else sorted(names.items()))
+
+
 class ClassRows(ABC):
     """The class rows of a model's head.
 
@@ -91,13 +96,14 @@ class ClassRows(ABC):
     per_level = False
     memory_weight = 0.3
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         """Initialize the rows.
 
         Args:
-            model (nn.Module): The model.
+            model (nn.Module): The model, whose names are put into the order of the rows.
         """
-        self.model: Any = model
+        self.model = model
+        self.model.names = _by_index(self.model.names)
 
     @property
     def head(self) -> Any:

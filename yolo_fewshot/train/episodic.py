@@ -19,6 +19,7 @@ from yolo_fewshot.train.meta_validation import START, fitness_of, student_of
 from yolo_fewshot.train.run_plots import plot_training_episode, plot_val_episodes
 from yolo_fewshot.train.stage import Stage
 
+DFL = 0.15  # gain, as in the recipe: the clamped DFL is the sum of the four sides, of which Ultralytics takes the mean
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put parts of other images into an image
 
 
@@ -30,7 +31,7 @@ class Episodes(Stage):
 
     @classmethod
     def settings(cls, merged: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch size of an episode, and no augmentation that mixes support and query images."""
+        """Return the batch size of an episode, no augmentation that mixes images, and the gain of the clamped DFL."""
         size = table.episode_size(merged)
         if given.get("batch") not in {None, DEFAULT_CFG_DICT["batch"], size}:
             LOGGER.warning(
@@ -41,7 +42,8 @@ class Episodes(Stage):
         if any(given.get(k) for k in mixing):
             LOGGER.warning(f"Stage 2 sets {', '.join(f'{k}=0' for k in mixing)}: support and query must not mix.")
         # With nbs = batch there is one optimizer step per episode, with Ultralytics' weight decay.
-        return {**dict.fromkeys(MIXING, 0.0), "close_mosaic": 0, "rect": False, "batch": size, "nbs": size}
+        fixed = {**dict.fromkeys(MIXING, 0.0), "close_mosaic": 0, "rect": False, "batch": size, "nbs": size}
+        return {**fixed, "dfl": given.get("dfl", DFL)}
 
     def on_loaded(self, model: FewShotDetectionModel, weights: DetectionModel) -> None:
         """Keep the loaded prototypes as anchors of the triplet term, unless the run is resumed."""

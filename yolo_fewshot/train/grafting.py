@@ -195,7 +195,7 @@ class Grafting(ShotStage):
         trainer = self.trainer
         trainer.data = {**trainer.data, "names": model.names, "nc": len(model.names)}
         old = trainer.test_loader
-        loader = trainer.get_dataloader(trainer.data["val"], old.batch_size, LOCAL_RANK, "val")
+        loader = trainer.get_dataloader(trainer.data[trainer.args.split], old.batch_size, LOCAL_RANK, "val")
         trainer.test_loader = trainer.validator.dataloader = loader
 
     def prepare_enrollment(self, model: DetectionModel) -> None:

@@ -98,7 +98,7 @@ class GuardedTrainer(BaseTrainer):
         Returns:
             (dict): Preprocessed batch.
         """
-        if self.accumulate > 1:
+        if getattr(self, "accumulate", 1) > 1:  # which is not set yet where Ultralytics calibrates for quantize=8
             self._loaded.append(dict(batch))  # before preprocessing, on the CPU
         self._batch = super().preprocess_batch(batch)
         return self._batch

@@ -61,7 +61,8 @@ class ShotStage(Stage):
                 raise ValueError(f"'{k}={merged[k]}' does not work in stage 3, which {why}. Leave it out.")
         if merged["batch"] < 1:
             raise ValueError(f"'batch={merged['batch']}' is an invalid value. In stage 3 'batch' must be >= 1.")
-        return {"rect": False, "nbs": merged["batch"], "cls_remap": True}  # classes are matched by name
+        val = given.get("val", False)  # results are reported on the val split, so that it must not choose the model
+        return {"rect": False, "nbs": merged["batch"], "cls_remap": True, "val": val}  # classes are matched by name
 
     def __init__(self, trainer: DetectionTrainer, data: dict[str, Any]):
         """Initialize the stage.
@@ -78,13 +79,18 @@ class ShotStage(Stage):
         self.datasets = [data, *([check_det_dataset(self.args.base_replay)] if self.args.base_replay else [])]
 
     def check_batch(self) -> None:
-        """Refuse a batch without room for the other images.
+        """Refuse a batch without an image for each process, or without room for the other images.
 
         Raises:
-            ValueError: If there are base or background images, and the batch of a process has one image.
+            ValueError: If the batch of a process has no image, or one and there are base or background images.
         """
         keys = " and ".join(f"{k}=" for k in ("base_replay", "background") if vars(self.args).get(k))
         processes = max(self.trainer.world_size, 1)
+        if self.trainer.batch_size < processes:
+            raise ValueError(
+                f"'batch={self.trainer.batch_size}' has fewer images than there are GPUs. Set batch={processes} or "
+                "more."
+            )
         if keys and self.trainer.batch_size < 2 * processes:
             gpus = f" on {processes} GPUs" if processes > 1 else ""
             raise ValueError(
@@ -130,12 +136,20 @@ class ShotStage(Stage):
     def train_loader(self, loader: InfiniteDataLoader, batch_size: int) -> InfiniteDataLoader:
         """Return a loader of shots and other images with `steps` / `epochs` batches, rounded up; log the settings."""
         a, dataset, processes = self.args, loader.dataset, max(self.trainer.world_size, 1)
+        a.nbs = self.trainer.batch_size  # Ultralytics may have halved it for want of memory
         shots, others = len(dataset.parts[0]), sum(map(len, dataset.parts[1:]))
         steps = a.steps or steps_for(shots, batch_size * processes)
         batches, rank = -(-steps // a.epochs), max(RANK, 0)
+        self._batches = batches
         self._log_settings(dataset, batches * a.epochs)
         sampler = AdaptSampler(shots, others, batch_size, batches, a.seed, rank, processes)
+        sampler.restart(getattr(self.trainer, "start_epoch", 0))  # of a resumed run that makes its loader again
         return self._resampled(loader, dataset, sampler, batch_size)
+
+    def begin_epoch(self) -> None:
+        """Keep the batches of an epoch where Ultralytics estimates the number of epochs from `time=`."""
+        if self.args.time:
+            self.args.steps = self._batches * self.args.epochs  # from which a resumed run takes them
 
     def _log_settings(self, dataset: ShotsAndBase, steps: int, more: str = "") -> None:
         """Log what is trained on what."""

@@ -73,6 +73,9 @@ class Stage:
         self._ends_with_start = False
         self._labels: list[dict[str, Any]] = []  # of the training images, with the kept-out classes
 
+    def begin_epoch(self) -> None:
+        """Prepare an epoch."""
+
     def keep_out(self, data: dict[str, Any]) -> None:
         """Choose the classes that `meta_val` keeps out of training.
 

@@ -115,7 +115,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         super().check_resume(overrides)
         if self.resume and overrides.get("batch"):  # which Ultralytics lets a resumed run change
             args = dict(vars(self.args))
-            for k, v in stage_of(args).settings(args, {"batch": overrides["batch"]}).items():
+            for k, v in stage_of(args).settings(args, {**args, "batch": overrides["batch"]}).items():
                 setattr(self.args, k, v)
         if self.resume:
             # A finished checkpoint does not record its folder.
@@ -128,6 +128,11 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         """Return the values of our keys, and the arguments that follow from the stage."""
         values = table.resolve(merged)
         stage = stage_of(values)
+        if merged.get("quantize") == 8:
+            raise ValueError(
+                f"'quantize=8' does not work in stage {values['stage']}: what is trained is not the network that is "
+                "saved in the end. Leave it out, and export with int8=True."
+            )
         unused = [k for k in table.used(merged) if k not in stage.keys]
         if unused:
             keys, places = ", ".join(f"{k}=" for k in unused), sorted({table.place_of(k) for k in unused})
@@ -210,10 +215,10 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         Raises:
             MemoryError: If Ultralytics asks for smaller batches of stage 2, as it does when memory runs out.
         """
+        batch_size = max(batch_size, 1)  # of a process; an episode may have fewer images than there are processes
         if mode != "train":
             return super().get_dataloader(dataset_path, batch_size, rank, mode)
         self.stage.check_batch()
-        batch_size = max(batch_size, 1)  # of a process; an episode may have fewer images than there are processes
         return self.stage.train_loader(super().get_dataloader(dataset_path, batch_size, rank, mode), batch_size)
 
     def _close_dataloader_mosaic(self) -> None:
@@ -244,6 +249,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
                 loss.clamped_dfl.reset_counts()
         if self.stage.seeded_epochs:
             init_seeds(self.args.seed + 1 + RANK + 1000 * self.epoch, deterministic=self.args.deterministic)
+        self.stage.begin_epoch()
 
     def begin_batch(self) -> None:
         """Count a batch, and measure its terms if it is due."""

@@ -88,6 +88,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         """
         warn_untested()
         recipe = YAML.load(check_yaml(cfg)) if isinstance(cfg, (str, Path)) else cfg2dict(cfg)
+        recipe = {} if cfg is DEFAULT_CFG else recipe  # values that nobody gave
         overrides = dict(cfg2dict(overrides or {}))
         given = {**recipe, **overrides}
         # Ultralytics merges, so that its errors name misspelled keys and wrong types.

@@ -1,7 +1,8 @@
 """Make K-shot splits of your own data, YOLO folders or COCO jsons.
 
     python examples/my_data.py data.yaml scooter,bus my_split
-    python examples/my_data.py instances_train.json scooter,bus my_split images=train val=instances_val.json
+    python examples/my_data.py instances_train.json scooter,bus my_split images=train \
+        val=instances_val.json val_images=val
 
 Without arguments it splits the built-in data, once as YOLO folders and once as COCO jsons, which it writes first.
 """

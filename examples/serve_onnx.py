@@ -32,7 +32,7 @@ class Detection(NamedTuple):
 
 
 class Detector:
-    """A YOLO detector in an ONNX file of a fixed image size, exported without `nms=True`."""
+    """A YOLO detector in an ONNX file of a fixed image size, exported without `nms=`."""
 
     def __init__(self, file: str):
         """Load the file.
@@ -44,6 +44,9 @@ class Detector:
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.names: dict[int, str] = ast.literal_eval(metadata["names"])
         self.height, self.width = ast.literal_eval(metadata["imgsz"])
+        shape = self.session.get_outputs()[0].shape
+        if len(shape) != 3 or shape[1] != 4 + len(self.names):
+            raise ValueError(f"{file} has an output of shape {shape}. Export it without nms=.")
 
     def __call__(self, image: np.ndarray, conf: float = 0.25, iou: float = 0.7) -> list[Detection]:
         """Detect objects in an image.

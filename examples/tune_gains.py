@@ -17,7 +17,7 @@ from ultralytics.utils import YAML
 
 import yolo_fewshot  # noqa: F401  (registers the plugin, as `yolo` does by itself)
 
-START = {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3, "lr0": 0.002}  # a mutation of zero is zero
+START = {"supcon": 1.2, "cpe": 0.6, "triplet": 0.3, "lr0": 0.002}  # the recipe has the three terms off
 SPACE = {"supcon": (0.0, 2.0), "cpe": (0.0, 1.5), "triplet": (0.0, 1.0), "lr0": (0.0002, 0.005)}  # any key works
 
 

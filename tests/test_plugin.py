@@ -258,8 +258,9 @@ def test_the_stage_is_what_is_given(given: dict, stage: int):
 def test_a_key_of_a_stage_without_a_stage_is_an_error_that_names_the_recipe(key: str, stock: YOLO, fewshot: YOLO):
     value = args.KEYS[key].default
     value = {"base_replay": "base.yaml", "blend": 0.5, "steps": 5, "terms": "own.Term", "meta_val": 0.2}.get(key, value)
-    stage = 3 if key in args.ADAPTING else 2
-    text = f"'{key}={value}' belongs to stage {stage}, and no stage is given. Add cfg=stage{stage}.yaml"
+    stages = ["3"] if key in args.ADAPTING else ["1", "2"] if key == "meta_val" else ["2"]
+    recipes = " or ".join(f"cfg=stage{x}.yaml" for x in stages)
+    text = f"'{key}={value}' belongs to stage {' or '.join(stages)}, and no stage is given. Add {recipes}, or leave"
     for model in (stock, fewshot):
         with pytest.raises(ValueError) as e:
             model.train(data="absent.yaml", **{key: value})
@@ -390,6 +391,12 @@ def test_exported_models_are_told_to_enroll_first(tmp_path: Path):
         FewShotYOLO(tmp_path / "best.onnx", task="detect").predict("x.jpg", support="shots.yaml")
 
 
+def test_background_images_are_for_grafting(fewshot: YOLO):
+    for stage, text in ((1, "Add cfg=stage3.yaml to graft"), (None, "Add cfg=stage3.yaml to graft")):
+        with pytest.raises(ValueError, match=f"'background=street' works in grafting alone. {text}, or leave it out"):
+            fewshot.train(data="coco8.yaml", background="street", stage=stage)
+
+
 @pytest.mark.parametrize("model", ["fewshot", "stock"])
 @pytest.mark.parametrize("key", ["support", "enroll"])
 def test_training_takes_no_support_set(model: str, key: str, request: pytest.FixtureRequest):
@@ -483,6 +490,31 @@ def test_a_trainer_that_would_ignore_keys_is_refused(stock: YOLO, no_setup: None
     assert plugin.trainer_for(stock, OwnFewShot, {"stage": 3}) is OwnFewShot
     assert plugin.trainer_for(stock, Own, {"grad_clip": 5.0}).__bases__ == (GuardedTrainer, Own)
     assert plugin.trainer_for(stock, Own, {}) is Own
+
+
+def test_a_trainer_of_ones_own_has_the_guard_with_a_few_shot_model_too(fewshot: YOLO):
+    class Own(DetectionTrainer):
+        pass
+
+    assert plugin.trainer_for(fewshot, Own, {"grad_clip": 5.0}).__bases__ == (GuardedTrainer, Own)
+    assert plugin.trainer_for(fewshot, Own, {}) is Own
+
+
+def test_tuning_a_stage_without_its_recipe_starts_from_what_it_trains_with(stock: YOLO):
+    given = {"data": "absent.yaml", "space": {"lr0": (0.001, 0.01)}}
+    assert plugin.tune_settings(stock, {**given, "stage": 2})["dfl"] == 0.15
+    assert plugin.tune_settings(stock, {**given, "stage": 2, "dfl": 0.3})["dfl"] == 0.3
+    assert plugin.tune_settings(stock, {**given, "stage": 3})["val"] is False
+    assert plugin.tune_settings(stock, given) == given
+
+
+def test_a_key_without_a_default_needs_a_start_to_be_tuned(stock: YOLO):
+    given = {"data": "absent.yaml", "stage": 3, "graft": "none", "space": {"blend": (0.5, 1.0)}}
+    with pytest.raises(
+        ValueError, match=r"^blend= has no default from which a search could start\. Give a start value"
+    ):
+        plugin.tune_settings(stock, given)
+    assert plugin.tune_settings(stock, {**given, "blend": 0.75})["blend"] == 0.75
 
 
 @pytest.mark.parametrize("state", [{"epoch": -1, "optimizer": {}}, {"epoch": 1, "optimizer": None}])

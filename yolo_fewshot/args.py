@@ -159,6 +159,11 @@ def check(args: dict[str, Any]) -> None:
             raise ValueError(f"'{k}={v}' is an invalid value. '{k}' must be finite and {sign} {key.low}.")
 
 
+# Values of Ultralytics' own keys in a stage whose recipe is not given: the clamped DFL of stage 2 is the sum of four
+# sides, of which Ultralytics takes the mean; and results are reported on the val split, so it must not choose a model.
+STAGE_DEFAULTS: dict[int, dict[str, Any]] = {2: {"dfl": 0.15}, 3: {"val": False}}
+
+
 def place_of(key: str) -> str:
     """Return the settings with which a key has an effect, for messages.
 
@@ -170,7 +175,7 @@ def place_of(key: str) -> str:
     """
     if key in ADAPTING:
         return f"cfg=stage3.yaml{' graft=none' if key in FINE_TUNING else ''}"
-    return "cfg=stage2.yaml"
+    return "cfg=stage1.yaml or cfg=stage2.yaml" if key == "meta_val" else "cfg=stage2.yaml"
 
 
 def grafts(args: dict[str, Any]) -> bool:
@@ -192,13 +197,15 @@ def refuse_support(args: dict[str, Any]) -> None:
         ValueError: If a key of enrollment is set, or `background` without grafting.
     """
     for k in ENROLL_KEYS:
-        if k == "background" and args.get(k) is not None and args.get("stage") is None:
-            raise ValueError(f"'{k}={args[k]}' works in grafting alone. Add cfg=stage3.yaml to graft, or leave it out.")
-        if args.get(k) is not None and not (k == "background" and grafts(args)):
-            raise ValueError(
-                f"'{k}={args[k]}' is not a training argument. To add classes from a few examples, train without it "
-                "and use it with predict, track, val or export; to train on them, make them the train split of data=."
-            )
+        if args.get(k) is None or (k == "background" and grafts(args)):
+            continue
+        if k == "background":
+            way = "Leave graft=none out" if args.get("stage") == 3 else "Add cfg=stage3.yaml"
+            raise ValueError(f"'{k}={args[k]}' works in grafting alone. {way} to graft, or leave it out.")
+        raise ValueError(
+            f"'{k}={args[k]}' is not a training argument. To add classes from a few examples, train without it and use "
+            "it with predict, track, val or export; to train on them, make them the train split of data=."
+        )
 
 
 def need_support(args: dict[str, Any]) -> None:
@@ -226,11 +233,12 @@ def need_stage(args: dict[str, Any]) -> None:
     """
     keys = [k for k in used(args) if k not in {*GUARD, *EVERY_STAGE}]
     if keys and args.get("stage") is None:
-        stage = 3 if set(keys) & set(ADAPTING) else 2
+        stage = "3" if set(keys) & set(ADAPTING) else "1 or 2" if keys == ["meta_val"] else "2"
         named = ", ".join(f"'{k}={args[k]}'" for k in keys)
+        recipes = " or ".join(f"cfg=stage{x}.yaml" for x in stage.split(" or "))
         raise ValueError(
-            f"{named} belongs to stage {stage}, and no stage is given. Add cfg=stage{stage}.yaml, or leave it out "
-            "for an ordinary training."
+            f"{named} belongs to stage {stage}, and no stage is given. Add {recipes}, or leave it out for an ordinary "
+            "training."
         )
 
 

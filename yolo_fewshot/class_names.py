@@ -11,6 +11,18 @@ from yolo_fewshot.errors import few
 UNKNOWN, AMBIGUOUS = -1, -2  # in place of a class index
 
 
+def by_index(names: list[str] | Mapping[int, str]) -> dict[int, str]:
+    """Return the class names of a model in the order of their indices.
+
+    Args:
+        names (list[str] | Mapping[int, str]): Names, a list if a user has assigned one; a data.yaml may have any order.
+
+    Returns:
+        (dict[int, str]): Names by index.
+    """
+    return dict(enumerate(names) if isinstance(names, list) else sorted(names.items()))
+
+
 def repeated(names: Iterable[str]) -> list[str]:
     """Return the names that belong to several classes.
 

@@ -91,6 +91,7 @@ def demo(
     folder = get_save_dir(get_cfg(overrides={"task": "detect", "mode": "predict", "project": project, "name": name}))
     check_writable("project", folder.parent)
     folder.mkdir(parents=True)
+    first = "" if weights else f"; put {model} into this folder first"
     if weights is None:
         weights, imgsz = own_detector(folder.parent / OWN, device), imgsz or OWN_IMGSZ
     imgsz = imgsz or IMGSZ
@@ -104,7 +105,7 @@ def demo(
     results = yolo.predict(folder / "images", imgsz=imgsz, device=device, verbose=False)
     _plot([x.plot() for x in results], folder / "demo.jpg")
     result = Demo(folder, Path(weights), *count(results, truth))
-    _report(result, model)
+    _report(result, model, first)
     return result
 
 
@@ -218,7 +219,7 @@ def _plot(images: list[np.ndarray], file: Path) -> None:
     imwrite(str(file), np.vstack(rows))
 
 
-def _report(result: Demo, model: str) -> None:
+def _report(result: Demo, model: str, first: str) -> None:
     """Log what was found, and the commands for images of one's own."""
     folder, found = result.folder, f"{result.found} of {result.objects} objects found in new images"
     text = f"'{CLASS}': {found}, {result.false} false alarms. Dashed boxes in demo.jpg are of the new class."
@@ -226,7 +227,7 @@ def _report(result: Demo, model: str) -> None:
         text = f"'{CLASS}' was not found: {found}, {result.false} false alarms. Try more shots, e.g. shots=10."
     (LOGGER.info if result.found else LOGGER.warning)(text)
     commands = {
-        f"yolo-fewshot enroll model={model} support=shots save=mine.pt": f"a folder like {folder / 'shots'}",
+        f"yolo-fewshot enroll model={model} support=shots save=mine.pt": f"a folder like {folder / 'shots'}{first}",
         "yolo predict model=mine.pt source=photos": "your images",
         "yolo export model=mine.pt format=onnx": "or any other format of Ultralytics",
         f"yolo-fewshot studio model={model} source=photos": "if nothing is labeled yet",

@@ -60,7 +60,7 @@ def check_writable(key: str, path: str | Path, folder: bool = True) -> None:
         ValueError: If a part of the path is a file.
         PermissionError: If writing fails.
     """
-    target = Path(path).absolute()
+    target = Path(path).absolute() if folder else Path(path).resolve()  # a link to a file stays one
     exists = next(x for x in (target if folder else target.parent, *target.parents) if x.exists())
     if not exists.is_dir():
         raise ValueError(f"'{key}={path}' is an invalid value. {exists} is a file and not a folder.")

@@ -492,6 +492,10 @@ def trainer_for(model: Any, trainer: type | None, kwargs: dict[str, Any]) -> typ
     keys = table.used(settings)
     if keys and trainer:
         check_own_trainer(trainer, keys)
+        if is_fewshot(model):
+            from yolo_fewshot.train.guarded import guarded
+
+            return guarded(trainer)  # itself if it is a `FewShotTrainer`
     if not keys or is_fewshot(model):  # FewShotTrainer checks them itself
         return trainer
     table.check(settings)
@@ -578,8 +582,15 @@ def tune_settings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     tuned = {k: table.KEYS[k].default for k in table.used(given.get("space") or {})}
     if not (is_fewshot(model) or tuned or table.used(given)):
         return kwargs
+    empty = [k for k, v in tuned.items() if v is None and given.get(k) is None]
+    if empty:
+        raise ValueError(
+            f"{', '.join(f'{k}=' for k in empty)} has no default from which a search could start. Give a start value, "
+            f"e.g. {empty[0]}={table.KEYS[empty[0]].low or 1}."
+        )
     given.pop("cfg", None)
     settings = {**table.resolve({**tuned, **given}), **given}
+    settings = {**table.STAGE_DEFAULTS.get(settings["stage"], {}), **settings}  # the tuner gives all values
     if settings["stage"] == 2 and not given.get("space"):
         from ultralytics.utils import LOGGER
 

@@ -40,8 +40,9 @@ class FewShotYOLO(YOLO):
 
     `YOLO(...)` of a few-shot checkpoint, or of one with enrolled classes, returns one, too.
 
-    `predict`, `track`, `val` and `export` take Ultralytics' arguments and two more: `support`, a support set to enroll
-    first, and `enroll`, the method. All but `export` also plot the shots if Ultralytics writes a run folder.
+    `predict`, `track`, `val` and `export` take Ultralytics' arguments and four more: `support`, a support set to enroll
+    first, `enroll`, the method, and `background` and `objects`, as in `FewShotYOLO.enroll`. All but `export` also plot
+    the shots if Ultralytics writes a run folder.
 
     Threads may share a model: a lock guards everything that changes it, or copies it to predict.
 
@@ -102,9 +103,10 @@ class FewShotYOLO(YOLO):
                 folder with one sub-folder of cropped images per class; or an image, see `objects`.
             imgsz (int, optional): Image size in pixels, that of training if not given.
             batch (int): Images per forward pass.
-            method (str): 'mean': the mean embedding of the shots (Snell et al. 2017). 'fit': a classifier fitted on all
-                anchors of the support images, with an L2 prior around that mean. 'auto': 'fit' unless 'mean' is clearly
-                better, see `yolo_fewshot.enroll.cross_validation.choose_methods`.
+            method (str): 'mean': the mean embedding of the shots (Snell et al. 2017), in a stock head with a fitted
+                scale and offset. 'fit': a classifier fitted on all anchors of the support images, with an L2 prior
+                around that mean, in a stock head around zero. 'auto': 'fit' unless 'mean' is clearly better, see
+                `yolo_fewshot.enroll.cross_validation.choose_methods`.
             device (str, optional): Device, as in Ultralytics. If not given, that which the model was moved to, else the
                 current GPU, if there is one.
             plot (str | Path, optional): File of a plot of the shots, e.g. 'support_check.png'; no plot if not given.
@@ -157,6 +159,7 @@ class FewShotYOLO(YOLO):
                 plot_support(result, model.names, plot)
             return {name: record["shots"] for name, record in result.classes.items()}
 
+    @torch.inference_mode(False)
     def forget(self, name: str) -> FewShotYOLO:
         """Undo the enrollment of a class: remove a new class, or restore the trained classifier of a base class.
 
@@ -177,6 +180,7 @@ class FewShotYOLO(YOLO):
             self._changed()
         return self
 
+    @torch.inference_mode(False)
     def fold(self) -> FewShotYOLO:
         """Turn the model into a stock one with the same outputs: a stock `Detect` in a `DetectionModel`.
 
@@ -258,7 +262,7 @@ class FewShotYOLO(YOLO):
             source (Any): Images or videos.
             stream (bool): Whether to return a generator.
             predictor (Any): Predictor class.
-            **kwargs (Any): Ultralytics' arguments, `support` and `enroll`.
+            **kwargs (Any): Ultralytics' arguments, `support`, `enroll`, `background` and `objects`.
 
         Returns:
             (list[Results] | Iterator[Results]): Results.
@@ -286,7 +290,7 @@ class FewShotYOLO(YOLO):
 
         Args:
             validator (Any): Validator class.
-            **kwargs (Any): Ultralytics' arguments, `support` and `enroll`.
+            **kwargs (Any): Ultralytics' arguments, `support`, `enroll`, `background` and `objects`.
 
         Returns:
             (FewShotMetrics): Results.
@@ -308,7 +312,7 @@ class FewShotYOLO(YOLO):
         """Export the folded model as Ultralytics does, after enrolling the classes of `support`.
 
         Args:
-            **kwargs (Any): Ultralytics' arguments, `support` and `enroll`.
+            **kwargs (Any): Ultralytics' arguments, `support`, `enroll`, `background` and `objects`.
 
         Returns:
             (str): Path of the exported model.

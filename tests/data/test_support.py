@@ -171,7 +171,7 @@ def test_data_set_folder_means_its_data_yaml(shots):
     assert read_support(shots.parent, NAMES).source == shots
     other = shots.with_name(f"{shots.parent.name}.yaml")
     shots.rename(other)
-    (shots.parent / "z.yaml").write_text("")
+    shutil.copy(other, shots.parent / "z.yaml")
     assert read_support(shots.parent, NAMES).source == other  # the one that is named like the folder
     other.rename(shots)
     with fails(ValueError, "several YAML files", f"support='{shots}'"):
@@ -242,6 +242,8 @@ def test_list_takes_its_names_from_the_only_data_yaml_beside_it(root, warnings):
 
 def test_a_folder_with_a_data_yml_is_a_data_set(root):
     data_yaml(root / "data.yml", train="images", names=["cat", "dog", "bird"])
+    assert read_support(root).names == {0: "cat", 1: "dog", 2: "bird"}
+    (root / "args.yaml").write_text("epochs: 3")
     assert read_support(root).names == {0: "cat", 1: "dog", 2: "bird"}
 
 

@@ -206,6 +206,9 @@ def test_classes_are_enrolled_in_inference_mode_as_out_of_it(shots):
         models[0].enroll(shots, imgsz=SIZE, method="fit")
     models[1].enroll(shots, imgsz=SIZE, method="fit")
     assert same(models[0].model, models[1].model.state_dict())
+    with torch.inference_mode():
+        models[0].forget("square")
+    assert not any(x.is_inference() for x in models[0].model.state_dict().values())
 
 
 def test_a_model_of_one_class_for_all_validates_enrolled_ones_apart(shots, monkeypatch):

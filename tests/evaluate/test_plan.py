@@ -123,6 +123,14 @@ def test_a_batch_without_room_for_other_images_is_refused(methods, background, r
         plan.check_batch(methods, settings | {"batch": 1})
 
 
+def test_a_batch_with_fewer_images_than_gpus_is_refused():
+    plan.check_batch(["stock-0", "auto"], {"batch": 1, "device": "0,1"})
+    with pytest.raises(ValueError, match=r"^'batch=1' has fewer images than there are GPUs\. Set batch=2 or more"):
+        plan.check_batch(["graft-neck"], {"batch": 1, "device": "0,1"})
+    with pytest.raises(ValueError, match=r"^'batch=3' has no room for .* of graft-neck, .*\. Set batch=4 or more"):
+        plan.check_batch(["graft-neck"], {"batch": 3, "device": "0,1", "background": "street"})
+
+
 def test_base_val_may_be_one_of_ultralytics_own(hand_made, tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "ROOT", hand_made)
     monkeypatch.chdir(tmp_path)

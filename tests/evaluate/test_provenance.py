@@ -87,6 +87,13 @@ def test_rows_of_other_versions_are_told_and_recorded(describe, tmp_path, caplog
     assert record["versions"] == old["versions"] | {"ultralytics": f"8.4.1 and {now['ultralytics']}"}
     assert f"has results of ultralytics 8.4.1; what is missing is measured with {now['ultralytics']}" in caplog.text
     assert "torch" not in caplog.text
+    record["machine"] |= {"gpu": "A", "cores": 1}
+    provenance.write(tmp_path, record)
+    again = describe()
+    provenance.compare(tmp_path, again)
+    assert (
+        again["machine"]["gpu"] == f"A and {describe()['machine']['gpu']}" and "has results of cores 1;" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("begun", ["rows.csv", "runs/full_seed0.pt", None])

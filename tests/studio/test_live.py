@@ -275,6 +275,15 @@ def test_results_are_written_and_outdated(live):
     assert live.wait(WAIT) and not live.exported
 
 
+def test_a_result_is_out_of_date_also_where_learning_fails(live, monkeypatch):
+    key = labeled(live)
+    live.export("checkpoint")
+    assert live.wait(WAIT) and live.exported == {"model.pt": "done"}
+    monkeypatch.setattr(live.studio, "learn", lambda: 1 / 0)
+    live.label(key, "scooter", OTHER)
+    assert live.wait(WAIT) and not live.exported
+
+
 def test_a_result_that_fails_does_not_keep_the_next_ones_from_being_made(live, monkeypatch):
     labeled(live)
     begun, asked = threading.Event(), threading.Event()

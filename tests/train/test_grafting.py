@@ -473,7 +473,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(root, run, whole, monkeypa
         ({"base_replay": "nowhere.yaml"}, FileNotFoundError, "nowhere"),
         ({"graft": "tail"}, ValueError, "'graft=tail' is an invalid value. Valid 'graft' values are head, neck, all,"),
         ({"graft": "none"}, ValueError, "cannot be adapted with graft=none, which starts from a few-shot"),
-        ({"graft": "none", "background": "plain"}, ValueError, "'background=plain' is not a training argument"),
+        (
+            {"graft": "none", "background": "plain"},
+            ValueError,
+            "works in grafting alone. Leave graft=none out to graft",
+        ),
         ({"support": "shots.yaml"}, ValueError, "'support=shots.yaml' is not a training argument"),
         (
             {"stage": None, "background": "plain"},

@@ -290,6 +290,7 @@ def _find(support: str | Path) -> Path:
         raise FileNotFoundError(f"support='{support}' does not exist. {LAYOUTS}")
     path = Path(os.path.abspath(path))
     yamls = _yamls(path) if path.is_dir() else []
+    yamls = [x for x in yamls if _names_and_splits(x)[1]] or yamls
     if len(yamls) == 1:
         return yamls[0]
     if yamls:
@@ -305,6 +306,17 @@ def _find(support: str | Path) -> Path:
 def _yamls(folder: Path) -> list[Path]:
     """Return the YAML files of a folder."""
     return sorted(x for x in folder.iterdir() if x.suffix.lower() in {".yaml", ".yml"})
+
+
+def _names_and_splits(file: Path) -> tuple[Any, list[Path]]:
+    """Return the class names of a data.yaml, unchecked, and the paths of its splits; none of another YAML file."""
+    try:
+        data = YAML.load(file)
+        splits = [p for split in ("train", "val", "test") for p in _split(file, data, split)]
+    except (AttributeError, TypeError, ValueError):
+        return None, []
+    named = splits and isinstance(data.get("names"), (list, dict))
+    return (data["names"], splits) if named else (None, [])
 
 
 def _load_data(file: Path) -> dict[str, Any]:
@@ -329,25 +341,22 @@ def _data_beside(file: Path) -> dict[str, Any]:
     classes = file.with_name("classes.txt")
     if classes.is_file():
         return {"names": _class_names(classes, _lines(classes))}
-    found: dict[Path, dict[str, Any]] = {}
+    found = {}
     for yaml in _yamls(file.parent):
-        try:
-            data = YAML.load(yaml)
-            lists = [p for split in ("train", "val", "test") for p in _split(yaml, data, split)]
-        except (TypeError, ValueError):  # an unrelated YAML file
-            continue
-        if lists and isinstance(data.get("names"), (list, dict)):
-            found[yaml] = data
-            if file.resolve() in lists:
-                found = {yaml: data}
-                break
-    if len(found) > 1:
+        names, lists = _names_and_splits(yaml)
+        if file.resolve() in lists:
+            return YAML.load(yaml) | {"names": _class_names(yaml, names)}
+        if names:
+            found[yaml] = names
+    if len(found) == 1:
+        yaml, names = found.popitem()
+        return YAML.load(yaml) | {"names": _class_names(yaml, names)}
+    if found:
         LOGGER.warning(
             f"{few([x.name for x in found])} beside {file} are not used, since none has this list as a split. Class "
             "indices are those of the model; to give names, write them into classes.txt beside the list."
         )
-        return {}
-    return {k: v | {"names": _class_names(k, v["names"])} for k, v in found.items()}.popitem()[1] if found else {}
+    return {}
 
 
 def _split(file: Path, data: dict[str, Any], split: str) -> list[Path]:

@@ -21,7 +21,7 @@ from yolo_fewshot.yolo import FewShotYOLO
 
 STOCK: dict[str, Any] = {
     "optimizer": "AdamW", "lr0": 0.002, "nbs": 16, "warmup_epochs": 1, "warmup_bias_lr": 0.0, "val": False,
-    "save": False,
+    "save": False, "single_cls": False,
 }  # fmt: skip
 MIN_STEPS, MIN_EPOCHS = 300, 60  # of the stock fine-tuning
 # The recipe of the fine-tuning and of stage 3 is fixed, so that they stay comparable.

@@ -14,12 +14,13 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML
 from ultralytics.utils.checks import check_file
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
+from ultralytics.utils.torch_utils import parse_device
 
 from yolo_fewshot import args as table
 from yolo_fewshot.class_names import repeated
 from yolo_fewshot.data.support import images_of, read_background
 from yolo_fewshot.errors import few
-from yolo_fewshot.evaluate.methods import GRAFTS
+from yolo_fewshot.evaluate.methods import ADAPTATIONS, GRAFTS
 from yolo_fewshot.evaluate.novel_only import labeled_names, novel_only
 from yolo_fewshot.files import among
 from yolo_fewshot.nn.model import FewShotDetectionModel
@@ -158,7 +159,7 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def check_batch(methods: Iterable[str], settings: dict[str, Any]) -> None:
-    """Refuse a batch without room for the base or background images that make half of it.
+    """Refuse a batch without an image for each GPU, or without room for the other images that make half of it.
 
     Args:
         methods (Iterable[str]): Methods.
@@ -167,12 +168,16 @@ def check_batch(methods: Iterable[str], settings: dict[str, Any]) -> None:
     Raises:
         ValueError: If so.
     """
-    mixed = [m for m in methods if m == "replay" or (m in GRAFTS and settings.get("background"))]
-    if mixed and settings.get("batch", 2) < 2:
+    gpus, batch = len(parse_device(settings.get("device")).split(",")), settings.get("batch", 16)
+    adapted = [m for m in methods if m in GRAFTS or m in ADAPTATIONS]
+    mixed = [m for m in adapted if m == "replay" or (m in GRAFTS and settings.get("background"))]
+    if mixed and batch < 2 * gpus:
         raise ValueError(
-            f"'batch={settings['batch']}' has no room for the base or background images of {', '.join(mixed)}, which "
-            "make half of each batch. Set batch=2 or more."
+            f"'batch={batch}' has no room for the base or background images of {', '.join(mixed)}, which make half of "
+            f"each batch. Set batch={2 * gpus} or more."
         )
+    if adapted and batch < gpus:
+        raise ValueError(f"'batch={batch}' has fewer images than there are GPUs. Set batch={gpus} or more.")
 
 
 def check_models(files: dict[str, Path]) -> tuple[bool, dict[int, str]]:
@@ -227,7 +232,7 @@ def read_data(folder: Path, base_val: str | Path | None, known: dict[int, str]) 
     if not (folder / "data.yaml").is_file():
         raise FileNotFoundError(
             f"{folder / 'data.yaml'} does not exist. data= must be a folder of 'yolo-fewshot split', or one with a "
-            "data.yaml and lists of shots such as novel_5shot_seed0.txt."
+            "data.yaml and shots, in novel_5shot_seed0.yaml or in novel_5shot.yaml with novel_5shot_seed0.txt."
         )
     every = [str(n) for n in check_det_dataset(folder / "data.yaml")["names"].values()]
     base_yaml = folder / "base.yaml"

@@ -116,7 +116,8 @@ def _of_split(paths: tuple[str, ...], folder: str) -> bytes:
 def compare(out: Path, record: dict[str, Any]) -> None:
     """Refuse a folder that has results of other data, models or settings, or with other columns.
 
-    What earlier runs of the folder had is added to the record: digests of other draws, other versions, and `save`.
+    What earlier runs of the folder had is added to the record: digests of other draws, other versions and machines, and
+    `save`.
 
     Args:
         out (Path): Folder of the results.
@@ -149,11 +150,14 @@ def compare(out: Path, record: dict[str, Any]) -> None:
         raise ValueError(f"{rows} has the columns of another version of yolo-fewshot. Set another out=.")
     record["data_sha256"] = before | record["data_sha256"]
     record["save"] = record["save"] or old.get("save", False)
-    for k, version in record["versions"].items() if begun else ():
-        earlier = old.get("versions", {}).get(k, version).split(" and ")
-        if version not in earlier:
-            LOGGER.warning(f"{out} has results of {k} {few(earlier)}; what is missing is measured with {version}.")
-        record["versions"][k] = " and ".join(dict.fromkeys([*earlier, version]))
+    for part in ("versions", "machine") if begun else ():
+        for k, value in record[part].items():
+            earlier = str(old.get(part, {}).get(k, value)).split(" and ")
+            if str(value) not in earlier:
+                LOGGER.warning(f"{out} has results of {k} {few(earlier)}; what is missing is measured with {value}.")
+                record[part][k] = " and ".join([*earlier, str(value)])
+            elif len(earlier) > 1:
+                record[part][k] = " and ".join(earlier)
 
 
 def write(out: Path, record: dict[str, Any]) -> None:

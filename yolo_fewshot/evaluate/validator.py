@@ -80,8 +80,8 @@ class MatchesByName:
             spelled = f" Correct the spelling of {few(pairs, '; ')} if they are one." if pairs else ""
             raise ValueError(
                 f"The images of '{self.args.data}' show {', '.join(map(str, unknown))}, which the model does not "
-                f"know.{spelled} Enroll these classes first, e.g. "
-                "FewShotYOLO(...).enroll('shots.yaml'), or validate on other data."
+                f"know.{spelled} Enroll these classes first, e.g. with "
+                "support=shots.yaml, or validate on other data."
             )
         self.matched = index
         self.class_index = torch.tensor([index[i] for i in range(len(names))], device=self.device)

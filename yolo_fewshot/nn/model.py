@@ -17,7 +17,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.loss import E2ELoss
 from ultralytics.utils.torch_utils import initialize_weights
 
-from yolo_fewshot.class_names import UNKNOWN, match_classes
+from yolo_fewshot.class_names import UNKNOWN, by_index, match_classes
 from yolo_fewshot.nn.criterion import FewShotLoss
 from yolo_fewshot.nn.head import Embedding, FewShotDetect
 
@@ -135,7 +135,7 @@ class FewShotDetectionModel(DetectionModel):
 
     def _copy_prototypes(self, source: Any, src_head: FewShotDetect, verbose: bool) -> list[int]:
         """Copy the prototypes of the classes that the source has too, and return these classes."""
-        names, src_names = ({i: str(n).strip() for i, n in m.names.items()} for m in (self, source))
+        names, src_names = ({i: str(n).strip() for i, n in by_index(m.names).items()} for m in (self, source))
         if any(all(str(i) == n for i, n in x.items()) for x in (names, src_names)):
             index = {i: i for i in names} if len(names) == len(src_names) else {}
         else:

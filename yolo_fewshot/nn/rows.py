@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from ultralytics.nn.modules.head import Detect
 
+from yolo_fewshot.class_names import by_index
 from yolo_fewshot.nn.assign import BoxAssignment
 from yolo_fewshot.nn.head import FewShotDetect, Prototypes, class_prior
 from yolo_fewshot.nn.predictions import branch_predictions
@@ -73,11 +74,6 @@ class LevelSpace(NamedTuple):
 Space = Prototypes | LevelSpace  # what enrollment methods learn in: vectors, offsets, and their logits at anchors
 
 
-def _by_index(names: Any) -> dict[int, str]:
-    """Return class names in the order of their indices: a data.yaml may have another order, and users assign lists."""
-    return dict(enumerate(names) if isinstance(names, list) else sorted(names.items()))
-
-
 class ClassRows(ABC):
     """The class rows of a model's head.
 
@@ -103,7 +99,7 @@ class ClassRows(ABC):
             model (nn.Module): The model, whose names are put into the order of the rows.
         """
         self.model = model
-        self.model.names = _by_index(self.model.names)
+        self.model.names = by_index(self.model.names)
 
     @property
     def head(self) -> Any:

@@ -349,7 +349,7 @@ class Studio:
             lesson = self._gather()
             if lesson is None:
                 self.learned, self.figures, self.suspects = None, {}, set()
-                for key in self.found:
+                for key in list(self.found):
                     self.found[key] = []
             else:
                 self.learned = learn_classes(lesson, self.rows, self._methods, self.own)

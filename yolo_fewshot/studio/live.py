@@ -241,9 +241,11 @@ class Live:
 
     def _learn(self) -> None:
         """Learn, then look through the other images and check what was learned."""
-        self.studio.learn()
+        try:
+            self.studio.learn()
+        finally:
+            self._outdated("model", "labels")
         self._learned = time.monotonic()
-        self._outdated("model", "labels")
         self._front.ask("refresh")
         self._back.ask("assess")
 

@@ -355,6 +355,7 @@ class Project:
         Raises:
             ValueError: If nothing is labeled.
         """
+        file = Path(os.path.realpath(file))
         part = Path(f"{file}.part")
         with self.lock:
             if not self.names:

@@ -55,6 +55,6 @@ def export_onnx(yolo: FewShotYOLO, file: Path, imgsz: int) -> None:
     yolo.save(checkpoint)
     try:
         made = FewShotYOLO(checkpoint).export(format="onnx", imgsz=imgsz, verbose=False)
-        os.replace(made, file)
+        os.replace(made, os.path.realpath(file))
     finally:
         checkpoint.unlink(missing_ok=True)

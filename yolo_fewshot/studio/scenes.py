@@ -97,7 +97,7 @@ class Scenes:
             for i, key in enumerate(new):
                 scenes[key] = scene = self._scene(seen, i, rivals[i], self._project.images[key])
                 self.kept.pop(key, None)
-                if sum(x.size for x in self.kept.values()) + scene.size <= MAX_KEPT:
+                if sum(x.size for x in list(self.kept.values())) + scene.size <= MAX_KEPT:
                     self.kept[key] = scene
         return scenes
 

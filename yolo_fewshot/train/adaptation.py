@@ -16,7 +16,7 @@ from ultralytics.nn.tasks import DetectionModel, load_checkpoint
 from ultralytics.utils import LOGGER, RANK, colorstr
 
 from yolo_fewshot import args as table
-from yolo_fewshot.class_names import match_classes, warn_near_duplicates
+from yolo_fewshot.class_names import by_index, match_classes, warn_near_duplicates
 from yolo_fewshot.data.ignore import fully_labeled
 from yolo_fewshot.data.shots_and_base import ShotsAndBase, merged_names, relabel
 from yolo_fewshot.data.support import Support, read_support
@@ -136,6 +136,7 @@ class Adaptation(ShotStage):
         Args:
             model (FewShotDetectionModel): Initial model; its classes set the default of `freeze`.
         """
+        model.names = by_index(model.names)
         self.support = read_support(self.args.data, model.names, model.yaml.get("channels") or 3)
         warn_near_duplicates(sorted(self.support.class_names - set(model.names.values())), model.names.values())
         self.names = merged_names(model.names, self.support.names, self.support.labels)

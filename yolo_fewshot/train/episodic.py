@@ -19,7 +19,6 @@ from yolo_fewshot.train.meta_validation import START, fitness_of, student_of
 from yolo_fewshot.train.run_plots import plot_training_episode, plot_val_episodes
 from yolo_fewshot.train.stage import Stage
 
-DFL = 0.15  # gain, as in the recipe: the clamped DFL is the sum of the four sides, of which Ultralytics takes the mean
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # augmentations that put parts of other images into an image
 
 
@@ -43,7 +42,7 @@ class Episodes(Stage):
             LOGGER.warning(f"Stage 2 sets {', '.join(f'{k}=0' for k in mixing)}: support and query must not mix.")
         # With nbs = batch there is one optimizer step per episode, with Ultralytics' weight decay.
         fixed = {**dict.fromkeys(MIXING, 0.0), "close_mosaic": 0, "rect": False, "batch": size, "nbs": size}
-        return {**fixed, "dfl": given.get("dfl", DFL)}
+        return {**fixed, **{k: given.get(k, v) for k, v in table.STAGE_DEFAULTS[2].items()}}
 
     def on_loaded(self, model: FewShotDetectionModel, weights: DetectionModel) -> None:
         """Keep the loaded prototypes as anchors of the triplet term, unless the run is resumed."""

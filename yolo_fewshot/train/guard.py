@@ -113,8 +113,8 @@ class Guard:
         for name in bad:
             if not torch.isfinite(averages[name]).all():
                 raise FloatingPointError(
-                    f"The weights of {name} are not finite, nor is their moving average. Resume from the last "
-                    "checkpoint with a smaller lr0."
+                    f"The weights of {name} are not finite, nor is their moving average. Start a new run with a "
+                    "smaller lr0; a resumed one keeps its own."
                 )
             self.parameters[name].copy_(averages[name])
             optimizer.state.pop(self.parameters[name], None)

@@ -61,8 +61,8 @@ class ShotStage(Stage):
                 raise ValueError(f"'{k}={merged[k]}' does not work in stage 3, which {why}. Leave it out.")
         if merged["batch"] < 1:
             raise ValueError(f"'batch={merged['batch']}' is an invalid value. In stage 3 'batch' must be >= 1.")
-        val = given.get("val", False)  # results are reported on the val split, so that it must not choose the model
-        return {"rect": False, "nbs": merged["batch"], "cls_remap": True, "val": val}  # classes are matched by name
+        fixed = {"rect": False, "nbs": merged["batch"], "cls_remap": True}  # classes are matched by name
+        return {**fixed, **{k: given.get(k, v) for k, v in table.STAGE_DEFAULTS[3].items()}}
 
     def __init__(self, trainer: DetectionTrainer, data: dict[str, Any]):
         """Initialize the stage.

@@ -132,7 +132,7 @@ class FewShotTrainer(GuardedTrainer, DetectionTrainer):
         if merged.get("quantize") == 8:
             raise ValueError(
                 f"'quantize=8' does not work in stage {values['stage']}: what is trained is not the network that is "
-                "saved in the end. Leave it out, and export with int8=True."
+                "saved in the end. Leave it out, and give it to export."
             )
         unused = [k for k in table.used(merged) if k not in stage.keys]
         if unused:

@@ -490,6 +490,16 @@ def test_forgetting_removes_a_class_and_decreases_later_indices_by_one(models, s
     assert same(model, before) and model.names == BASE and model.enrolled == {} and model.yaml["nc"] == 2
 
 
+def test_a_forgotten_class_leaves_the_replay_buffer(model, shots):
+    enroll(model, shots, SIZE, method="mean")
+    cls = torch.tensor([-1, 0, 1, 2, 3, 3, 2], dtype=torch.int16)
+    model.memory = [(torch.arange(7)[:, None].half(), torch.zeros(7, dtype=torch.int16), cls)]
+    forget(model, "square")  # class 2
+    embeds, level, cls = model.memory[0]
+    assert embeds[:, 0].tolist() == [0, 1, 2, 4, 5] and len(level) == 5
+    assert cls.tolist() == [-1, 0, 1, 2, 2] and cls.dtype == torch.int16
+
+
 def test_a_forgotten_class_can_be_enrolled_again_and_comes_last(model, shots):
     enroll(model, shots, SIZE, method="mean")
     square = model.model[-1].get_class(2)

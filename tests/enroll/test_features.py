@@ -347,6 +347,21 @@ def test_max_values_bounds_the_anchors_and_the_hardest_are_kept(shots):
             assert (hardest[:, None] == found).all(2).any(1).all()
 
 
+def test_of_images_without_objects_the_anchors_like_given_objects_are_kept(shots):
+    model, keep = model_of(), 40
+    plain = shots._replace(labels=[x for x in shots.labels if not len(x["cls"])])
+    every = extract(class_rows(model), plain, 96, views=[View()]).anchors[0]
+    target = every.embeds[100]  # neither among the last anchors nor the surest of a trained class
+    like = [F.normalize(target, dim=0)[None]]
+    settings = {"views": [View()], "max_values": 128 * keep * len(plain.labels)}
+    for given, expected in ((like, True), (None, False)):
+        kept = extract(class_rows(model), plain, 96, like=given, **settings).anchors[0].embeds
+        assert (kept == target).all(1).any() == expected and len(kept) < len(every.embeds)
+    weights, biases = (torch.stack(x) for x in zip(*map(model.model[-1].branch_prototypes[0].rows, range(3))))
+    logits = torch.einsum("ad,acd->ac", every.embeds, weights[every.level]) + biases[every.level]
+    assert (kept == every.embeds[logits.amax(1).argmax()]).all(1).any()
+
+
 def test_a_minimum_of_anchors_is_kept_of_a_large_support_set(shots):
     features = extract(class_rows(model_of()), shots, 96, views=[View()], max_values=1)
     counts = torch.bincount(features.anchors[0].image[features.anchors[0].objects < 0], minlength=5)

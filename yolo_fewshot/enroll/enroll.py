@@ -19,10 +19,11 @@ from yolo_fewshot.enroll.agreement import agreement
 from yolo_fewshot.enroll.cross_validation import choose_methods
 from yolo_fewshot.enroll.features import Features, View, add_background, extract, standardize, support_views
 from yolo_fewshot.enroll.methods import classifiers, few_shot_method, independent_shots
-from yolo_fewshot.enroll.replay import add_replay_except
+from yolo_fewshot.enroll.replay import add_replay_except, without_class
 from yolo_fewshot.enroll.thresholds import thresholds
 from yolo_fewshot.errors import few
 from yolo_fewshot.nn.graft import drop_unused_levels
+from yolo_fewshot.nn.prototypes import class_means
 from yolo_fewshot.nn.rows import class_rows
 
 IOU_SAME = 0.9  # IoU above which two labels share a box
@@ -108,10 +109,11 @@ def enroll(
     views = views or support_views(getattr(model, "args", None) or {}, support.crops, rows.per_level)
     standardize(rows, support, imgsz, batch, views)
     features = extract(rows, support, imgsz, batch, views)
-    if background:
-        plain = extract(rows, background, imgsz, batch, [View()], desc="Background")
-        features = add_background(features, plain)
     names, labels = compact(features, support.names)
+    if background:
+        means = [class_means(x, labels, len(names))[0] for x in features.embeds]
+        plain = extract(rows, background, imgsz, batch, [View()], desc="Background", like=means)
+        features = add_background(features, plain)
     counts = torch.bincount(labels[labels >= 0], minlength=len(names))
     _check_anchors(support, features, names, counts, keep, imgsz)
     independent = independent_shots(features, labels, len(names), rows.per_level)
@@ -164,6 +166,8 @@ def forget(model: Any, name: str) -> None:
     replaced = rows.enrolled[name]["replaced"]
     if replaced is None:
         rows.remove(index)
+        if getattr(model, "memory", None):
+            model.memory = without_class(model.memory, index)
         model.names = dict(enumerate(n for i, n in model.names.items() if i != index))
         model.nc = model.yaml["nc"] = rows.head.nc
     else:

@@ -184,6 +184,7 @@ def extract(
     views: list[View] | None = None,
     max_values: int | None = None,
     desc: str = "Enrolling",
+    like: list[torch.Tensor] | None = None,
 ) -> Features:
     """Extract the features of a support set, with one forward pass per view of an image.
 
@@ -198,6 +199,8 @@ def extract(
         max_values (int, optional): Approximate number of values in the embeddings of the anchors to keep, which bounds
             the memory; that of `rows` if not given.
         desc (str): Text of the progress bar.
+        like (list[torch.Tensor], optional): Embeddings as `Features.embeds`; where not all background anchors are kept
+            of an image without an object, the most similar ones to these are.
 
     Returns:
         (Features): The features, on the CPU.
@@ -226,7 +229,8 @@ def extract(
                 centers, strides = make_anchors(preds["feats"], model.stride, 0.5)
                 valid = outside_regions(ignored, centers * strides, size, len(viewed["img"]))
                 assigned, image = assign[b](preds, viewed), viewed["batch_idx"].long()
-                embeds, anchors = _features(preds, assigned, image, valid, keep, trained, rows.per_level)
+                near = like[b].to(preds["embeds"].device) if like else None
+                embeds, anchors = _features(preds, assigned, image, valid, keep, trained, rows.per_level, near)
                 if v == 0:
                     sums.append(embeds)
                 else:
@@ -272,6 +276,7 @@ def _features(
     keep: int,
     trained: list[int],
     per_level: bool,
+    like: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Anchors]:
     """Return the embeddings of the objects and the anchors to keep of one batch in one branch.
 
@@ -283,6 +288,7 @@ def _features(
         keep (int): Background anchors to keep per image.
         trained (list[int]): Classes that are not enrolled, so that the selection does not depend on enrolled ones.
         per_level (bool): Whether embeddings of different levels do not compare, see `Features.embeds`.
+        like (torch.Tensor, optional): Embeddings of objects of other images, as `Features.embeds`.
 
     Returns:
         embeds (torch.Tensor): Embeddings of the objects, as `Features.embeds`.
@@ -302,11 +308,14 @@ def _features(
     number[index] = torch.arange(len(index), device=embeds.device)
     owner, weights = torch.full(embeds.shape[:2], -1, device=embeds.device), embeds.new_ones(embeds.shape[:2])  # (B, A)
     owner[fg], weights[fg] = number[owner_index], weight.float()
-    # The hardest background anchors are those most similar to an object of the image or with the largest score of a
-    # trained class: keep / 2 of either ranking, so at most keep of both.
+    # The hardest background anchors are those most similar to an object of the image (without one, to those of other
+    # images) or with the largest score of a trained class: keep / 2 of either ranking, so at most keep of both.
     similarity = embeds.new_zeros(embeds.shape[:2])
-    for b in image.unique().tolist():
-        for i, of_part in enumerate(objects[image == b].chunk(parts, dim=1)):
+    if like is None and len(trained):
+        similarity = preds["scores"][:, trained].float().amax(1)
+    for b in range(len(embeds)):
+        near = objects[image == b] if (image == b).any() else like
+        for i, of_part in enumerate(() if near is None else near.chunk(parts, dim=1)):
             here = part == i
             similarity[b, here] = (F.normalize(embeds[b, here], dim=1) @ of_part.t()).amax(1)
     scores = preds["scores"][:, trained].float().amax(1) if len(trained) else similarity

@@ -62,6 +62,23 @@ def fill_replay_buffer(model: Any, train: list[dict[str, Any]], imgsz: int, seed
     return buffer
 
 
+def without_class(buffer: list, index: int) -> list:
+    """Return a replay buffer without a class of the model, whose later classes decrease by one.
+
+    Args:
+        buffer (list[tuple]): Embeddings, levels and classes of the anchors, per branch.
+        index (int): Class.
+
+    Returns:
+        (list[tuple]): The same without it.
+    """
+    left = []
+    for embeds, level, cls in buffer:
+        keep = cls != index
+        left.append((embeds[keep], level[keep], cls[keep] - (cls[keep] > index).to(cls)))
+    return left
+
+
 def add_replay(features: Features, rows: ClassRows, exclude: list[int]) -> Features:
     """Add the anchors of a replay buffer to the features of a support set, as anchors of no object and no image.
 

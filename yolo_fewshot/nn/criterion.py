@@ -209,6 +209,19 @@ class FewShotLoss(v8DetectionLoss):
             observe(self, this)
         return terms * len(preds["boxes"]), dict(zip(self.loss_names, terms.detach()))
 
+    def bbox_decode(self, anchor_points: torch.Tensor, pred_dist: torch.Tensor) -> torch.Tensor:
+        """Decode the predicted boxes as Ultralytics does, but in float32: bfloat16 has eight bits for a coordinate.
+
+        Args:
+            anchor_points (torch.Tensor): Anchor centers in cells, (A, 2).
+            pred_dist (torch.Tensor): Predicted distributions of the distances, (B, A, 4 * reg_max).
+
+        Returns:
+            (torch.Tensor): Boxes x1, y1, x2, y2 in cells, (B, A, 4) float32.
+        """
+        with torch.autocast(pred_dist.device.type, enabled=False):
+            return super().bbox_decode(anchor_points.float(), pred_dist.float())
+
     def begin(self, preds: dict[str, Any], batch: dict[str, Any]) -> Pass:
         """Create the pass of a call of the loss.
 

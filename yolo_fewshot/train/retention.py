@@ -78,9 +78,10 @@ def replay_targets(model: FewShotDetectionModel, unlabeled: torch.Tensor) -> lis
         embeds, level, cls = embeds.to(prototypes.weight.device).float(), level.to(unlabeled).long(), cls.to(unlabeled)
         keep = (cls < 0) | torch.isin(cls, unlabeled)  # background, and objects of unlabeled classes
         embeds, level = embeds[keep], level[keep]
-        weights, biases = (torch.stack(x) for x in zip(*map(prototypes.rows, range(head.nl))))
-        scores = (torch.einsum("md,mcd->mc", embeds, weights[level]) + biases[level]).sigmoid()
-        targets = torch.zeros_like(scores)
-        targets[:, unlabeled] = scores[:, unlabeled]
+        targets = embeds.new_zeros(len(embeds), head.nc)
+        for k in range(head.nl):  # at once it would take a row of each class for each anchor
+            weight, bias = (x[unlabeled] for x in prototypes.rows(k))
+            here = (level == k).nonzero()
+            targets[here, unlabeled] = (embeds[here[:, 0]] @ weight.t() + bias).sigmoid()
         targets_of_branches.append(Retention(i, unlabeled, embeds, level, targets))
     return targets_of_branches

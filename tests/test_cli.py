@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,25 +46,29 @@ def text_of(*argv):
 
 
 @pytest.mark.parametrize("argv", [[], ["help"], ["-h"], ["--help"]])
-def test_the_help_lists_every_command(argv, caplog, nothing_loaded):
-    caplog.set_level(logging.INFO)
+def test_the_help_lists_every_command(argv, capsys, nothing_loaded):
     cli.main(argv)
-    assert "Usage: yolo-fewshot COMMAND key=value" in caplog.text
+    printed = capsys.readouterr().out
+    assert "Usage: yolo-fewshot COMMAND key=value" in printed
     for name, command in cli.COMMANDS.items():
-        assert re.search(rf"^  {name} +{re.escape(command.help)}$", caplog.text, re.M)
+        assert re.search(rf"^  {name} +{re.escape(command.help)}$", printed, re.M)
 
 
 @pytest.mark.parametrize("flag", ["help", "-h", "--help"])
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_the_help_of_a_command_lists_every_key(name, flag, caplog, nothing_loaded):
-    caplog.set_level(logging.INFO)
+def test_the_help_of_a_command_lists_every_key(name, flag, capsys, nothing_loaded):
     command = cli.COMMANDS[name]
     cli.main(["help", name] if flag == "help" else [name, "model=best.pt", flag])
+    printed = capsys.readouterr().out
     for key, text in command.required.items():
-        assert re.search(rf"^  {key}= +{re.escape(text)}$", caplog.text, re.M)
+        assert re.search(rf"^  {key}= +{re.escape(text)}$", printed, re.M)
     for key, text in command.optional.items():
-        assert re.search(rf"^  \[{key}=\] +{re.escape(text)}$", caplog.text, re.M)
-    assert f"Example: {command.example}" in caplog.text
+        assert re.search(rf"^  \[{key}=\] +{re.escape(text)}$", printed, re.M)
+    assert f"Example: {command.example}" in printed
+
+
+def test_an_open_bracket_is_named():
+    assert "Write key=value, in quotes if a value has brackets" in text_of("studio", "model=best.pt", "source=foto[1")
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -328,10 +333,11 @@ def test_studio_opens_a_page(opened, caplog):
     cli.main(["studio", "model=best.pt"])
     assert opened == [(("best.pt", "studio"), {}), ("127.0.0.1", 0, True), "closed"]
     opened.clear()
-    options = ["folder=7", "source=photos", "frames=3", "imgsz=320", "device=cpu", "port=8000", "open=False"]
+    options = ["folder=3.10", "source=2024_05", "frames=3", "imgsz=320", "device=cpu", "port=8000", "open=False"]
     cli.main(["studio", "model=best.pt", *options])
-    assert opened[0] == (("best.pt", "7"), {"imgsz": 320, "device": "cpu"}) and opened[1] == ("photos", 3)
+    assert opened[0] == (("best.pt", "3.10"), {"imgsz": 320, "device": "cpu"}) and opened[1] == ("2024_05", 3)
     assert opened[2:] == [("127.0.0.1", 8000, False), "closed"] and "notes.jpg is not an image." in caplog.text
+    assert "'open=no' is an invalid value. It must be True or False" in text_of("studio", "model=best.pt", "open=no")
 
 
 def test_studio_says_what_to_install(monkeypatch):
@@ -340,7 +346,7 @@ def test_studio_says_what_to_install(monkeypatch):
     assert 'pip install "yolo-fewshot[studio]"' in text_of("studio", "model=best.pt")
 
 
-def test_studio_warns_of_other_addresses(monkeypatch, caplog):
+def test_studio_warns_of_other_addresses(monkeypatch, caplog, capsys):
     app = pytest.importorskip("yolo_fewshot.studio.app")
     paths, opened = [], []
     monkeypatch.setattr(app, "make_app", lambda _, *x: paths.append(x))
@@ -353,15 +359,16 @@ def test_studio_warns_of_other_addresses(monkeypatch, caplog):
 
     monkeypatch.setattr(app.uvicorn, "Server", lambda _: SimpleNamespace(run=run))
     live = SimpleNamespace(studio=SimpleNamespace(project=SimpleNamespace(folder="project")))
-    caplog.set_level(logging.INFO)
     app.serve(live, show=False)
     assert "whoever can reach" not in caplog.text
-    urls = [re.search(r"http://127\.0\.0\.1:\d+/([\w-]{30,})/", caplog.text)[1]]
+    urls = [re.search(r"http://127\.0\.0\.1:\d+/([\w-]{30,})/", capsys.readouterr().out)[1]]
     app.serve(live, "0.0.0.0", show=False)
     assert "host=0.0.0.0: whoever can reach this address" in caplog.text
-    urls.append(re.search(r"http://0\.0\.0\.0:\d+/([\w-]{30,})/", caplog.text)[1])
+    urls.append(re.search(r"http://0\.0\.0\.0:\d+/([\w-]{30,})/", capsys.readouterr().out)[1])
     assert len(set(urls)) == 2 and not opened  # a token for each start
     app.serve(live)
+    for thread in [x for x in threading.enumerate() if x.name == "studio browser"]:
+        thread.join(60)
     token, once = paths[-1]  # other users can read with which URL the browser was started, and must not see the token
     assert re.fullmatch(rf"http://127\.0\.0\.1:\d+/{once}", opened[0]) and token != once and len(once) >= 30
     for host, port in (("127.0.0.1", 99999), ("203.0.113.1", 0), ("no such host", 0)):

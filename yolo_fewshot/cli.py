@@ -50,7 +50,6 @@ def enroll(model: str, support: str, save: str, enroll: str = "auto", **kwargs: 
     from yolo_fewshot import FewShotYOLO
     from yolo_fewshot.plots.support import FILE, plot_support
 
-    model, support, save = str(model), str(support), str(save)  # a name of digits is parsed as an int
     if Path(save).suffix != ".pt" or Path(save).is_dir() or not Path(save).resolve().parent.is_dir():
         raise ValueError(f"'save={save}' is an invalid value. It must be a *.pt file in a folder that exists.")
     check_writable("save", save, folder=False)
@@ -71,7 +70,7 @@ def demo(**kwargs: Any) -> None:
     """
     from yolo_fewshot.demo import demo
 
-    demo(**_as_text(kwargs, {"model", "project", "name"}))
+    demo(**kwargs)
 
 
 def doctor(**kwargs: Any) -> None:
@@ -92,11 +91,6 @@ def doctor(**kwargs: Any) -> None:
     LOGGER.info(f"\n{summary}")
 
 
-def _as_text(kwargs: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """Return the arguments with some of them as text, since a name of digits is parsed as an int."""
-    return {k: str(v) if k in names and v is not None else v for k, v in kwargs.items()}
-
-
 def split(**kwargs: Any) -> None:
     """Make K-shot splits of a detection data set.
 
@@ -105,7 +99,7 @@ def split(**kwargs: Any) -> None:
     """
     from yolo_fewshot.data.splits import split
 
-    split(**_as_text(kwargs, {"data", "out", "val", "images", "val_images"}))
+    split(**kwargs)
 
 
 def benchmark(**kwargs: Any) -> None:
@@ -116,7 +110,7 @@ def benchmark(**kwargs: Any) -> None:
     """
     from yolo_fewshot.evaluate.benchmark import benchmark
 
-    benchmark(**_as_text(kwargs, {"data", "model", "stock", "stage1", "base_val", "published", "out"}))
+    benchmark(**kwargs)
 
 
 def label(**kwargs: Any) -> None:
@@ -127,7 +121,7 @@ def label(**kwargs: Any) -> None:
     """
     from yolo_fewshot.pseudo_labels import pseudo_label
 
-    pseudo_label(**_as_text(kwargs, {"model", "data", "source", "out"}))
+    pseudo_label(**kwargs)
 
 
 def studio(
@@ -161,22 +155,28 @@ def studio(
     for key, value, low in (("port", port, 0), ("frames", frames, 1)):
         if type(value) is not int or value < low:
             raise ValueError(f"'{key}={value}' is an invalid value. It must be an int of at least {low}.")
-    check_checkpoint(str(model))
-    check_writable("folder", str(folder))
-    opened = Studio(str(model), str(folder), **kwargs)
+    if type(show) is not bool:
+        raise ValueError(f"'open={show}' is an invalid value. It must be True or False.")
+    check_checkpoint(model)
+    check_writable("folder", folder)
+    opened = Studio(model, folder, **kwargs)
     live = None
     try:
         if source is not None:
             skipped: list[str] = []
-            opened.add_source(str(source), frames, skipped)
+            opened.add_source(source, frames, skipped)
             for text in skipped:
                 LOGGER.warning(text)
         live = Live(opened)
-        serve(live, str(host), port, show)
+        serve(live, host, port, show)
     finally:
         (live or opened).close()
 
 
+TEXTS = {  # paths and names, which may look like a number
+    "background", "base_val", "data", "folder", "host", "images", "model", "name", "out", "project", "published",
+    "save", "source", "stage1", "stock", "support", "val_images",
+}  # fmt: skip
 COMMANDS = {
     "benchmark": Command(
         benchmark,
@@ -324,14 +324,17 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: For a command or argument that is unknown or missing, with a text that says so.
     """
     argv = sys.argv[1:] if argv is None else argv
-    name, rest = (argv[0], merge_equals_args(argv[1:])) if argv else ("help", [])
+    try:
+        name, rest = (argv[0], merge_equals_args(argv[1:])) if argv else ("help", [])
+    except SyntaxError as e:
+        raise SystemExit(f"{e}. Write key=value, in quotes if a value has brackets.") from e
     if name in {"help", "-h", "--help"}:
-        LOGGER.info(usage(rest[0] if rest and rest[0] in COMMANDS else None))
+        print(usage(rest[0] if rest and rest[0] in COMMANDS else None))
         return
     if name not in COMMANDS:
         raise SystemExit(f"unknown command '{name}'.\n\n{usage()}")
     if {"help", "-h", "--help"} & set(rest):
-        LOGGER.info(usage(name))
+        print(usage(name))
         return
     command, args = COMMANDS[name], {}
     for text in rest:
@@ -344,7 +347,9 @@ def main(argv: list[str] | None = None) -> None:
             similar = [f"{k}=" for k in difflib.get_close_matches(key, valid)]
             hint = f" Similar: {', '.join(similar)}." if similar else ""
             raise SystemExit(f"'{key}=' is not an argument of yolo-fewshot {name}.{hint}\n\n{usage(name)}")
-        args[key] = parse_key_value_pair(f"{key}={value}")[1]
+        parsed = parse_key_value_pair(f"{key}={value}")[1]
+        path = key in TEXTS or (name, key) == ("split", "val")
+        args[key] = value.strip() if path and isinstance(parsed, (int, float)) else parsed
     missing = [f"{k}=" for k in command.required if args.get(k) is None]
     if missing:
         raise SystemExit(f"{', '.join(missing)} must be given.\n\n{usage(name)}")

@@ -180,6 +180,23 @@ def test_no_labels_at_all_is_an_error(tmp_path):
     assert ignored.level == "warning" and f"1 images are left out by training: {files[2]}: " in ignored.text
 
 
+def test_a_val_split_without_labels_is_a_warning(tmp_path):
+    (finding,) = check_boxes(split_of([[], []], "val"))
+    assert finding.level == "warning" and "val: no labeled object in 2 images. No mAP can be measured." in finding.text
+
+
+def test_an_empty_split_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'train:' of data= is empty"):
+        read_split({"train": None, "names": NAMES}, "train")
+
+
+def test_classes_that_are_kept_out_are_not_drawn():
+    split = split_of([[0], [1], [2]] * 3)
+    text = "Episodes of n_way=2 k_shot=1 n_query=1 can be drawn, from 2 of 2 classes."
+    assert check_shots(split, NAMES, args(), held_out=[1])[1:] == [Finding("ok", text)]
+    assert check_shots(split, NAMES, args(n_way=3), held_out=[1])[1].level == "error"
+
+
 def test_a_split_of_which_nothing_can_be_read(tmp_path):
     write(tmp_path, "train", [(b"no image", GOOD)])
     split = read(tmp_path)

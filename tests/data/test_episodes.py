@@ -47,6 +47,13 @@ def test_counts_are_exact_and_support_and_query_disjoint(n_way, k_shot, n_query)
             assert d.way in labels[d.image]["cls"]
 
 
+def test_an_image_that_is_listed_again_is_not_drawn():
+    labels = [x | {"im_file": f"{i}.jpg"} for i, x in enumerate(random_labels())]
+    once = list(EpisodeSampler(labels, NAMES, 8, 1, 1, episodes=50))
+    again = list(EpisodeSampler(labels + labels[::-1], NAMES, 8, 1, 1, episodes=50))
+    assert again == once and len({d.image for d in again}) > 100
+
+
 def test_no_image_repeats_where_a_class_has_enough():
     labels = make_labels([[i % 4] for i in range(400)])
     sampler = EpisodeSampler(labels, NAMES, 4, 5, 5, episodes=20)

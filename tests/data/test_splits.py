@@ -257,6 +257,24 @@ def test_a_coco_json_gives_the_same_split(boxes, data, out, tmp_path):
     assert a_json == b_json
 
 
+def test_ignore_regions_of_the_data_stay(tmp_path):
+    boxes = {
+        "a/0.png": [[0, 0, 0, 10, 10]],
+        "a/1.png": [[1, 20, 20, 30, 20]],
+        "val/0.png": [[0, 1, 1, 9, 9], [1, 9, 9, 9, 9]],
+    }
+    write_images(tmp_path, boxes)
+    file = write_yolo(tmp_path, boxes, ["cat", "dog"], train="images/a", fewshot={"ignore": "ignore"})
+    region = "0.500000 0.500000 0.100000 0.200000"
+    for name in ("a/0", "a/1", "val/0"):
+        (tmp_path / "ignore" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ignore" / f"{name}.txt").write_text(f"{region}\n")
+    out = split(file, novel="cat", out=tmp_path / "out", shots=1, seeds=1)
+    assert region in labels(out, "base_train", "ignore")["1"] and len(labels(out, "base_train")["1"]) == 1
+    assert labels(out, "shots/seed0_1shot", "ignore")["0"] == labels(out, "query", "ignore")["0"] == [region]
+    assert len(labels(out, "query")["0"]) == 2
+
+
 def test_crowds_of_a_coco_json_are_ignored_and_boxes_are_clipped(tmp_path):
     boxes = {
         "a/0.png": [[0, 0, 0, 10, 10], [1, 20, 20, 30, 20]],  # a crowd of dogs

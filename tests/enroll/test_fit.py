@@ -366,3 +366,15 @@ def test_the_weights_of_a_class_count_at_all_levels_together():
         rate = 0.8 * positive / (positive + 0.5 * negative)
         expected = math.log(rate / (1 - rate)) - SPACE.bias[level].item()
         assert offsets[0, level].item() == pytest.approx(expected, abs=2e-2)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e19, 1e30, 3e38])
+def test_features_beyond_float32_leave_the_means(size):
+    """As of a network whose training diverged, which must still end with a checkpoint."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 8, generator=g) * size, torch.zeros(50, 2)
+    y[:5, 0] = y[5:9, 1] = 1
+    means = F.normalize(torch.randn(2, 8, generator=g), dim=1)
+    vectors, offsets = module._minimize(x, torch.zeros(50), y, torch.ones(50), means, torch.ones(2))
+    assert vectors.isfinite().all() and offsets.isfinite().all()
+    assert torch.equal(vectors, means) == (size in {1e19, 3e38})

@@ -26,15 +26,6 @@ def test_pooling_with_weights_near_zero_has_unit_length_and_bounded_gradients():
     assert valid.all() and pooled[0].norm().item() == pytest.approx(1) and embeds.grad.norm() < 10
 
 
-def test_embeddings_of_zero_have_a_gradient_of_zero():
-    embeds = torch.zeros(1, 3, 8, requires_grad=True)
-    fg, one = (torch.zeros(1, dtype=torch.long), torch.tensor([1])), torch.zeros(1, dtype=torch.long)
-    pooled, valid = pool_objects(embeds, fg, one, torch.ones(1), 1)
-    prototypes = class_means(pooled, one, 1)[0]
-    prototypes.sum().backward()
-    assert valid.all() and not prototypes.any() and not embeds.grad.any()
-
-
 def test_class_means_are_unit_means_and_negative_labels_are_left_out():
     torch.manual_seed(0)
     objects, labels = F.normalize(torch.randn(6, 5), dim=1), torch.tensor([2, 0, 2, -1, 0, 2])

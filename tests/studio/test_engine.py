@@ -1,5 +1,6 @@
 """What the page of the studio does, without a page."""
 
+import shutil
 from pathlib import Path
 
 import cv2
@@ -520,6 +521,49 @@ def test_the_trained_model_is_looked_at_and_kept(start, shots, tmp_path):
     studio.trained.clear()
     studio.look()  # after the class was renamed
     assert any(x.name in names and not x.known for k in studio.keys for x in studio.trained[k])
+
+
+def test_a_renamed_class_is_renamed_in_the_trained_model(start, shots, tmp_path):
+    studio = start(images=shots[:4])
+    label_all(studio, shots[:4])
+    studio.learn()
+    studio.save(tmp_path / "new.pt")
+    studio.adopt(tmp_path / "new.pt")
+    first = studio.project.names[0]
+    studio.rename(first, "kite  surfer")
+    model = FewShotYOLO(studio.save(tmp_path / "out.pt", trained=True)).model
+    assert {"kite surfer"} == set(model.names.values()) & {first, "kite surfer"} and "kite surfer" in model.enrolled
+    assert studio.look(3) is True and len(studio.trained) == 3
+    assert studio.look() is False and len(studio.trained) == 4
+    assert first not in {x.name for found in studio.trained.values() for x in found}
+
+
+def test_a_box_around_a_labeled_object_does_not_snap_to_it(start, shots):
+    studio = start(images=shots[:1])
+    (key,) = studio.keys
+    studio.found[key] = [Found("scooter", 0.9, (0.1, 0.1, 0.5, 0.5), False)]
+    assert studio.label(key, "scooter", (0.1, 0.1, 0.5, 0.49)).xyxy == (0.1, 0.1, 0.5, 0.5)
+    wide = (0.1, 0.05, 0.52, 0.55)
+    assert studio.label(key, "rider", wide).xyxy == wide
+
+
+def test_a_file_that_cannot_be_read_is_skipped(start, shots, tmp_path, monkeypatch):
+    studio, skipped, source = start(), [], tmp_path / "photos"
+    source.mkdir()
+    for file, _ in shots[:2]:
+        shutil.copy(file, source)
+    bad = source / "bad.png"
+    bad.touch()
+    read = Path.read_bytes
+
+    def refuse(self):
+        if self == bad:
+            raise PermissionError(13, "Permission denied")
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert len(studio.add_source(source, skipped=skipped)) == 2
+    assert skipped == ["bad.png cannot be read: Permission denied."]
 
 
 def test_export_to_onnx(start, shots, tmp_path):

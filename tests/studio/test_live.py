@@ -55,8 +55,9 @@ class Detector(Studio):
         self.calls.append("assess")
         return self.calls.count("assess") == 1
 
-    def look(self):
+    def look(self, n=None):
         self.calls.append("look")
+        return False
 
     def save(self, file, trained=False):
         if self.learned is None:
@@ -194,7 +195,7 @@ def test_a_training_gives_a_model_beside_what_there_is(live):
     assert live.progress.epochs == (1,) and live.progress.ap == (0.5,) and not live.messages
     assert live.wait(WAIT) and "look" in live.studio.calls
     assert (live.studio.project.folder / "session.json").read_text() == session
-    assert not {"train", ".train-data"} & {x.name for x in live.studio.project.folder.iterdir()}
+    assert not {".train", ".train-data"} & {x.name for x in live.studio.project.folder.iterdir()}
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
@@ -275,6 +276,39 @@ def test_results_are_written_and_outdated(live):
     assert live.wait(WAIT) and not live.exported
 
 
+def test_jobs_do_not_wait_for_the_check_of_what_was_learned(live, monkeypatch):
+    labeled(live)
+    monkeypatch.setattr(module, "PAUSE", 10 * WAIT)  # as if the user went on labeling
+    live.label(next(iter(live.studio.project.images)), "lamp", OTHER)
+    live.export("labels")
+    until(lambda: live.exported.get("labels.zip") == "done")
+
+
+def test_a_checkpoint_is_out_of_date_after_the_check_of_its_thresholds(live, monkeypatch):
+    key, checked = labeled(live), threading.Event()
+    monkeypatch.setattr(live.studio, "assess", lambda: not checked.wait(WAIT))
+    live.label(key, "lamp", OTHER)
+    until(lambda: "lamp" in live.studio.learned.names and live._front.idle and live._back.busy == "assess")
+    live.exported["model.pt"] = "done"
+    checked.set()
+    assert live.wait(WAIT) and not live.exported
+
+
+def test_what_a_full_disk_kept_from_being_saved_is_learned_and_saved_at_the_end(live, monkeypatch):
+    key = labeled(live)
+    version, write = live.studio.version, Project._write
+    monkeypatch.setattr(Project, "_write", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        live.label(key, "lamp", OTHER)
+    assert live.wait(WAIT) and live.studio.version > version and "lamp" in live.studio.learned.names
+    monkeypatch.setattr(Project, "_write", write)
+    folder = live.studio.project.folder
+    live.close()
+    again = Project(folder)
+    assert "lamp" in again.names
+    live.studio.project = again
+
+
 def test_a_result_is_out_of_date_also_where_learning_fails(live, monkeypatch):
     key = labeled(live)
     live.export("checkpoint")
@@ -329,12 +363,12 @@ def test_new_images_are_looked_at_by_the_trained_model(live):
 
 def test_what_a_crash_left_is_removed(tmp_path):
     detector = Detector(tmp_path / "project")
-    for name in ("train", ".train-data"):
+    for name in (".train", ".train-data"):
         (detector.project.folder / name).mkdir()
         (detector.project.folder / name / "x").write_text("")
     (detector.project.folder / ".videoabc").write_text("")
     opened = Live(detector)
-    assert not {"train", ".train-data", ".videoabc"} & {x.name for x in detector.project.folder.iterdir()}
+    assert not {".train", ".train-data", ".videoabc"} & {x.name for x in detector.project.folder.iterdir()}
     opened.close()
 
 

@@ -186,6 +186,20 @@ def drawn(train, val, share=0.5, seed=1):
     return meta
 
 
+def test_shots_are_no_query_images_where_val_images_are_train_images():
+    kept = [NAMES.index(n) for n in HELD_OUT]
+    images = [
+        {"im_file": f"{i}.png", "cls": np.array([[c]], float), "bboxes": np.full((1, 4), 0.5)}
+        for i, c in enumerate(kept * 8)
+    ]
+    meta = MetaValidation({"names": dict(enumerate(NAMES)), "channels": 3}, 0.5, 1)
+    meta.draw(images, images)
+    shots = {x["im_file"] for k in (1, 5) for x in meta.shots[k].labels}
+    assert len(shots) == 12 and {x["im_file"] for x in meta.queries} == {x["im_file"] for x in images} - shots
+    with pytest.raises(ValueError, match=r"are also train images, and were drawn as shots\. Give other val images"):
+        meta.draw(images[:12], images[:12])
+
+
 def test_shots_are_other_images_for_each_number_with_labels_of_kept_out_classes_only():
     kept = [NAMES.index(n) for n in HELD_OUT]
     other = next(i for i in range(4) if i not in kept)
@@ -532,5 +546,8 @@ def test_the_key_has_no_effect_in_stage_three(tiny, stage1, messages):
         settings = {"data": str(tiny / "data.yaml"), "model": str(stage1.best), "graft": graft, "project": str(tiny)}
         trainer = FewShotTrainer("stage3.yaml", {**settings, "meta_val": 0.2, "imgsz": 64})
         assert trainer.stage.meta is None
-        assert any(x.startswith("meta_val= has no effect in stage 3. Use it with cfg=stage2.yaml") for x in messages)
+        assert any(
+            x.startswith("meta_val= has no effect in stage 3. Use it with cfg=stage1.yaml or cfg=stage2.yaml")
+            for x in messages
+        )
         messages.clear()

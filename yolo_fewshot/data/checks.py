@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import repeat
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -73,6 +74,8 @@ def read_split(data: dict[str, Any], name: str) -> Split:
     Returns:
         (Split): Its images.
     """
+    if not data.get(name):
+        raise ValueError(f"'{name}:' of data= is empty. Name its images, or leave out what is not used.")
     paths = data[name] if isinstance(data[name], list) else [data[name]]
     files = list(dict.fromkeys(x for p in paths for x in list_images(Path(p))))
     kept: list[tuple] = []
@@ -120,7 +123,9 @@ def check_boxes(split: Split) -> list[Finding]:
     n = sum(map(len, split.boxes))
     if not n:
         text = f"{split.name}: no labeled object in {len(split.files) + len(split.ignored)} images."
-        return [Finding("error", f"{text} Put label files into a folder 'labels' beside 'images'."), *_ignored(split)]
+        level, what = ("error", "") if split.name == "train" else ("warning", " No mAP can be measured.")
+        text = f"{text}{what} Put label files into a folder 'labels' beside 'images'."
+        return [Finding(level, text), *_ignored(split)]
     outside, empty = {}, {}
     for file, boxes, (h, w) in zip(split.files, split.boxes, split.shapes):
         low, high = boxes[:, 1:3] - boxes[:, 3:5] / 2, boxes[:, 1:3] + boxes[:, 3:5] / 2
@@ -225,13 +230,14 @@ def _normalized(details: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x / np.maximum(norm, 1e-6), norm[:, 0] < FLAT * SIDE
 
 
-def check_shots(split: Split, names: dict[int, str], args: Any) -> list[Finding]:
+def check_shots(split: Split, names: dict[int, str], args: Any, held_out: Collection[int] = ()) -> list[Finding]:
     """Check whether K-shot sets and episodes can be drawn.
 
     Args:
         split (Split): The train split.
         names (dict[int, str]): Class names.
         args (Any): Arguments with `stage`, `n_way`, `k_shot` and `n_query`.
+        held_out (Collection[int]): Classes that `meta_val` keeps out of training.
 
     Returns:
         (list[Finding]): Results.
@@ -243,9 +249,10 @@ def check_shots(split: Split, names: dict[int, str], args: Any) -> list[Finding]
         labels = [{"cls": b[:, :1]} for b in split.boxes]
         episode = f"n_way={args.n_way} k_shot={args.k_shot} n_query={args.n_query}"
         try:
-            sampler = EpisodeSampler(labels, names, args.n_way, args.k_shot, args.n_query, 1)
+            sampler = EpisodeSampler(labels, names, args.n_way, args.k_shot, args.n_query, 1, held_out=held_out)
         except ValueError as e:
             return [*found, Finding("error", str(e))]
-        text = f"Episodes of {episode} can be drawn, from {len(sampler.classes)} of {len(names)} classes."
-        found.append(Finding("ok" if len(sampler.classes) == len(names) else "warning", text))
+        trained = len(names) - len(held_out)
+        text = f"Episodes of {episode} can be drawn, from {len(sampler.classes)} of {trained} classes."
+        found.append(Finding("ok" if len(sampler.classes) == trained else "warning", text))
     return found

@@ -69,7 +69,8 @@ class EpisodeSampler(EpochSampler):
         """Initialize the sampler.
 
         Args:
-            labels (list[dict]): Labels of every image, as in `YOLODataset.labels`; `cls` is (n, 1).
+            labels (list[dict]): Labels of every image, as in `YOLODataset.labels`; `cls` is (n, 1). An image that is
+                listed again is not drawn, since it would be both support and query.
             names (dict[int, str]): Class names.
             n_way (int): Classes per episode.
             k_shot (int): Support images per class.
@@ -93,9 +94,12 @@ class EpisodeSampler(EpochSampler):
         # Images by class: those of class c are images[start[c] : start[c + 1]].
         sizes = np.fromiter((len(x["cls"]) for x in labels), dtype=np.int64, count=len(labels))
         cls = np.concatenate([x["cls"] for x in labels]).reshape(-1) if len(labels) else sizes
+        seen: dict[Any, int] = {}
+        new = np.array([seen.setdefault(x.get("im_file", i), i) == i for i, x in enumerate(labels)], bool)
+        cls = cls[np.repeat(new, sizes)]
         cls = cls.astype(np.min_scalar_type(max(len(names), 1)))  # 16 bits are sorted ten times faster than 64
         order = cls.argsort(kind="stable")
-        owner, images = cls[order], np.repeat(np.arange(len(labels)), sizes)[order]
+        owner, images = cls[order], np.repeat(np.arange(len(labels)), sizes * new)[order]
         first = np.ones(len(order), bool)  # first object of its class in its image
         first[1:] = (owner[1:] != owner[:-1]) | (images[1:] != images[:-1])
         owner, self.images = owner[first], images[first]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from ultralytics.data.dataset import YOLODataset
+from ultralytics.utils import LOGGER
 
 from yolo_fewshot.nn.ignore import IGNORED
 
@@ -44,7 +45,7 @@ class MaskedDataset(YOLODataset):
         dataset.__class__ = cls
         files = [x["im_file"] for x in dataset.labels] if folder else []
         dataset.has_polygons = any(len(x["segments"]) for x in dataset.labels)
-        dataset.ignored = {f: b for f, b in zip(files, map(_read_boxes, ignore_files(files, folder))) if len(b)}
+        dataset.ignored = {f: b for f, b in zip(files, map(read_boxes, ignore_files(files, folder))) if len(b)}
         if classes:
             dataset.labels = [dataset._hide(x, classes) for x in dataset.labels]
         return dataset
@@ -126,17 +127,24 @@ def has_ignored(dataset: Any) -> bool:
     return bool(getattr(dataset, "ignored", None)) or any(has_ignored(x) for x in parts if x is not None)
 
 
-def fully_labeled(dataset: YOLODataset) -> list[dict[str, Any]]:
+def fully_labeled(dataset: YOLODataset, warn: bool = True) -> list[dict[str, Any]]:
     """Return the labels of the images without ignore regions, or of all images if each has one.
 
     Args:
         dataset (YOLODataset): Data set.
+        warn (bool): Whether to warn if each has one.
 
     Returns:
         (list[dict]): Labels.
     """
     ignored = getattr(dataset, "ignored", {})
-    return [x for x in dataset.labels if x["im_file"] not in ignored] or dataset.labels
+    found = [x for x in dataset.labels if x["im_file"] not in ignored]
+    if warn and not found and dataset.labels:
+        LOGGER.warning(
+            "Every image has ignore regions, so that unlabeled objects are background in the replay buffer. Add images "
+            "without them."
+        )
+    return found or dataset.labels
 
 
 def ignore_files(files: list[str], folder: str) -> list[str]:
@@ -145,7 +153,7 @@ def ignore_files(files: list[str], folder: str) -> list[str]:
     return [os.path.splitext(there.join(x.rsplit(images, 1)))[0] + ".txt" if images in x else "" for x in files]
 
 
-def _read_boxes(file: str) -> np.ndarray:
+def read_boxes(file: str) -> np.ndarray:
     """Read the boxes of a file, (n, 4) float32; none if the file does not exist."""
     if not os.path.isfile(file):
         return np.zeros((0, 4), np.float32)

@@ -19,6 +19,7 @@ from ultralytics.utils import LOGGER, NUM_THREADS, TQDM, YAML, ops
 
 import yolo_fewshot
 from yolo_fewshot.class_names import repeated
+from yolo_fewshot.data.ignore import ignore_files, ignore_folder, read_boxes
 from yolo_fewshot.data.labels import read_labels
 from yolo_fewshot.data.support import MIN_SIDE, list_images
 from yolo_fewshot.errors import few
@@ -35,7 +36,8 @@ class Image(NamedTuple):
         name (str): Its file name in the new folders.
         shape (tuple[int, int]): Height and width in pixels.
         digest (str): SHA-256 of its content.
-        rows (np.ndarray): Class, x, y, w, h, normalized, and 1 for a crowd, of every object, (n, 6) float64.
+        rows (np.ndarray): Class, x, y, w, h, normalized, and 1 for a crowd or 2 for an ignore region, of every
+            object, (n, 6) float64.
     """
 
     file: str
@@ -45,7 +47,9 @@ class Image(NamedTuple):
     rows: np.ndarray
 
 
-Task = tuple[Any, ...]  # image, label file, number of classes, keypoint shape, and rows if they are from a COCO json
+REGION = 2  # in the last column of the rows of an image, for an ignore region
+# Image, label file, number of classes, keypoint shape, and file of ignore regions, or the rows from a COCO json.
+Task = tuple[Any, ...]
 View = list[tuple[Image, np.ndarray]]  # images of a new folder, and a mask of the objects that are labeled there
 
 
@@ -187,7 +191,9 @@ def _read_yolo(data: str | Path) -> tuple[list[str], dict[str, list[Task]], int]
             raise FileNotFoundError(f"'{key}:' of {data} does not exist: {few(missing)}. Correct it, or 'path:'.")
         files = sorted({x for p in paths for x in list_images(p)})
         kpt_shape = info.get("kpt_shape") or (0, 0)
-        tasks[key] = [(f, label, info["nc"], kpt_shape, None) for f, label in zip(files, utils.img2label_paths(files))]
+        regions = ignore_files(files, folder) if (folder := ignore_folder(info)) else [""] * len(files)
+        items = zip(files, utils.img2label_paths(files), regions)
+        tasks[key] = [(f, label, info["nc"], kpt_shape, region) for f, label, region in items]
     return [info["names"][i] for i in range(info["nc"])], tasks, info["channels"]
 
 
@@ -273,6 +279,7 @@ def _read_images(tasks: dict[str, list[Task]], ids: np.ndarray) -> list[list[Ima
                     left_out.append(f"{file}: {reason}")
                     continue
                 rows[:, 0] = ids[rows[:, 0].astype(int)]
+                rows[rows[:, 5] == REGION, 0] = 0  # a base class, which is ignored like a crowd of it
                 # Sorted, so that the split does not depend on the order of the labels.
                 rows = np.unique(rows[(rows[:, 3:5] > 0).all(1)], axis=0)
                 images.append(Image(file, unique_name(file, taken, copies), shape, digest, rows))
@@ -290,7 +297,10 @@ def _read_image(task: Task) -> tuple[Any, Any, str, str]:
     labels = read_labels(file, label_file, nc, kpt_shape)
     if labels.error:
         return None, None, "", labels.error
-    rows = np.pad(labels.boxes.astype(float), ((0, 0), (0, 1))) if rows is None else rows
+    if isinstance(rows, str):
+        regions = read_boxes(rows).astype(float)
+        rows = np.pad(labels.boxes.astype(float), ((0, 0), (0, 1)))
+        rows = np.concatenate([rows, np.pad(regions, ((0, 0), (1, 1)), constant_values=(0, REGION))])
     return rows.round(6), labels.shape, sha256(Path(file)), ""
 
 

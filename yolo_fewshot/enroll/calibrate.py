@@ -42,8 +42,9 @@ def choose_prior_strength(
     if len(candidates) < 2:
         return PRIOR_STRENGTH
     classes = rng.permutation(candidates)[: min(MAX_CLASSES, max(len(candidates) // 2, 2))]
-    queries = _features(model, _images(val, classes, rng)[:MAX_QUERIES], classes, imgsz, [View()])
-    images, drawn, ends = _images(train, classes, rng), [], [0]
+    measured = _images(val, classes, rng)[:MAX_QUERIES]
+    queries, files = _features(model, measured, classes, imgsz, [View()]), {x["im_file"] for x in measured}
+    images, drawn, ends = [x for x in _images(train, classes, rng) if x["im_file"] not in files], [], [0]
     for _ in range(TRIALS):
         shots = _draw_shots(images, classes)
         if len(_classes(shots)) < len(classes):

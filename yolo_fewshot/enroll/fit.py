@@ -206,5 +206,11 @@ def _minimize(
         loss.backward()
         return loss
 
-    optimizer.step(objective)
-    return vectors.detach(), offsets.detach()
+    try:
+        optimizer.step(objective)
+    except RuntimeError as e:
+        if "overflow" not in str(e):
+            raise
+    found, offset = vectors.detach(), offsets.detach()
+    good = found.isfinite().all(1) & offset.isfinite()  # not where a training diverged to numbers beyond float32
+    return torch.where(good[:, None], found, means), torch.where(good, offset, 0.0)

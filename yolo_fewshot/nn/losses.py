@@ -47,7 +47,7 @@ def _check_batch(embeddings: Tensor, **per_row: Tensor) -> None:
             raise ValueError(f"{name} must have shape ({embeddings.shape[0]},), got {tuple(value.shape)}")
 
 
-def unit_rows(x: Tensor) -> Tensor:
+def _unit(x: Tensor) -> Tensor:
     """L2-normalize rows without overflow; rows too short to have a direction become zero with zero gradient.
 
     Args:
@@ -251,7 +251,7 @@ class SupConLoss(nn.Module):
         """
         _check_batch(embeddings, labels=labels)
         with _full_precision(embeddings):
-            unit = unit_rows(embeddings)
+            unit = _unit(embeddings)
             loss, valid = _contrast(unit @ unit.T / self.temperature, labels)
             return loss.sum() / valid.sum().clamp_min(1)
 
@@ -312,7 +312,7 @@ class CPELoss(nn.Module):
         """
         _check_batch(embeddings, labels=labels, ious=ious, **({} if mask is None else {"mask": mask}))
         with _full_precision(embeddings):
-            rows = unit_rows(embeddings) if self.normalize else embeddings.float().clamp(-_MAX_FEATURE, _MAX_FEATURE)
+            rows = _unit(embeddings) if self.normalize else embeddings.float().clamp(-_MAX_FEATURE, _MAX_FEATURE)
             loss, _ = _contrast(rows @ rows.T / self.temperature, labels, mask)
             foreground = labels != -1 if mask is None else mask & (labels != -1)
             ious = ious.float().clamp(0, 1)
@@ -391,7 +391,7 @@ class TripletLoss(nn.Module):
     def _distances(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the float32 distances (N, C) between the rows of `a` (N, D) and `b` (C, D), both non-empty."""
         if self.distance == "cosine":
-            return 1 - unit_rows(a) @ unit_rows(b).T
+            return 1 - _unit(a) @ _unit(b).T
         a, b = (x.float().clamp(-_MAX_VALUE, _MAX_VALUE) for x in (a, b))
         # Squares overflow above about 1e19; the distance scales with its inputs, so the factor needs no gradient.
         scale = (torch.maximum(a.detach().abs().amax(), b.detach().abs().amax()) / 1e15).clamp_min(1.0)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from yolo_fewshot.nn.losses import unit_rows
-
 
 def pool_objects(
     embeds: torch.Tensor, fg: tuple[torch.Tensor, torch.Tensor], gt_idx: torch.Tensor, weight: torch.Tensor, n_max: int
@@ -47,7 +45,7 @@ def pool_rows(
     rows = rows * weight.float().clamp(min=1e-3)[:, None]  # weights of untrained models are close to zero
     pooled = rows.new_zeros(n, rows.shape[1]).index_add(0, index, rows)
     valid = torch.zeros(n, dtype=torch.bool, device=rows.device).index_fill(0, index, True)
-    return unit_rows(pooled), valid
+    return F.normalize(pooled, dim=1), valid
 
 
 def object_index(batch_idx: torch.Tensor, n_max: int) -> torch.Tensor:
@@ -77,4 +75,4 @@ def class_means(objects: torch.Tensor, labels: torch.Tensor, n: int) -> tuple[to
         counts (torch.Tensor): Objects of each class, (n,) float32.
     """
     one_hot = F.one_hot(labels.long().clamp(min=-1) + 1, n + 1)[:, 1:].to(objects)
-    return unit_rows(one_hot.t() @ objects), one_hot.sum(0)
+    return F.normalize(one_hot.t() @ objects, dim=1), one_hot.sum(0)

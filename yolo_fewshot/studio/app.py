@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+import threading
 import warnings
 import webbrowser
 from contextlib import suppress
@@ -92,11 +93,12 @@ def serve(live: Live, host: str = "127.0.0.1", port: int = 0, show: bool = True)
             f"host={host}: whoever can reach this address, and learns the URL below, can see and change the project. "
             "The connection is not encrypted."
         )
-    LOGGER.info(f"Few-shot Studio: {root}/{token}/")
-    LOGGER.info(f"Press Ctrl+C to end; everything is saved in {live.studio.project.folder}.")
+    print(f"Few-shot Studio: {root}/{token}/")
+    print(f"Press Ctrl+C to end; everything is saved in {live.studio.project.folder}.", flush=True)
     server = uvicorn.Server(uvicorn.Config(make_app(live, token, once), log_level="warning", ws_max_size=2**24))
     if show:
-        webbrowser.open(f"{root}/{once}")
+        # A browser in the terminal ends only after the server has started.
+        threading.Thread(target=webbrowser.open, args=(f"{root}/{once}",), daemon=True, name="studio browser").start()
     # NiceGUI looks at every object of the process, of which PyTorch has some that warn.
     warnings.filterwarnings("ignore", ".*torch.distributed.reduce_op", FutureWarning)
     level = LOGGER.level

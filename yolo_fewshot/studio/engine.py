@@ -15,10 +15,10 @@ from ultralytics.utils.torch_utils import select_device
 from yolo_fewshot.enroll.features import support_views
 from yolo_fewshot.enroll.methods import few_shot_method
 from yolo_fewshot.errors import no_rows
-from yolo_fewshot.nn.rows import class_rows
+from yolo_fewshot.nn.rows import class_rows, enrolled_classes
 from yolo_fewshot.studio.found import CONF, Found, as_sure_as_of_shots, find, found_by, uncertainty
 from yolo_fewshot.studio.learning import Figures, Learned, Lesson, cross_validate, gather, learn_classes
-from yolo_fewshot.studio.project import IOU_SAME, Box, LabeledImage, Project, display_name, iou
+from yolo_fewshot.studio.project import IOU_SAME, Box, LabeledImage, Project, class_name, display_name, iou
 from yolo_fewshot.studio.results import export_onnx, with_classes
 from yolo_fewshot.studio.scenes import CHUNK, Scene, Scenes
 from yolo_fewshot.studio.sources import files_of, frames_of, is_video
@@ -131,10 +131,17 @@ class Studio:
         try:
             for file in files_of(source, but=self.project.folder):
                 try:
+                    data = b"" if is_video(file) else file.read_bytes()
+                except OSError as e:
+                    if skipped is None:
+                        raise
+                    skipped.append(f"{file.name} cannot be read: {e.strerror}.")
+                    continue
+                try:
                     if is_video(file):
                         keys += self.add_video(file, file.name, frames)
                     else:
-                        keys.append(self.add(file.read_bytes(), file.name, save=len(keys) % SAVE_EVERY == 0))
+                        keys.append(self.add(data, file.name, save=len(keys) % SAVE_EVERY == 0))
                 except ValueError as e:
                     if skipped is None:
                         raise
@@ -193,7 +200,9 @@ class Studio:
         x1, y1, x2, y2 = xyxy
         xyxy = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
         if snap:
-            near = max(self.proposals(key), key=lambda x: iou(x.xyxy, xyxy), default=None)
+            boxes = list(self.project.images[key].boxes)
+            free = [x for x in self.proposals(key) if not any(iou(b.xyxy, x.xyxy) >= IOU_SAME for b in boxes)]
+            near = max(free, key=lambda x: iou(x.xyxy, xyxy), default=None)
             if near is not None and iou(near.xyxy, xyxy) >= IOU_SNAP:
                 xyxy = near.xyxy
         with self.project.lock:
@@ -227,6 +236,18 @@ class Studio:
     def forget(self, name: str) -> None:
         """Remove all labels of a class, see `Project.forget`."""
         self.project.forget(name)
+        self._changed()
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a class, see `Project.rename`, in the trained model, too."""
+        self.project.rename(old, new)
+        if self.trained_file.exists():
+            yolo, new = FewShotYOLO(self.trained_file), class_name(new)
+            taken = {old: new} if old not in self.own else {}
+            yolo.model.names = {i: taken.get(str(n), n) for i, n in yolo.model.names.items()}
+            yolo.model.enrolled = {taken.get(n, n): x for n, x in enrolled_classes(yolo.model).items()}
+            yolo.save(self.trained_file)
+            self.trained = {}
         self._changed()
 
     def set_conf(self, name: str, conf: float | None) -> None:
@@ -370,6 +391,7 @@ class Studio:
         with self._network:
             lesson, space = self._gather(), self.rows.spaces()[0]
         if lesson is None:
+            self.figures, self.suspects = {}, set()
             return False
         assessment = cross_validate(lesson, self.rows, space)
         self.figures, self.suspects = assessment.figures, assessment.suspects
@@ -450,17 +472,25 @@ class Studio:
         self.trained = {}
         self._changed()
 
-    def look(self) -> None:
-        """Find the classes with the trained model, if there is one, in the images it has not looked at."""
-        trained = self.trained  # `adopt` replaces it
+    def look(self, n: int | None = None) -> bool:
+        """Find the classes with the trained model, if there is one, in the images it has not looked at.
+
+        Args:
+            n (int, optional): Number of images to stop at; all if not given.
+
+        Returns:
+            (bool): Whether there are more.
+        """
+        trained = self.trained  # `adopt` and `rename` replace it
         keys = [k for k in list(self.project.images) if k not in trained]
         if not keys or not self.trained_file.exists():
-            return
+            return False
         yolo = FewShotYOLO(self.trained_file)
         new = set(map(str, yolo.names.values())) - set(self.own) | set(self.project.names)
-        trained |= self._predict(yolo, keys, new)
+        trained |= self._predict(yolo, keys[:n], new)
         self._trained_defaults = as_sure_as_of_shots(trained, list(self.project.images.values()))
         self._changed()
+        return n is not None and len(keys) > n
 
     # Parts
 

@@ -7,7 +7,8 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from yolo_fewshot.studio.engine import Studio
@@ -46,7 +47,7 @@ class Live:
         self.exported: dict[str, str] = {}
         self.exports = studio.project.folder / "exports"
         self._lock = threading.RLock()
-        for left in (studio.project.folder / "train", *studio.project.folder.glob(".train-data")):  # by a crash
+        for left in (studio.project.folder / x for x in (".train", ".train-data")):  # by a crash
             shutil.rmtree(left, ignore_errors=True)
         for left in studio.project.folder.glob(".video*"):
             left.unlink(missing_ok=True)
@@ -54,7 +55,7 @@ class Live:
         self._changes: Counter[str] = Counter()  # by the stem of what they put out of date
         self._closed, self._learned = threading.Event(), 0.0  # when it learned last
         self._front = Worker({"learn": self._learn, "refresh": self._refresh}, self._failed)
-        self._back = Worker({"jobs": self._do_job, "assess": self._assess, "look": studio.look}, self._failed)
+        self._back = Worker({"jobs": self._do_job, "assess": self._assess, "look": self._look}, self._failed)
         self._front.ask("learn")
         self._front.ask("refresh")
         self._back.ask("look")
@@ -107,41 +108,53 @@ class Live:
 
         self._job(read)
 
+    @contextmanager
+    def _action(self) -> Iterator[None]:
+        """Learn after an action, also after one that could not be saved."""
+        try:
+            yield
+        except OSError:
+            self.studio.version += 1
+            self._front.ask("learn")
+            raise
+        self._front.ask("learn")
+
     def remove(self, key: str) -> None:
         """Remove an image, see `Studio.remove`."""
-        self.studio.remove(key)
-        self._front.ask("learn")
+        with self._action():
+            self.studio.remove(key)
 
     def label(self, key: str, name: str, xyxy: tuple[float, float, float, float], snap: bool = True) -> Box:
         """Label an object, see `Studio.label`."""
-        box = self.studio.label(key, name, xyxy, snap)
-        self._front.ask("learn")
-        return box
+        with self._action():
+            return self.studio.label(key, name, xyxy, snap)
 
     def reject(self, key: str, found: Found) -> None:
         """Say that a detection is wrong, see `Studio.reject`."""
-        self.studio.reject(key, found)
-        self._front.ask("learn")
+        with self._action():
+            self.studio.reject(key, found)
 
     def unlabel(self, key: str, number: int) -> None:
         """Take a label back, see `Studio.unlabel`."""
-        self.studio.unlabel(key, number)
-        self._front.ask("learn")
+        with self._action():
+            self.studio.unlabel(key, number)
 
     def set_empty(self, key: str, empty: bool) -> None:
         """Say that an image shows none of the classes, see `Studio.set_empty`."""
-        self.studio.set_empty(key, empty)
-        self._front.ask("learn")
+        with self._action():
+            self.studio.set_empty(key, empty)
 
     def forget(self, name: str) -> None:
         """Remove all labels of a class, see `Studio.forget`."""
-        self.studio.forget(name)
-        self._front.ask("learn")
+        with self._action():
+            self.studio.forget(name)
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a class, see `Project.rename`."""
-        self.studio.project.rename(old, new)
-        self._front.ask("learn")
+        """Rename a class, see `Studio.rename`."""
+        with self._action():
+            self.studio.rename(old, new)
+        self._outdated("trained")
+        self._back.ask("look")
 
     def set_conf(self, name: str, conf: float | None) -> None:
         """Set the threshold of a class, see `Studio.set_conf`."""
@@ -167,7 +180,7 @@ class Live:
                 if studio.project.names:
                     raise ValueError("Only classes of the detector are labeled. Label a new one, or rename one.")
                 raise ValueError("Nothing is labeled yet. Draw a box first.")
-            folder, self.progress = studio.project.folder / "train", Progress()
+            folder, self.progress = studio.project.folder / ".train", Progress()
             data = folder.with_name(".train-data")
             self._copy(data)
             self.training = Training(
@@ -251,17 +264,32 @@ class Live:
 
     def _refresh(self) -> bool:
         """Look through some images."""
+        learned = self.studio.learned
         more = self.studio.refresh(CHUNK)
+        if self.studio.learned is not learned:
+            self._outdated("model")
         if not more:
             self._back.ask("look")
         return more
 
-    def _assess(self) -> None:
-        """Check what was learned, once the user pauses: it takes longer than learning, which it would slow down."""
+    def _assess(self) -> bool:
+        """Check what was learned, once the user pauses: it takes longer than learning, which it would slow down.
+
+        Returns:
+            (bool): Whether it has to be done later, since there are jobs to do first.
+        """
         while not self._closed.wait(0.05) and (time.monotonic() - self._learned < PAUSE or not self._front.idle):
-            pass
-        if not self._closed.is_set() and self.studio.assess():
-            self._front.ask("learn")
+            if self._jobs:
+                return True
+        if not self._closed.is_set():
+            if self.studio.assess():
+                self._front.ask("learn")
+            self._outdated("model")  # whose thresholds are others
+        return False
+
+    def _look(self) -> bool:
+        """Look at some images with the trained model."""
+        return self.studio.look(CHUNK)
 
     def _follow(self, training: Training, data: Path) -> None:
         """Follow a training to its end."""

@@ -301,7 +301,9 @@ class Page:
 
     def _sync_list(self, order: list[str]) -> None:
         """Show the list of images."""
-        shown = order[:SHOWN]
+        images = self.studio.project.images  # labeled ones come last, and stay within reach
+        last = (k for k in order[SHOWN:] if k == self.key or (k in images and images[k].labeled))
+        shown = [*order[:SHOWN], *last]
         more = f" of {len(order)}" if len(order) > len(shown) else ""
         self.count.set_text(f"{len(shown)}{more} images, most useful first" if len(order) > 1 else "")
         while len(self._cards) < len(shown):

@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,11 @@ class Project:
             raise
 
     def close(self) -> None:
-        """Let another studio open the folder."""
+        """Save what a full disk has kept from being saved, and let another studio open the folder."""
         if self._claim is not None:
+            if self.unsaved:
+                with suppress(OSError):
+                    self.save()
             self._claim.close()
             self._claim = None
 

@@ -11,9 +11,10 @@ from ultralytics.data.utils import IMG_FORMATS, VID_FORMATS
 
 from yolo_fewshot.studio.images import MAX_PIXELS
 
-CONTAINERS = (  # place in a video file, and what is there: MP4, AVI, Matroska, ASF, MPEG, transport stream, GIF
-    (4, b"ftyp"), (8, b"AVI "), (0, b"\x1aE\xdf\xa3"), (0, b"0&\xb2u"), (0, b"\0\0\1\xba"), (0, b"G"),
-)  # fmt: skip
+CONTAINERS = (  # place in a video file, and what is there: MP4 and QuickTime, AVI, Matroska, ASF, MPEG, GIF and streams
+    *((4, x) for x in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")),
+    *((8, b"AVI "), (0, b"\x1aE\xdf\xa3"), (0, b"0&\xb2u"), (0, b"\0\0\1\xba"), (0, b"\0\0\1\xb3"), (0, b"G")),
+)
 
 
 def files_of(source: str | Path, but: Path | None = None) -> list[Path]:

@@ -21,6 +21,7 @@ from ultralytics.utils.torch_utils import parse_device
 from yolo_fewshot import args as table
 from yolo_fewshot.data.checks import (
     Finding,
+    Split,
     check_boxes,
     check_classes,
     check_duplicates,
@@ -28,7 +29,9 @@ from yolo_fewshot.data.checks import (
     check_shots,
     read_split,
 )
+from yolo_fewshot.errors import few
 from yolo_fewshot.inputs import check_checkpoint, check_yaml_file
+from yolo_fewshot.train.meta_validation import MIN_IMAGES, choose_classes
 from yolo_fewshot.train.trainer import FewShotTrainer
 
 STEPS = 8  # of the rehearsal; the first two do not count for the time
@@ -44,12 +47,14 @@ class Rehearsal(FewShotTrainer):
     """A training run of a few steps in a temporary folder, without the callbacks of loggers and users.
 
     Attributes:
-        first (dict[str, float]): Weighted terms of the first batch.
+        first (dict[str, float]): Weighted terms of the first batch that the monitor has measured.
+        compared (bool): Whether there is one.
         seconds (list[float]): Duration of each step, including the loading of its images.
         memory (int): Peak memory in bytes, of the GPU or else of this process.
     """
 
     first: dict[str, float]
+    compared = False
     seconds: list[float]
     memory: int
 
@@ -70,7 +75,8 @@ class Rehearsal(FewShotTrainer):
         elif event == "on_train_epoch_start":
             self._start = now  # without validation
         elif event == "on_train_batch_end":
-            if not self.seconds:
+            if not self.seconds or (self.monitor.chance and not self.compared):  # a turned episode is not measured
+                self.compared = bool(self.monitor.chance)
                 self.first = {k: float(v) for k, v in self.loss_items.items()}
             self.seconds.append(now - self._start)
             self._start = now
@@ -136,8 +142,10 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
             LOGGER.info(f"{MARKS[level]} {text}")
         found.extend(findings)
 
+    if str(args.data).endswith(".ndjson"):
+        raise ValueError(f"'data={args.data}' has to be a data.yaml here. 'yolo train' writes one beside the images.")
     described = check_det_dataset(args.data)
-    splits = [read_split(described, name) for name in ("train", "val")]
+    splits = [read_split(described, name) for name in ("train", args.split)]
     add("Boxes", [f for s in splits for f in check_boxes(s)])
     classes = check_names(described["names"])
     if args.stage != 3:  # stage 3 keeps classes without shots
@@ -145,7 +153,12 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
     if classes:
         add("Classes", classes)
     add("Train and val", [check_duplicates(*splits)])
-    add("Shots", check_shots(splits[0], described["names"], args))
+    held_out: list[int] = []
+    if args.meta_val:
+        chosen = choose_classes(described["names"], args.meta_val, args.seed)
+        held_out = [i for i, n in described["names"].items() if str(n) in chosen]
+        add("Classes of meta_val", [_check_held_out(splits, described["names"], held_out)])
+    add("Shots", check_shots(splits[0], described["names"], args, held_out))
     if any(f.level == "error" for f in found):
         LOGGER.info("\nCorrect the errors above to check the losses, time and memory.")
         return found
@@ -169,6 +182,16 @@ def doctor(data: str, model: str, cfg: str = "stage2.yaml", **overrides: Any) ->
     add("Loss terms of the first batch", compare_terms(trainer))
     add("Time and memory", [estimate(trainer)])
     return found
+
+
+def _check_held_out(splits: list[Split], names: dict[int, str], held_out: list[int]) -> Finding:
+    """Check whether the classes that `meta_val` keeps out have enough train and val images."""
+    counts = {c: [sum((b[:, 0] == c).any() for b in s.boxes) for s in splits] for c in held_out}
+    scarce = [f"{names[c]} ({a} and {b})" for c, (a, b) in counts.items() if a < MIN_IMAGES or not b]
+    if scarce:
+        text = f"Too few train and val images of {few(scarce)}: each class needs {MIN_IMAGES} and one. Label more, or "
+        return Finding("error", f"{text}set another seed=, which chooses other classes.")
+    return Finding("ok", f"{few([str(names[c]) for c in held_out])} are kept out of training, and have enough images.")
 
 
 def compare_terms(trainer: Rehearsal) -> list[Finding]:

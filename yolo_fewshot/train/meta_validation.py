@@ -145,7 +145,13 @@ class MetaValidation:
         for k in SHOTS:
             labels = self._draw_shots(pool, k, used)
             used |= {x["im_file"] for x in labels}
+            if not {c for x in shown if x["im_file"] not in used for c in _classes(x)} >= set(self.classes):
+                raise ValueError(
+                    f"The val images that show a class that 'meta_val={self.share}' keeps out are also train images, "
+                    "and were drawn as shots. Give other val images, or leave meta_val= out."
+                )
             self.shots[k] = Support(names, labels, False, Path("shots"), channels, ignore_folder(self._data))
+        shown, val = ([x for x in images if x["im_file"] not in used] for images in (shown, val))
         found: list[dict[str, Any]] = []
         seen: set[int] = set()
         for x in shown:  # images that show another class first, so that every class is looked for

@@ -227,7 +227,9 @@ class Stage:
         """
         assert self.meta is not None, "there is no meta_val"
         val = self.trainer.test_loader.dataset.labels
-        return self.meta.measure(student_of(model), fully_labeled(self.base_dataset), val, self.trainer.args.imgsz)
+        return self.meta.measure(
+            student_of(model), fully_labeled(self.base_dataset, warn=False), val, self.trainer.args.imgsz
+        )
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Add what the stage needs to a batch.

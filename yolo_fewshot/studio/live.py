@@ -245,9 +245,10 @@ class Live:
         self._back.ask("jobs")
 
     def _do_job(self) -> None:
-        """Do the first of the jobs, and ask for the next one even if it fails."""
+        """Do the first of the jobs, if there is one, and ask for the next one even if it fails."""
         try:
-            self._jobs.pop(0)()
+            if self._jobs:
+                self._jobs.pop(0)()
         finally:
             if self._jobs:
                 self._back.ask("jobs")

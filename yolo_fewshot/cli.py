@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"'{key}=' is not an argument of yolo-fewshot {name}.{hint}\n\n{usage(name)}")
         parsed = parse_key_value_pair(f"{key}={value}")[1]
         path = key in TEXTS or (name, key) == ("split", "val")
-        args[key] = value.strip() if path and isinstance(parsed, (int, float)) else parsed
+        args[key] = value.strip() if path and type(parsed) in {int, float} else parsed
     missing = [f"{k}=" for k in command.required if args.get(k) is None]
     if missing:
         raise SystemExit(f"{', '.join(missing)} must be given.\n\n{usage(name)}")

@@ -34,6 +34,7 @@ def root(tmp_path_factory, draw_tiny):
     yaml = YAML.load(folder / "yolo11n-tiny.yaml")
     yaml.pop("fewshot")
     YAML.save(folder / "stock11n.yaml", yaml)
+    torch.manual_seed(0)
     save_detector(folder / "stock.pt", DetectionModel(str(folder / "stock11n.yaml"), nc=3, verbose=False).half())
     (folder / "plain").mkdir()
     for i in range(3):

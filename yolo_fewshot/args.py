@@ -233,12 +233,12 @@ def need_stage(args: dict[str, Any]) -> None:
     """
     keys = [k for k in used(args) if k not in {*GUARD, *EVERY_STAGE}]
     if keys and args.get("stage") is None:
-        stage = "3" if set(keys) & set(ADAPTING) else "1 or 2" if keys == ["meta_val"] else "2"
+        stages = "3" if set(keys) & set(ADAPTING) else "12" if keys == ["meta_val"] else "2"
         named = ", ".join(f"'{k}={args[k]}'" for k in keys)
-        recipes = " or ".join(f"cfg=stage{x}.yaml" for x in stage.split(" or "))
+        recipes = " or ".join(f"cfg=stage{x}.yaml" for x in stages)
         raise ValueError(
-            f"{named} belongs to stage {stage}, and no stage is given. Add {recipes}, or leave it out for an ordinary "
-            "training."
+            f"{named} belongs to stage {' or '.join(stages)}, and no stage is given. Add {recipes}, or leave it out "
+            "for an ordinary training."
         )
 
 

@@ -310,15 +310,15 @@ def _features(
     owner[fg], weights[fg] = number[owner_index], weight.float()
     # The hardest background anchors are those most similar to an object of the image (without one, to those of other
     # images) or with the largest score of a trained class: keep / 2 of either ranking, so at most keep of both.
-    similarity = embeds.new_zeros(embeds.shape[:2])
-    if like is None and len(trained):
-        similarity = preds["scores"][:, trained].float().amax(1)
+    scores = preds["scores"][:, trained].float().amax(1) if len(trained) else None
+    similarity = embeds.new_zeros(embeds.shape[:2]) if like is not None or scores is None else scores.clone()
+    shown = set(image.tolist())
     for b in range(len(embeds)):
-        near = objects[image == b] if (image == b).any() else like
+        near = objects[image == b] if b in shown else like
         for i, of_part in enumerate(() if near is None else near.chunk(parts, dim=1)):
             here = part == i
             similarity[b, here] = (F.normalize(embeds[b, here], dim=1) @ of_part.t()).amax(1)
-    scores = preds["scores"][:, trained].float().amax(1) if len(trained) else similarity
+    scores = similarity if scores is None else scores
     background = (owner < 0) & valid
     rank = torch.maximum(*(_rank(x.masked_fill(~background, -torch.inf)) for x in (similarity, scores)))
     chosen = ((owner >= 0) | background & (rank >= rank.shape[1] - keep / 2)).nonzero(as_tuple=True)

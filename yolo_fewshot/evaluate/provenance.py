@@ -155,8 +155,8 @@ def compare(out: Path, record: dict[str, Any]) -> None:
             earlier = str(old.get(part, {}).get(k, value)).split(" and ")
             if str(value) not in earlier:
                 LOGGER.warning(f"{out} has results of {k} {few(earlier)}; what is missing is measured with {value}.")
-                record[part][k] = " and ".join([*earlier, str(value)])
-            elif len(earlier) > 1:
+                earlier.append(str(value))
+            if len(earlier) > 1:
                 record[part][k] = " and ".join(earlier)
 
 

@@ -131,14 +131,15 @@ class Studio:
         try:
             for file in files_of(source, but=self.project.folder):
                 try:
-                    data = b"" if is_video(file) else file.read_bytes()
+                    video = is_video(file)
+                    data = b"" if video else file.read_bytes()
                 except OSError as e:
                     if skipped is None:
                         raise
                     skipped.append(f"{file.name} cannot be read: {e.strerror}.")
                     continue
                 try:
-                    if is_video(file):
+                    if video:
                         keys += self.add_video(file, file.name, frames)
                     else:
                         keys.append(self.add(data, file.name, save=len(keys) % SAVE_EVERY == 0))
